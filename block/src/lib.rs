@@ -1,0 +1,22 @@
+//! Block devices for storage programs: one object-safe trait, [`BlockDevice`], and what every
+//! user of it needs.
+//!
+//! * [`BlockDevice`] is a disk: byte-addressed, with owned buffers, so that one write can go to a
+//!   file and to a socket without a copy.
+//! * [`Io`] is what an operation returns: done already, or a future to be awaited.
+//! * [`RangeLock`] serialises operations that overlap; [`detach`] runs an operation to its end
+//!   even when the caller loses interest.
+mod detach;
+mod device;
+mod error;
+mod io;
+mod range_lock;
+
+pub use detach::detach;
+pub use device::{
+    BlockDevice, BlockStatus, FlushLevel, Limits, Replication, ReplicationMode, StatusFlags,
+    WriteFlags, ZeroFlags,
+};
+pub use error::{Error, ErrorKind, Operation, Result};
+pub use io::Io;
+pub use range_lock::{LockMode, RangeGuard, RangeLock};

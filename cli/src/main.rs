@@ -1,0 +1,2 @@
+//! The `brep` program.
+fn main() {}
