@@ -1,1 +1,9 @@
-//! Stub.
+//! NBD.
+
+mod endpoint;
+mod stream;
+mod uri;
+
+pub mod client;
+pub mod proto;
+pub mod server;
