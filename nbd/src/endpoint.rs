@@ -1,1 +1,107 @@
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
 
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::Stream;
+
+/// Where a server listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Endpoint {
+    /// A TCP port.
+    Tcp {
+        /// Host name or literal address; IPv6 without brackets.
+        host: String,
+        /// Port number.
+        port: u16,
+    },
+    /// A unix domain socket.
+    Unix {
+        /// Path of the socket.
+        path: PathBuf,
+    },
+}
+
+impl Endpoint {
+    /// Whether nobody outside this machine can be reached through it: a unix socket, a literal
+    /// loopback address, or the name `localhost`. Other names are never looked up to decide this.
+    #[must_use]
+    pub fn is_loopback(&self) -> bool {
+        match self {
+            Endpoint::Unix { .. } => true,
+            Endpoint::Tcp { host, .. } => match host.parse::<IpAddr>() {
+                Ok(address) => address.to_canonical().is_loopback(),
+                Err(_) => host.eq_ignore_ascii_case("localhost"),
+            },
+        }
+    }
+
+    /// The socket addresses behind a TCP endpoint, in the resolver's order; none for a unix
+    /// socket.
+    ///
+    /// # Errors
+    /// What the resolver says.
+    pub async fn resolve(&self) -> io::Result<Vec<SocketAddr>> {
+        match self {
+            Endpoint::Unix { .. } => Ok(Vec::new()),
+            Endpoint::Tcp { host, port } => match host.parse::<IpAddr>() {
+                Ok(address) => Ok(vec![SocketAddr::new(address, *port)]),
+                Err(_) => Ok(tokio::net::lookup_host((host.as_str(), *port)).await?.collect()),
+            },
+        }
+    }
+
+    /// Connects. Every address of a host name is tried in turn; `timeout` bounds all of it, the
+    /// name look-up included.
+    ///
+    /// # Errors
+    /// The last address's error, or [`io::ErrorKind::TimedOut`].
+    pub async fn connect(&self, timeout: Duration) -> io::Result<Stream> {
+        match self {
+            Endpoint::Unix { path } => {
+                let stream = within(timeout, UnixStream::connect(path)).await?;
+                Ok(Stream::from(stream))
+            }
+            Endpoint::Tcp { .. } => within(timeout, self.connect_tcp()).await,
+        }
+    }
+
+    async fn connect_tcp(&self) -> io::Result<Stream> {
+        let mut failure =
+            io::Error::new(io::ErrorKind::NotFound, "the host name has no usable address");
+        for address in self.resolve().await? {
+            match TcpStream::connect(address).await {
+                Ok(stream) => return Stream::try_from(stream),
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+}
+
+async fn within<T>(
+    timeout: Duration,
+    operation: impl Future<Output = io::Result<T>>,
+) -> io::Result<T> {
+    match tokio::time::timeout(timeout, operation).await {
+        Ok(result) => result,
+        Err(_) => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("no connection within {timeout:?}"),
+        )),
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Endpoint::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Endpoint::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Endpoint::Unix { path } => write!(f, "unix:{}", path.display()),
+        }
+    }
+}

@@ -7,3 +7,7 @@ mod uri;
 pub mod client;
 pub mod proto;
 pub mod server;
+
+pub use endpoint::Endpoint;
+pub use stream::Stream;
+pub use uri::{NbdUri, TlsKind, TlsParameters, UriError};
