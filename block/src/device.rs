@@ -184,6 +184,44 @@ pub(crate) fn check_range(
         .at(offset, len))
 }
 
+/// Checks a request that any open device takes: its range, and the longest transfer.
+pub(crate) fn check_request(
+    node: &str,
+    size: u64,
+    limits: &Limits,
+    operation: Operation,
+    offset: u64,
+    len: u64,
+) -> Result<()> {
+    if len == 0 {
+        return Ok(());
+    }
+    let transfers = matches!(operation, Operation::Read | Operation::Write);
+    if transfers && len > u64::from(limits.transfer_max) {
+        let detail =
+            format!("longer than the {} bytes that one request may have", limits.transfer_max);
+        return Err(Error::new(operation, ErrorKind::InvalidInput, node, detail).at(offset, len));
+    }
+    check_range(node, size, operation, offset, len)
+}
+
+/// Checks a request that changes content. The end of a growable device is `i64::MAX`.
+pub(crate) fn check_request_write(
+    node: &str,
+    size: u64,
+    limits: &Limits,
+    operation: Operation,
+    offset: u64,
+    len: u64,
+) -> Result<()> {
+    if limits.read_only {
+        let detail = "the device is open for reading only";
+        return Err(Error::new(operation, ErrorKind::ReadOnly, node, detail).at(offset, len));
+    }
+    let size = if limits.growable { i64::MAX.unsigned_abs() } else { size };
+    check_request(node, size, limits, operation, offset, len)
+}
+
 /// The role in which a device is asked to replicate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum ReplicationMode {

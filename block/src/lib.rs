@@ -6,12 +6,15 @@
 //! * [`Io`] is what an operation returns: done already, or a future to be awaited.
 //! * [`RangeLock`] serialises operations that overlap; [`detach`] runs an operation to its end
 //!   even when the caller loses interest.
+mod buffer;
 mod detach;
 mod device;
 mod error;
 mod io;
+mod memory;
 mod range_lock;
 
+pub use buffer::{is_zero, zeroes};
 pub use detach::detach;
 pub use device::{
     BlockDevice, BlockStatus, FlushLevel, Limits, Replication, ReplicationMode, StatusFlags,
@@ -19,4 +22,5 @@ pub use device::{
 };
 pub use error::{Error, ErrorKind, Operation, Result};
 pub use io::Io;
+pub use memory::Memory;
 pub use range_lock::{LockMode, RangeGuard, RangeLock};
