@@ -1,0 +1,65 @@
+//! Where the workspace and what cargo builds of it lie.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+/// The workspace's folders.
+pub(crate) struct Workspace {
+    /// The folder of the workspace's `Cargo.toml`.
+    pub(crate) root: PathBuf,
+    /// Where cargo puts what it builds.
+    pub(crate) target: PathBuf,
+}
+
+impl Workspace {
+    /// Asks cargo, which knows every way in which a target directory can be set.
+    pub(crate) fn find() -> Result<Self> {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+        let output = cargo()
+            .args(["metadata", "--no-deps", "--format-version=1", "--manifest-path"])
+            .arg(&manifest)
+            .output()
+            .context("cannot run cargo metadata")?;
+        ensure!(
+            output.status.success(),
+            "cargo metadata failed: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        let folder = |key: &str| {
+            metadata[key]
+                .as_str()
+                .map(PathBuf::from)
+                .with_context(|| format!("cargo metadata names no {key}"))
+        };
+        Ok(Self { root: folder("workspace_root")?, target: folder("target_directory")? })
+    }
+
+    /// The `brep` binary of the dev profile.
+    pub(crate) fn brep(&self) -> PathBuf {
+        self.target.join("debug/brep")
+    }
+
+    /// Where nextest's JUnit report lies (see `.config/nextest.toml`).
+    pub(crate) fn junit(&self) -> PathBuf {
+        self.target.join("nextest/default/junit.xml")
+    }
+
+    /// The numbered end-to-end tests.
+    pub(crate) fn iotests(&self) -> PathBuf {
+        self.root.join("xtask/iotests")
+    }
+
+    /// A cargo command in the workspace.
+    pub(crate) fn cargo(&self) -> Command {
+        let mut command = cargo();
+        command.current_dir(&self.root);
+        command
+    }
+}
+
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
