@@ -62,6 +62,8 @@ fn crates_without_readme(sources: &[Source]) -> Vec<Fault> {
     let has = |path: &str| sources.iter().any(|source| source.path == path);
     let manifests = sources.iter().filter(|source| source.path.ends_with("/Cargo.toml"));
     manifests
+        // The binary's README is the project's.
+        .filter(|manifest| !manifest.text.contains("readme = \"../README.md\""))
         .map(|manifest| manifest.path.replace("Cargo.toml", "README.md"))
         .filter(|readme| !has(readme))
         .map(|readme| Fault::new(&readme, 0, "every crate says in a README what it is"))
