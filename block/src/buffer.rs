@@ -3,12 +3,16 @@ use bytes::Bytes;
 /// Zeroes up to this length are slices of one static buffer.
 const STATIC_ZEROES_LEN: usize = 1 << 20;
 
-static STATIC_ZEROES: [u8; STATIC_ZEROES_LEN] = [0; STATIC_ZEROES_LEN];
+/// Aligned, so that direct I/O takes it as it is.
+#[repr(align(4096))]
+struct Aligned([u8; STATIC_ZEROES_LEN]);
+
+static STATIC_ZEROES: Aligned = Aligned([0; STATIC_ZEROES_LEN]);
 
 /// `len` bytes of zeroes. Up to 1 MiB this neither allocates nor copies.
 #[must_use]
 pub fn zeroes(len: usize) -> Bytes {
-    match STATIC_ZEROES.get(..len) {
+    match STATIC_ZEROES.0.get(..len) {
         Some(slice) => Bytes::from_static(slice),
         None => Bytes::from(vec![0; len]),
     }
@@ -25,14 +29,12 @@ pub fn is_zero(data: &[u8]) -> bool {
 
 /// A zeroed buffer whose address is a multiple of an alignment, as direct I/O demands it.
 #[derive(Debug)]
-#[allow(dead_code)]
 pub(crate) struct AlignedBuffer {
     memory: Vec<u8>,
     start: usize,
     len: usize,
 }
 
-#[allow(dead_code)]
 impl AlignedBuffer {
     /// `align` is a power of two.
     pub(crate) fn new(len: usize, align: usize) -> Self {

@@ -125,6 +125,15 @@ impl Error {
         self
     }
 
+    /// The same failure, with the error number that the operating system gave, if it gave one.
+    #[must_use]
+    pub fn with_errno(mut self, errno: Option<i32>) -> Self {
+        if let Some(errno) = errno {
+            self.edit().errno = errno;
+        }
+        self
+    }
+
     /// The same failure, seen by an operation at a higher level on another node.
     #[must_use]
     pub fn within(mut self, operation: Operation, node: &str, offset: u64, len: u64) -> Self {

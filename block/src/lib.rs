@@ -13,6 +13,7 @@ mod error;
 mod io;
 mod memory;
 mod range_lock;
+mod raw;
 
 pub use buffer::{is_zero, zeroes};
 pub use detach::detach;
@@ -24,3 +25,4 @@ pub use error::{Error, ErrorKind, Operation, Result};
 pub use io::Io;
 pub use memory::Memory;
 pub use range_lock::{LockMode, RangeGuard, RangeLock};
+pub use raw::{CacheMode, RawFile, RawFileOptions};

@@ -1,0 +1,157 @@
+//! What the operations of a file share, and the operations that go through the page cache.
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+
+use super::direct::Direct;
+use super::engine;
+use super::flush::Flusher;
+use crate::{Error, ErrorKind, Limits, Operation, Result};
+
+/// A file's state, shared by the device and by the operations that outlive their callers.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) name: String,
+    pub(super) file: File,
+    pub(super) limits: Limits,
+    /// The logical block size in bytes, if this is a block special file.
+    pub(super) block_device: Option<u64>,
+    /// Set if the page cache is bypassed.
+    pub(super) direct: Option<Direct>,
+    pub(super) flusher: Flusher,
+    size: AtomicU64,
+    /// Held while the file's length and `size` change together.
+    resize: Mutex<()>,
+    /// The file can tell what a read would have to wait for.
+    can_nowait: AtomicBool,
+    pub(super) can_zero_range: AtomicBool,
+}
+
+impl Core {
+    pub(super) fn new(
+        name: String,
+        file: File,
+        limits: Limits,
+        size: u64,
+        block_device: Option<u64>,
+        direct: Option<Direct>,
+    ) -> Self {
+        Core {
+            name,
+            file,
+            limits,
+            block_device,
+            direct,
+            flusher: Flusher::default(),
+            size: AtomicU64::new(size),
+            resize: Mutex::new(()),
+            can_nowait: AtomicBool::new(true),
+            can_zero_range: AtomicBool::new(true),
+        }
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    pub(super) fn error(
+        &self,
+        operation: Operation,
+        offset: u64,
+        len: u64,
+        error: &io::Error,
+    ) -> Error {
+        Error::from_os(operation, &self.name, error).at(offset, len)
+    }
+
+    /// Does what makes the file longer; its new length is `end` if it succeeds.
+    pub(super) fn grow<T>(&self, end: u64, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let _guard = self.resize.lock().unwrap_or_else(PoisonError::into_inner);
+        let done = work()?;
+        self.size.fetch_max(end, Ordering::AcqRel);
+        Ok(done)
+    }
+
+    /// Changes the length of the file.
+    pub(super) fn truncate(&self, size: u64) -> Result<()> {
+        let _guard = self.resize.lock().unwrap_or_else(PoisonError::into_inner);
+        rustix::fs::ftruncate(&self.file, size)
+            .map_err(|error| self.error(Operation::Truncate, size, 0, &error.into()))?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Extends the file to `end`, if it is shorter, without allocating space.
+    pub(super) fn extend(&self, end: u64) -> io::Result<()> {
+        if end <= self.size() {
+            return Ok(());
+        }
+        self.grow(end, || {
+            // Another write may have made it longer since.
+            if end > self.size() {
+                rustix::fs::ftruncate(&self.file, end)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The part of a read that the page cache holds.
+    pub(super) fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> usize {
+        if !self.can_nowait.load(Ordering::Relaxed) {
+            return 0;
+        }
+        engine::read_cached(&self.file, offset, buffer).unwrap_or_else(|| {
+            self.can_nowait.store(false, Ordering::Relaxed);
+            0
+        })
+    }
+
+    /// The rest of a read of which `done` bytes are in the buffer already.
+    pub(super) fn read_rest(&self, offset: u64, mut buffer: Vec<u8>, done: usize) -> Result<Bytes> {
+        let len = buffer.len();
+        let read = engine::read_full(&self.file, offset + done as u64, &mut buffer[done..], 1)
+            .map_err(|error| self.error(Operation::Read, offset, len as u64, &error))?;
+        if done + read < len {
+            return Err(self.ended_early(offset, len as u64, offset + (done + read) as u64));
+        }
+        Ok(Bytes::from(buffer))
+    }
+
+    pub(super) fn ended_early(&self, offset: u64, len: u64, end: u64) -> Error {
+        let detail = format!("the file ends at {end}: something else has truncated it");
+        Error::new(Operation::Read, ErrorKind::Io, &self.name, detail).at(offset, len)
+    }
+
+    /// A write into the page cache.
+    pub(super) fn write_cached(&self, offset: u64, data: &[u8]) -> Result<()> {
+        let end = offset + data.len() as u64;
+        let write = || engine::write_full(&self.file, offset, data, 1, false);
+        let result = if end > self.size() { self.grow(end, write) } else { write() };
+        result.map_err(|e| self.error(Operation::Write, offset, data.len() as u64, &e))
+    }
+
+    /// A write through the page cache onto stable storage.
+    pub(super) fn write_durable(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.flusher.check(self, Operation::Write)?;
+        let Err(error) = engine::write_full(&self.file, offset, data, 1, true) else {
+            return Ok(());
+        };
+        let len = data.len() as u64;
+        // Either the write was refused, which is this request's affair alone; or writing back
+        // failed, which the kernel reports once, for whatever was dirty: then no later flush may
+        // succeed. A plain write tells them apart.
+        if engine::write_full(&self.file, offset, data, 1, false).is_ok() {
+            self.flusher.fail(&self.name, &error);
+        }
+        Err(self.error(Operation::Write, offset, len, &error))
+    }
+
+    /// Everything that completed before this call is on stable storage afterwards.
+    pub(super) async fn flush(self: &Arc<Self>, operation: Operation) -> Result<()> {
+        Flusher::flush(self, operation).await
+    }
+}
