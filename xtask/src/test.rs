@@ -68,7 +68,8 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     let stages = Stage::selected(&args.stages);
     check_programs(&stages)?;
     let mut done = Vec::new();
-    for stage in stages {
+    let mut stages = stages.into_iter();
+    for stage in stages.by_ref() {
         println!("==> {}", stage.name());
         let started = Instant::now();
         let report = stage.run(&workspace)?;
@@ -80,6 +81,9 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     }
     let refused = refused_skips(&workspace, args, &done)?;
     let late = print_table(&done);
+    for stage in stages {
+        println!("{} was not run", stage.name());
+    }
     print_closing(&done, &refused);
     let failed = done.iter().any(|done| done.report.failed);
     Ok(!failed && refused.is_empty() && !(late && args.enforce_budgets))
