@@ -1,6 +1,10 @@
 use std::future::Future;
-use std::pin::pin;
+use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
+
+use tokio::task::JoinHandle;
+
+use crate::{Io, Result};
 
 /// Runs an operation to its end, whatever happens to the caller.
 ///
@@ -16,12 +20,37 @@ where
     F: Future + Send + 'static,
     F::Output: Send + 'static,
 {
-    let mut operation = Box::pin(operation);
-    // The waker of this first poll is of no use: the task that takes over polls again.
-    if let Poll::Ready(output) = operation.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-        return output;
+    match poll_once(Box::pin(operation)) {
+        Ok(output) => output,
+        Err(operation) => join(tokio::spawn(operation)).await,
     }
-    let task = pin!(tokio::spawn(operation));
+}
+
+/// As [`detach`], but the operation starts now and not when the result is first polled; what
+/// ends at once is [`Io::Ready`].
+///
+/// # Panics
+/// As for [`detach`], here and not in the future.
+pub fn start<T, F>(operation: F) -> Io<'static, T>
+where
+    F: Future<Output = Result<T>> + Send + 'static,
+    T: Send + 'static,
+{
+    match poll_once(Box::pin(operation)) {
+        Ok(result) => Io::Ready(result),
+        Err(operation) => Io::future(join(tokio::spawn(operation))),
+    }
+}
+
+fn poll_once<F: Future>(mut operation: Pin<Box<F>>) -> std::result::Result<F::Output, Pin<Box<F>>> {
+    // The waker of this first poll is of no use: the task that takes over polls again.
+    match operation.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(output) => Ok(output),
+        Poll::Pending => Err(operation),
+    }
+}
+
+async fn join<T>(task: JoinHandle<T>) -> T {
     match task.await {
         Ok(output) => output,
         Err(error) => match error.try_into_panic() {

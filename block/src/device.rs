@@ -155,7 +155,7 @@ pub struct StatusFlags {
     pub allocated: bool,
 }
 
-impl dyn BlockDevice {
+impl dyn BlockDevice + '_ {
     /// Checks a range against the size; `Ok` if all of it lies inside the device.
     ///
     /// # Errors

@@ -7,6 +7,8 @@
 //! * [`RangeLock`] serialises operations that overlap; [`detach`] runs an operation to its end
 //!   even when the caller loses interest.
 mod buffer;
+mod copy;
+mod decorator;
 mod detach;
 mod device;
 mod error;
@@ -16,7 +18,9 @@ mod range_lock;
 mod raw;
 
 pub use buffer::{is_zero, zeroes};
-pub use detach::detach;
+pub use copy::copy_range;
+pub use decorator::{Count, Counts, Fault, Hang, ReadOnly, Rule, Serialise, Times};
+pub use detach::{detach, start};
 pub use device::{
     BlockDevice, BlockStatus, FlushLevel, Limits, Replication, ReplicationMode, StatusFlags,
     WriteFlags, ZeroFlags,
