@@ -10,6 +10,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// A child that was told to end may need a moment.
 const GRACE: Duration = Duration::from_millis(500);
+/// A process that was killed is gone soon, unless the kernel holds it.
+const KILL_MAX: Duration = Duration::from_secs(5);
 
 /// A process that carries the test's mark in its environment.
 pub(crate) struct Process {
@@ -17,21 +19,31 @@ pub(crate) struct Process {
     pub(crate) command: String,
 }
 
-impl Process {
-    pub(crate) fn kill(&self) {
-        // It may have ended by itself since it was found, which is what is wanted.
-        let _ = kill_process(self.pid, Signal::KILL);
-    }
-}
-
 /// Processes whose environment holds `mark` (`NAME=VALUE`), after a moment's grace.
 ///
 /// The environment is inherited through every fork, also by a process that leaves its group.
 pub(crate) fn processes(mark: &str) -> Vec<Process> {
+    poll(GRACE, || marked(mark))
+}
+
+/// Kills every process that carries the mark, and waits until they are gone.
+pub(crate) fn kill(mark: &str) {
+    poll(KILL_MAX, || {
+        let found = marked(mark);
+        for process in &found {
+            // It may have ended by itself since it was found, which is what is wanted.
+            let _ = kill_process(process.pid, Signal::KILL);
+        }
+        found
+    });
+}
+
+/// What `find` finds in the end: nothing, or what is there when the time is over.
+fn poll(time_max: Duration, find: impl Fn() -> Vec<Process>) -> Vec<Process> {
     let started = Instant::now();
     loop {
-        let found = marked(mark);
-        if found.is_empty() || started.elapsed() > GRACE {
+        let found = find();
+        if found.is_empty() || started.elapsed() > time_max {
             return found;
         }
         thread::sleep(Duration::from_millis(20));

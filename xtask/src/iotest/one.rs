@@ -83,7 +83,7 @@ impl Harness {
         let mark = format!("{}/{}", self.folder.display(), test.name);
         let mut child = self.spawn(test, &scratch, &mark)?;
         let ended = wait(&mut child, test.deadline)?;
-        let faults = clean_up(&child, &scratch, &format!("{MARK}={mark}"));
+        let faults = clean_up(&scratch, &format!("{MARK}={mark}"));
         let verdict = self.judge(test, &scratch, ended, faults)?;
         if !matches!(verdict, Verdict::Failed(_)) && !self.keep {
             fs::remove_dir_all(&scratch.folder)?;
@@ -102,7 +102,7 @@ impl Harness {
             .env("TMPDIR", &scratch.work)
             .env("XDG_RUNTIME_DIR", &scratch.runtime)
             .env(MARK, mark)
-            .env_remove("RUST_LOG")
+            .env_remove("BREP_LOG")
             .current_dir(&scratch.work)
             .stdin(Stdio::null())
             .stdout(File::create(&scratch.stdout)?)
@@ -206,15 +206,12 @@ fn wait(child: &mut Child, deadline: Duration) -> Result<Option<ExitStatus>> {
 }
 
 /// Ends what the test left, and names it.
-fn clean_up(child: &Child, scratch: &Scratch, mark: &str) -> Vec<String> {
+fn clean_up(scratch: &Scratch, mark: &str) -> Vec<String> {
     let mut faults = Vec::new();
     for process in leftovers::processes(mark) {
         faults.push(format!("it left a process: {}", process.command));
-        process.kill();
     }
-    // What is left of the group carries the mark too and was killed above, but a process may
-    // have forked meanwhile.
-    kill_group(child);
+    leftovers::kill(mark);
     for folder in [&scratch.work, &scratch.runtime] {
         for socket in leftovers::sockets(folder) {
             faults.push(format!("it left a socket: {}", socket.display()));
