@@ -1,0 +1,152 @@
+use std::ops::Range;
+
+use brep_block::{BlockDevice, Operation, Result, WriteFlags, ZeroFlags, is_zero};
+use bytes::Bytes;
+
+use crate::epoch::{Epoch, Side};
+use crate::filter::Shared;
+
+/// Most bytes read and written by one call.
+const PIECE_BYTES_MAX: u64 = 1 << 20;
+/// From this length on it pays to ask for the block status before reading.
+const STATUS_BYTES_MIN: u64 = 256 << 10;
+/// Most zeroes written by one call.
+const ZERO_BYTES_MAX: u64 = 1 << 30;
+
+/// Copies what is still to copy of some units; the caller holds them exclusively. On failure
+/// every unit of the request counts as not copied; what is in the target already does no harm.
+pub(crate) async fn copy_units(shared: &Shared, epoch: &Epoch, units: &Range<u64>) -> Result<()> {
+    let bytes = shared.unit.bytes_of(units, shared.source.size());
+    let result = copy_and_secure(shared, epoch, units, &bytes).await;
+    result.map_err(|error| {
+        let nodes = format!(
+            "copy of the pre-image from {} to {}",
+            shared.source.name(),
+            epoch.target.name()
+        );
+        let error = error.within(Operation::Write, &nodes, bytes.start, bytes.end - bytes.start);
+        shared.counters.failed(&error);
+        error
+    })
+}
+
+async fn copy_and_secure(
+    shared: &Shared,
+    epoch: &Epoch,
+    units: &Range<u64>,
+    bytes: &Range<u64>,
+) -> Result<()> {
+    let mut at = bytes.start;
+    let mut copied_units = 0;
+    while at < bytes.end {
+        let (side, len) = epoch.locate(shared.unit, &(at..bytes.end), bytes.end).await?;
+        if side == Side::Source {
+            copy_run(shared, epoch, at..at + len).await?;
+            copied_units += len.div_ceil(shared.unit.bytes());
+        }
+        at += len;
+    }
+    // Also if nothing was copied now: what a restart found in the target may not be safe yet.
+    if let Some(level) = shared.barrier
+        && (copied_units > 0 || !epoch.assumes_nothing())
+    {
+        epoch.target.flush(level).await?;
+    }
+    epoch.mark(units);
+    shared.counters.copied(copied_units);
+    Ok(())
+}
+
+/// Copies a range of which nothing has been copied, in pieces of bounded size.
+async fn copy_run(shared: &Shared, epoch: &Epoch, run: Range<u64>) -> Result<()> {
+    let piece_max = piece_bytes_max(shared, &*epoch.target);
+    let mut at = run.start;
+    while at < run.end {
+        let left = run.end - at;
+        let zeroes =
+            if left >= STATUS_BYTES_MIN { known_zeroes(shared, at, left).await } else { 0 };
+        if zeroes > 0 {
+            write_zeroes(shared, epoch, at, zeroes).await?;
+            at += zeroes;
+        } else {
+            let len = left.min(piece_max);
+            copy_piece(shared, epoch, at, len).await?;
+            at += len;
+        }
+    }
+    Ok(())
+}
+
+/// How many bytes, in whole units, the source knows to be zero without reading them.
+async fn known_zeroes(shared: &Shared, at: u64, left: u64) -> u64 {
+    match shared.source.block_status(at, left).await {
+        Ok(status) if status.flags.zero && status.len >= left => left.min(ZERO_BYTES_MAX),
+        Ok(status) if status.flags.zero => {
+            let len = status.len.min(ZERO_BYTES_MAX);
+            len - len % shared.unit.bytes()
+        }
+        // The status is only a hint: reading tells.
+        _ => 0,
+    }
+}
+
+async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> Result<()> {
+    let data = shared.read_source(at, len).await?;
+    let unit = usize::try_from(shared.unit.bytes()).unwrap_or(usize::MAX);
+    let mut from = 0;
+    while from < data.len() {
+        let (zero, end) = zero_run(&data, from, unit);
+        let (offset, part) = (at + from as u64, data.slice(from..end));
+        if zero {
+            write_zeroes(shared, epoch, offset, part.len() as u64).await?;
+        } else {
+            shared.counters.wrote_data(part.len() as u64);
+            epoch.target.write(offset, part, WriteFlags::default()).await?;
+        }
+        from = end;
+    }
+    Ok(())
+}
+
+async fn write_zeroes(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> Result<()> {
+    let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+    epoch.target.write_zeroes(at, len, flags).await?;
+    shared.counters.wrote_zeroes(len);
+    Ok(())
+}
+
+/// Whether the units from `from` on are zero or not, and where that changes.
+fn zero_run(data: &Bytes, from: usize, unit: usize) -> (bool, usize) {
+    let mut end = from;
+    let mut zero = None;
+    for unit in data[from..].chunks(unit) {
+        let this = is_zero(unit);
+        if *zero.get_or_insert(this) != this {
+            break;
+        }
+        end += unit.len();
+    }
+    (zero == Some(true), end)
+}
+
+/// A multiple of the unit where the devices allow it, else of what both accept.
+fn piece_bytes_max(shared: &Shared, target: &dyn BlockDevice) -> u64 {
+    let (source, target) = (shared.source.limits(), target.limits());
+    let max = PIECE_BYTES_MAX.min(source.transfer_max.into()).min(target.transfer_max.into());
+    let unit = shared.unit.bytes();
+    let step = if max >= unit { unit } else { source.block_size.max(target.block_size).into() };
+    (max - max % step).max(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_zero_units_are_joined() {
+        let data = Bytes::from([[0u8; 4], [0; 4], [1; 4], [2; 4], [0; 4]].concat());
+        assert_eq!(zero_run(&data, 0, 4), (true, 8));
+        assert_eq!(zero_run(&data, 8, 4), (false, 16));
+        assert_eq!(zero_run(&data, 16, 4), (true, 20));
+    }
+}

@@ -1,0 +1,87 @@
+use brep_block::{Error, FlushLevel};
+
+/// What to do when a pre-image cannot be copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnCopyError {
+    /// The guest's request fails with the error; the source stays as it is, and the units are
+    /// still to be copied (`break-guest-write`).
+    #[default]
+    BreakGuestWrite,
+    /// The guest's request goes on; the snapshot is lost, and its readers get an error from then
+    /// on, until the next checkpoint (`break-snapshot`).
+    BreakSnapshot,
+}
+
+/// What counts as copied already when the filter is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Copied {
+    /// Nothing: the target is empty.
+    #[default]
+    Nothing,
+    /// Every range that the target's block status shows as `allocated`: the target was in use
+    /// before a restart. The target is asked when a unit is met for the first time, and an
+    /// allocated range is never written again. Holds until the first switch or checkpoint.
+    AllocatedInTarget,
+}
+
+/// How a [`CopyBeforeWrite`](crate::CopyBeforeWrite) filter works.
+#[derive(Debug, Clone)]
+pub struct CbwOptions {
+    /// The name under which errors speak of the filter.
+    pub name: String,
+    /// Bytes that are copied together: a power of two, at least 512, a multiple of the block
+    /// sizes of both devices, and of the granularity at which the target allocates (else the
+    /// target would invent the rest of an allocation).
+    pub unit_bytes: u64,
+    /// What counts as copied at the start.
+    pub assume: Copied,
+    /// A discard is carried out as a write of zeroes that may unmap, so that replicas stay equal
+    /// byte for byte.
+    pub discard_as_zeroes: bool,
+    /// What a failed copy breaks.
+    pub on_copy_error: OnCopyError,
+    /// How safe a pre-image has to be before the source is overwritten. [`FlushLevel::Process`]:
+    /// a killed process finds every pre-image whose original it has overwritten. `None`: only as
+    /// long as the process lives.
+    pub barrier: Option<FlushLevel>,
+}
+
+impl CbwOptions {
+    /// Unit 64 KiB, an empty target, discards as discards, a failed copy fails the guest's
+    /// request, and pre-images survive the end of the process.
+    #[must_use]
+    pub fn new(name: impl Into<String>) -> Self {
+        CbwOptions {
+            name: name.into(),
+            unit_bytes: 64 << 10,
+            assume: Copied::Nothing,
+            discard_as_zeroes: false,
+            on_copy_error: OnCopyError::BreakGuestWrite,
+            barrier: Some(FlushLevel::Process),
+        }
+    }
+
+    /// The same with another unit.
+    #[must_use]
+    pub fn unit_bytes(mut self, unit_bytes: u64) -> Self {
+        self.unit_bytes = unit_bytes;
+        self
+    }
+}
+
+/// What a filter has done since it was made.
+#[derive(Debug, Clone, Default)]
+pub struct CbwStats {
+    /// Units copied, the short last one included.
+    pub copied_units: u64,
+    /// Bytes of the source that were copied, as data or as zeroes.
+    pub copied_bytes: u64,
+    /// Bytes written to the target as data.
+    pub written_bytes: u64,
+    /// Bytes that were found to be zero and became writes of zeroes.
+    pub zero_bytes: u64,
+    /// Copies that failed.
+    pub failures: u64,
+    /// The latest of these failures.
+    pub last_error: Option<Error>,
+}
