@@ -1,1 +1,19 @@
-//! Stub.
+//! The client: connects, keeps many requests in flight, reconnects.
+//!
+//! * [`Connection`] is one connection to one export, and a device.
+//! * [`Client`] is a device that connects later, and again after a connection was lost.
+//! * [`connect_private`] opens a connection for something else than NBD, through a private
+//!   option; [`list_exports`] and [`describe_export`] ask a server what it has.
+
+mod connect;
+mod connection;
+mod driver;
+mod error;
+mod operation;
+mod options;
+mod queue;
+
+pub use connect::{PrivateConnection, connect_private, describe_export, list_exports};
+pub use connection::Connection;
+pub use error::ClientError;
+pub use options::ConnectOptions;

@@ -1,0 +1,407 @@
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use brep_block::{
+    BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, Operation, Result,
+    StatusFlags, WriteFlags, ZeroFlags,
+};
+use bytes::Bytes;
+
+use super::connect::{self, Negotiated};
+use super::driver::{Driver, DriverOptions};
+use super::operation::{Call, CallSpec, Extent, FromCall, Payload};
+use super::queue::{Queue, Submitted};
+use super::{ClientError, ConnectOptions};
+use crate::proto::client::{ExportInfo, HandshakeError, Transmission};
+use crate::proto::wire::{
+    AllocationFlags, Command, CommandFlags, PAYLOAD_LEN_MAX, TransmissionFlags,
+};
+
+/// One connection to one export: a device with many requests in flight.
+///
+/// * An operation takes its place on the wire when it is called, not when its [`Io`] is polled:
+///   the order of the calls is the order on the wire, also for those that wait because the limit
+///   on requests in flight is reached.
+/// * Dropping an [`Io`] does not take the operation back.
+/// * When the connection is lost, when the server breaks the protocol, or when any request is not
+///   answered in time, the connection has ended: everything pending fails with
+///   [`ErrorKind::NotConnected`] (or [`ErrorKind::TimedOut`]), everything later at once. What had
+///   been sent may or may not have been carried out.
+/// * What the server can't do is made up for: `FUA` becomes a write and a flush, zeroes are
+///   written, discards are left out, a flush of a server without a cache succeeds.
+///
+/// A flush at [`FlushLevel::Process`] sends nothing: what the server has acknowledged does not
+/// depend on this process.
+#[derive(Debug)]
+pub struct Connection {
+    queue: Arc<Queue>,
+    export: ExportInfo,
+    limits: Limits,
+    has_allocation_context: bool,
+    private_replies: Vec<Bytes>,
+}
+
+impl Connection {
+    /// Connects and opens the export. The task that drives the connection runs on the current
+    /// tokio runtime.
+    ///
+    /// # Errors
+    /// No connection, a refusal, a violation of the protocol, or no end of it within the timeout.
+    pub async fn connect(options: &ConnectOptions) -> std::result::Result<Arc<Self>, ClientError> {
+        let Negotiated { stream, mut outcome, rest } = connect::open(options).await?;
+        let server = options.endpoint.to_string();
+        let export = outcome.export.take().ok_or_else(|| ClientError::Handshake {
+            server: server.clone(),
+            source: HandshakeError::NoExportInfo,
+        })?;
+        let transmission =
+            Transmission::new(outcome.structured_replies, outcome.allocation_context);
+        let queue = Arc::new(Queue::new(
+            options.name.clone(),
+            options.queued_max,
+            options.queued_bytes_max,
+        ));
+        let driver_options = DriverOptions {
+            server,
+            in_flight_max: options.in_flight_max,
+            in_flight_bytes_max: options.in_flight_bytes_max,
+            request_timeout: options.request_timeout,
+        };
+        tokio::spawn(Driver::new(Arc::clone(&queue), stream, rest, transmission, driver_options));
+        Ok(Arc::new(Connection {
+            queue,
+            limits: limits(&export),
+            has_allocation_context: outcome.allocation_context.is_some(),
+            private_replies: outcome.private_replies,
+            export,
+        }))
+    }
+
+    /// What the server says of the export.
+    #[must_use]
+    pub fn export(&self) -> &ExportInfo {
+        &self.export
+    }
+
+    /// The server tells where the export has holes and zeroes.
+    #[must_use]
+    pub fn has_block_status(&self) -> bool {
+        self.has_allocation_context
+    }
+
+    /// The answers to the private options, in their order; empty where the server only
+    /// acknowledged.
+    #[must_use]
+    pub fn private_replies(&self) -> &[Bytes] {
+        &self.private_replies
+    }
+
+    /// How long the oldest request without an answer has been waiting, in the queue or for the
+    /// server; `None` if nothing is pending.
+    #[must_use]
+    pub fn oldest_request_age(&self) -> Option<Duration> {
+        self.queue.oldest_age()
+    }
+
+    /// Why the connection has ended, if it has.
+    #[must_use]
+    pub fn failure(&self) -> Option<ClientError> {
+        self.queue.end()
+    }
+
+    /// Waits for the end of the connection, and tells its reason. May be awaited by several, and
+    /// outlives the connection.
+    pub fn failed(&self) -> impl Future<Output = ClientError> + Send + use<> {
+        let mut ended = self.queue.ended();
+        async move {
+            match ended.wait_for(Option::is_some).await.map(|reason| reason.clone()) {
+                Ok(Some(reason)) => reason,
+                // The queue has gone without an end: its driver never ran.
+                Ok(None) | Err(_) => ClientError::NotConnected,
+            }
+        }
+    }
+
+    /// Ends the connection politely once everything pending is answered; new requests are
+    /// refused from now on. [`failed`](Self::failed) tells when that is done. Dropping the
+    /// connection does the same.
+    pub fn close(&self) {
+        self.queue.close();
+    }
+
+    /// Ends the connection now: everything pending fails, and nothing more is sent.
+    pub fn kill(&self) {
+        self.queue.fail(&ClientError::Closed { server: self.queue.name.clone() });
+    }
+
+    fn has(&self, flag: TransmissionFlags) -> bool {
+        self.export.flags.contains(flag)
+    }
+
+    fn submit<T: FromCall>(&self, spec: CallSpec) -> Result<Submitted<T>> {
+        self.queue.submit(Call::new(spec))
+    }
+
+    fn error(&self, spec: &CallSpec, kind: ErrorKind, detail: impl Into<String>) -> Error {
+        Error::new(spec.operation, kind, self.queue.name.as_str(), detail).at(spec.offset, spec.len)
+    }
+
+    fn check(&self, spec: &CallSpec) -> Result<()> {
+        let &CallSpec { operation, offset, len, .. } = spec;
+        let changes = !matches!(operation, Operation::Read | Operation::BlockStatus);
+        if changes && self.limits.read_only {
+            return Err(self.error(spec, ErrorKind::ReadOnly, "the export is read-only"));
+        }
+        (self as &dyn BlockDevice).check_range(operation, offset, len)?;
+        let block = u64::from(self.limits.block_size);
+        let end = offset + len;
+        let aligned =
+            offset.is_multiple_of(block) && (end.is_multiple_of(block) || end == self.export.size);
+        if aligned {
+            return Ok(());
+        }
+        let detail = format!("not aligned to the server's minimum block of {block} bytes");
+        Err(self.error(spec, ErrorKind::InvalidInput, detail))
+    }
+
+    fn transfer(&self, operation: Operation, command: Command, offset: u64, len: u64) -> CallSpec {
+        CallSpec {
+            operation,
+            command,
+            flags: CommandFlags::NONE,
+            offset,
+            len,
+            payload: Payload::None,
+            piece_len_max: self.limits.transfer_max,
+        }
+    }
+
+    /// For commands that move no data: as long as a length can be.
+    fn effect(&self, operation: Operation, command: Command, offset: u64, len: u64) -> CallSpec {
+        let piece_len_max = u32::MAX - u32::MAX % self.limits.block_size.max(512);
+        CallSpec { piece_len_max, ..self.transfer(operation, command, offset, len) }
+    }
+
+    /// Submits, and lets a flush follow if `fua` is wanted of a server that does not have it.
+    fn submit_durably(&self, mut spec: CallSpec, fua: bool) -> Io<'static, ()> {
+        let native = self.has(TransmissionFlags::SEND_FUA);
+        spec.flags = spec.flags.with_if(fua && native, CommandFlags::FUA);
+        let submitted = match self.submit(spec) {
+            Ok(submitted) => submitted,
+            Err(error) => return Io::err(error),
+        };
+        if !fua || native || !self.has(TransmissionFlags::SEND_FLUSH) {
+            return Io::future(submitted);
+        }
+        let queue = Arc::clone(&self.queue);
+        let flush = Call::new(self.flush_spec());
+        Io::future(async move {
+            submitted.await?;
+            queue.submit::<()>(flush)?.await
+        })
+    }
+
+    fn flush_spec(&self) -> CallSpec {
+        self.effect(Operation::Flush, Command::FLUSH, 0, 0)
+    }
+
+    /// As [`BlockDevice::read`], with an operation that does not borrow the connection.
+    #[must_use]
+    pub fn start_read(&self, offset: u64, len: usize) -> Io<'static, Bytes> {
+        let spec = self.transfer(Operation::Read, Command::READ, offset, len as u64);
+        if let Err(error) = self.check(&spec) {
+            return Io::err(error);
+        }
+        if len == 0 {
+            return Io::ok(Bytes::new());
+        }
+        self.submit(spec).map_or_else(Io::err, Io::future)
+    }
+
+    /// As [`BlockDevice::write`], with an operation that does not borrow the connection.
+    #[must_use]
+    pub fn start_write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'static, ()> {
+        let mut spec = self.transfer(Operation::Write, Command::WRITE, offset, data.len() as u64);
+        if let Err(error) = self.check(&spec) {
+            return Io::err(error);
+        }
+        if data.is_empty() {
+            return Io::ok(());
+        }
+        spec.payload = Payload::Data(data);
+        self.submit_durably(spec, flags.fua)
+    }
+
+    /// As [`BlockDevice::write_zeroes`], with an operation that does not borrow the connection.
+    #[must_use]
+    pub fn start_write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'static, ()> {
+        let mut spec = self.effect(Operation::WriteZeroes, Command::WRITE_ZEROES, offset, len);
+        if let Err(error) = self.check(&spec) {
+            return Io::err(error);
+        }
+        if flags.fast && !self.limits.fast_zero {
+            let detail = "the server does not say whether zeroing is fast";
+            return Io::err(self.error(&spec, ErrorKind::Unsupported, detail));
+        }
+        if len == 0 {
+            return Io::ok(());
+        }
+        if self.has(TransmissionFlags::SEND_WRITE_ZEROES) {
+            spec.flags = spec
+                .flags
+                .with_if(!flags.may_unmap, CommandFlags::NO_HOLE)
+                .with_if(flags.fast, CommandFlags::FAST_ZERO);
+        } else {
+            spec.command = Command::WRITE;
+            spec.payload = Payload::Zeroes;
+            spec.piece_len_max = self.limits.transfer_max;
+        }
+        self.submit_durably(spec, flags.fua)
+    }
+
+    /// As [`BlockDevice::discard`], with an operation that does not borrow the connection.
+    #[must_use]
+    pub fn start_discard(&self, offset: u64, len: u64) -> Io<'static, ()> {
+        let spec = self.effect(Operation::Discard, Command::TRIM, offset, len);
+        if let Err(error) = self.check(&spec) {
+            return Io::err(error);
+        }
+        if len == 0 {
+            return Io::ok(());
+        }
+        if !self.has(TransmissionFlags::SEND_TRIM) {
+            return self.nothing_to_send(Operation::Discard);
+        }
+        self.submit(spec).map_or_else(Io::err, Io::future)
+    }
+
+    /// As [`BlockDevice::block_status`], with an operation that does not borrow the connection.
+    #[must_use]
+    pub fn start_block_status(&self, offset: u64, len: u64) -> Io<'static, BlockStatus> {
+        let block = u64::from(self.limits.block_size);
+        // Only a hint: what lies beyond is asked for next.
+        let asked = len.min(u64::from(u32::MAX - u32::MAX % self.limits.block_size.max(512)));
+        let mut spec = self.effect(Operation::BlockStatus, Command::BLOCK_STATUS, offset, asked);
+        if let Err(error) = self.check(&CallSpec { len, ..spec_range(&spec) }) {
+            return Io::err(error);
+        }
+        if len == 0 || !self.has_allocation_context {
+            let flags = StatusFlags { data: true, zero: false, allocated: true };
+            return Io::ok(BlockStatus { len, flags });
+        }
+        spec.flags = CommandFlags::REQ_ONE;
+        match self.submit::<Extent>(spec) {
+            Ok(submitted) => Io::future(async move { Ok(status(submitted.await?, asked, block)) }),
+            Err(error) => Io::err(error),
+        }
+    }
+
+    /// As [`BlockDevice::flush`], with an operation that does not borrow the connection.
+    #[must_use]
+    pub fn start_flush(&self, level: FlushLevel) -> Io<'static, ()> {
+        let needless = level == FlushLevel::Process || self.limits.read_only;
+        if needless || !self.has(TransmissionFlags::SEND_FLUSH) {
+            return self.nothing_to_send(Operation::Flush);
+        }
+        self.submit::<()>(self.flush_spec()).map_or_else(Io::err, Io::future)
+    }
+
+    /// Succeeds, but not on a connection that has ended.
+    fn nothing_to_send(&self, operation: Operation) -> Io<'static, ()> {
+        match self.queue.end() {
+            None => Io::ok(()),
+            Some(reason) => Io::err(Error::new(
+                operation,
+                reason.kind(),
+                self.queue.name.as_str(),
+                reason.to_string(),
+            )),
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.queue.close();
+    }
+}
+
+impl BlockDevice for Connection {
+    fn name(&self) -> &str {
+        &self.queue.name
+    }
+
+    fn size(&self) -> u64 {
+        self.export.size
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn read(&self, offset: u64, len: usize) -> Io<'_, Bytes> {
+        self.start_read(offset, len)
+    }
+
+    fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
+        self.start_write(offset, data, flags)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'_, ()> {
+        self.start_write_zeroes(offset, len, flags)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Io<'_, ()> {
+        self.start_discard(offset, len)
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus> {
+        self.start_block_status(offset, len)
+    }
+
+    fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
+        self.start_flush(level)
+    }
+}
+
+fn spec_range(spec: &CallSpec) -> CallSpec {
+    CallSpec { payload: Payload::None, ..*spec }
+}
+
+fn limits(export: &ExportInfo) -> Limits {
+    let sizes = export.block_sizes;
+    let transfer_max = sizes.max.min(PAYLOAD_LEN_MAX);
+    Limits {
+        block_size: sizes.min,
+        preferred_size: sizes.preferred,
+        transfer_max: transfer_max - transfer_max % sizes.min,
+        read_only: export.flags.contains(TransmissionFlags::READ_ONLY),
+        growable: false,
+        can_discard: export.flags.contains(TransmissionFlags::SEND_TRIM),
+        fast_zero: export
+            .flags
+            .contains(TransmissionFlags::SEND_WRITE_ZEROES.with(TransmissionFlags::SEND_FAST_ZERO)),
+    }
+}
+
+/// Cuts an extent to the request, and to whole blocks: a server's own granularity may be finer
+/// than the one that it has agreed on. A block of which only a part is known counts as data.
+fn status(extent: Extent, asked: u64, block: u64) -> BlockStatus {
+    let data = StatusFlags { data: true, zero: false, allocated: true };
+    let Extent(Some((len, flags))) = extent else {
+        return BlockStatus { len: asked, flags: data };
+    };
+    let len = u64::from(len).min(asked);
+    let flags = AllocationFlags(flags);
+    let flags = StatusFlags {
+        data: !flags.contains(AllocationFlags::HOLE),
+        zero: flags.contains(AllocationFlags::ZERO),
+        allocated: true,
+    };
+    let whole = if len == asked { len } else { len - len % block };
+    if whole == 0 {
+        return BlockStatus { len: block.min(asked), flags: data };
+    }
+    BlockStatus { len: whole, flags }
+}

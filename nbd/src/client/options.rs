@@ -1,0 +1,67 @@
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::{Endpoint, NbdUri};
+
+/// How to connect, and what a connection may cost.
+#[derive(Debug, Clone)]
+pub struct ConnectOptions {
+    /// The server.
+    pub endpoint: Endpoint,
+    /// Name of the export; empty for the default one.
+    pub export: String,
+    /// The device's name in errors and events.
+    pub name: String,
+    /// Bounds connecting and the handshake together.
+    pub connect_timeout: Duration,
+    /// How long any request may take, counted from its submission, waiting in the queue
+    /// included. When one takes longer the whole connection fails: nobody knows any more what
+    /// the server will do with the others.
+    pub request_timeout: Duration,
+    /// Options outside the protocol, sent before all others; a server that refuses one refuses
+    /// the connection. Numbers from
+    /// [`PRIVATE_OPTION_BASE`](crate::proto::wire::PRIVATE_OPTION_BASE) on.
+    pub private_options: Vec<(u32, Bytes)>,
+    /// Most requests sent and not answered. QEMU's server looks at 16 at a time.
+    pub in_flight_max: usize,
+    /// Most bytes of payload, read or written, of requests sent and not answered. One request
+    /// is always let through.
+    pub in_flight_bytes_max: u64,
+    /// Most operations waiting to be sent; one more fails at once.
+    pub queued_max: usize,
+    /// Most bytes of payload waiting to be sent; a write beyond it fails at once.
+    pub queued_bytes_max: u64,
+    /// Ask for structured replies, and with them for the state of ranges.
+    pub want_structured: bool,
+}
+
+impl ConnectOptions {
+    /// The defaults: 10 s to connect, 30 s for a request, 128 requests or 64 MiB in flight,
+    /// 16384 operations or 256 MiB queued.
+    #[must_use]
+    pub fn new(endpoint: Endpoint, export: impl Into<String>) -> Self {
+        let export = export.into();
+        let name = format!("nbd://{endpoint}/{export}");
+        ConnectOptions {
+            endpoint,
+            export,
+            name,
+            connect_timeout: Duration::from_secs(10),
+            request_timeout: Duration::from_secs(30),
+            private_options: Vec::new(),
+            in_flight_max: 128,
+            in_flight_bytes_max: 64 << 20,
+            queued_max: 16_384,
+            queued_bytes_max: 256 << 20,
+            want_structured: true,
+        }
+    }
+
+    /// The defaults for a URI.
+    #[must_use]
+    pub fn from_uri(uri: &NbdUri) -> Self {
+        let options = Self::new(uri.endpoint.clone(), uri.export.clone());
+        ConnectOptions { name: uri.to_string(), ..options }
+    }
+}

@@ -1,0 +1,523 @@
+use std::collections::VecDeque;
+
+use bytes::{Bytes, BytesMut};
+
+use super::Slab;
+use super::option_reply::message;
+use super::read_buffer::ReadBuffer;
+use crate::proto::wire::{
+    BadMagic, ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, Errno, Reader,
+    RequestHeader, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, SimpleReply,
+};
+
+/// How much of an error text is kept, in bytes.
+const MESSAGE_LEN_MAX: usize = 1024;
+
+/// Longest error chunk, in bytes: the text has at most 64 KiB; kinds of errors that we do not know
+/// may have more to say, but not without bounds.
+const ERROR_LEN_MAX: u32 = 1 << 20;
+
+/// How the server broke the protocol. The stream is then of no further use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs)]
+pub enum ReplyError {
+    #[error("wrong magic number {0:#010x} in a reply")]
+    Magic(u32),
+    #[error("a reply to a request that was never sent (cookie {0:#x})")]
+    Cookie(u64),
+    #[error("a simple reply to a {0}")]
+    Simple(Command),
+    #[error("a structured reply, which was not agreed on")]
+    NotStructured,
+    #[error("a chunk of type {kind} in the reply to a {command}")]
+    Chunk { kind: ChunkType, command: Command },
+    #[error("a chunk of type {kind} with {len} bytes")]
+    ChunkLength { kind: ChunkType, len: u32 },
+    #[error("an empty chunk that is not the last one")]
+    EmptyNotDone,
+    #[error("data outside the range that was asked for")]
+    OutsideRequest,
+    #[error("a hole without length")]
+    EmptyHole,
+    #[error("two chunks for the same bytes")]
+    Overlap,
+    #[error("a read cut into more pieces than anybody can want")]
+    TooManyChunks,
+    #[error("a read that is reported as successful, but not all of whose data came")]
+    Incomplete,
+    #[error("an extent without length")]
+    EmptyExtent,
+    #[error("the state of a range in context {0}, which was not agreed on")]
+    Context(u32),
+    #[error("the state of a range told twice")]
+    RepeatedContext,
+    #[error("the state of a range that is reported as successful, but was not told")]
+    NoExtent,
+    #[error("an error chunk that reports no error")]
+    ErrorWithoutError,
+    #[error("an error text longer than its chunk")]
+    ErrorText,
+    #[error("an error at an offset outside the range that was asked for")]
+    ErrorOffset,
+}
+
+/// A request, apart from the payload of a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// What is asked for.
+    pub command: Command,
+    /// Modifiers.
+    pub flags: CommandFlags,
+    /// First byte of the range, in bytes.
+    pub offset: u64,
+    /// Length of the range, in bytes.
+    pub len: u32,
+}
+
+/// The end of a request.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// What the caller gave with the request.
+    pub tag: u64,
+    /// The request itself.
+    pub request: Request,
+    /// What the server said.
+    pub result: Result<Answer, Refusal>,
+}
+
+/// A successful reply.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// What was read: exactly as much as was asked for.
+    Data(Bytes),
+    /// The first extent of a range, in the context `base:allocation`.
+    Extent {
+        /// Its length in bytes: not 0, otherwise as the server sent it.
+        len: u32,
+        /// [`AllocationFlags`](crate::proto::wire::AllocationFlags).
+        flags: u32,
+    },
+}
+
+/// A request that the server refused, or failed to carry out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// One of those that the protocol lists.
+    pub errno: Errno,
+    /// What the server says about it; may be empty.
+    pub message: String,
+}
+
+/// A place for data that are about to arrive: receive at most `missing` bytes to the end of
+/// `buffer`, then call [`Transmission::received_directly`].
+#[derive(Debug)]
+pub struct DirectRead<'a> {
+    /// Has room for all of them.
+    pub buffer: &'a mut BytesMut,
+    /// How many bytes are to come.
+    pub missing: usize,
+}
+
+/// A client's side of the transmission phase: numbers the requests, and decodes the replies.
+///
+/// Nothing that a server sends is believed: whatever does not fit the request that it claims to
+/// answer is a [`ReplyError`]. Memory is bounded by the requests outstanding.
+#[derive(Debug)]
+pub struct Transmission {
+    structured: bool,
+    allocation_context: Option<u32>,
+    outstanding: Slab<Outstanding>,
+    state: State,
+    completed: VecDeque<Completion>,
+}
+
+#[derive(Debug)]
+struct Outstanding {
+    tag: u64,
+    request: Request,
+    /// A chunk of the reply has come.
+    begun: bool,
+    refusal: Option<Refusal>,
+    /// The text of the first error, as far as it has come.
+    text: Vec<u8>,
+    /// How many error chunks have begun.
+    texts: u32,
+    read: ReadBuffer,
+    extent: Option<(u32, u32)>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum State {
+    Header,
+    Chunk(Chunk),
+}
+
+/// What is being received. Lengths count what has not been taken in yet.
+#[derive(Debug, Clone, Copy)]
+struct Chunk {
+    cookie: u64,
+    done: bool,
+    len: u32,
+    body: Body,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Body {
+    DataOffset,
+    Data,
+    Hole,
+    Context,
+    Extents,
+    ErrorHead(ChunkType),
+    ErrorText { len: u32, with_offset: bool },
+    ErrorOffset,
+    Skip,
+}
+
+impl Transmission {
+    /// No request is outstanding. Both arguments as the handshake has agreed.
+    #[must_use]
+    pub fn new(structured_replies: bool, allocation_context: Option<u32>) -> Self {
+        Transmission {
+            structured: structured_replies,
+            allocation_context,
+            outstanding: Slab::default(),
+            state: State::Header,
+            completed: VecDeque::new(),
+        }
+    }
+
+    /// How many requests have no complete reply yet.
+    #[must_use]
+    pub fn outstanding(&self) -> usize {
+        self.outstanding.len()
+    }
+
+    /// Registers a request; the header is to be sent now, and then the payload of a write. `tag`
+    /// comes back with the completion.
+    pub fn start(&mut self, request: Request, tag: u64) -> RequestHeader {
+        let read_len = if request.command == Command::READ { request.len } else { 0 };
+        let cookie = self.outstanding.insert(Outstanding {
+            tag,
+            request,
+            begun: false,
+            refusal: None,
+            text: Vec::new(),
+            texts: 0,
+            read: ReadBuffer::new(read_len),
+            extent: None,
+        });
+        let Request { command, flags, offset, len } = request;
+        RequestHeader { flags, command, cookie, offset, len }
+    }
+
+    /// The next request that has ended.
+    pub fn pop(&mut self) -> Option<Completion> {
+        self.completed.pop_front()
+    }
+
+    /// Takes in what has been received; returns how many bytes of it are used up. The rest, less
+    /// than a header, is to be given again together with what follows.
+    ///
+    /// # Errors
+    /// The server broke the protocol. Call nothing but [`pop`](Self::pop) afterwards.
+    pub fn receive(&mut self, input: &[u8]) -> Result<usize, ReplyError> {
+        let mut rest = input;
+        loop {
+            let before = rest.len();
+            let done = match self.state {
+                State::Header => !self.header(&mut rest)?,
+                State::Chunk(chunk) => !self.body(chunk, &mut rest)?,
+            };
+            if done {
+                return Ok(input.len() - before);
+            }
+        }
+    }
+
+    /// Where to receive the bytes that come next, if they are the data of a read in order.
+    pub fn direct_read(&mut self) -> Option<DirectRead<'_>> {
+        let State::Chunk(Chunk { cookie, len, body: Body::Data, .. }) = self.state else {
+            return None;
+        };
+        let buffer = self.outstanding.get_mut(cookie)?.read.spare()?;
+        Some(DirectRead { buffer, missing: len as usize })
+    }
+
+    /// `len` bytes have been put where [`direct_read`](Self::direct_read) said.
+    ///
+    /// # Errors
+    /// As for [`receive`](Self::receive).
+    pub fn received_directly(&mut self, len: usize) -> Result<(), ReplyError> {
+        if let State::Chunk(mut chunk) = self.state {
+            chunk.len = chunk.len.saturating_sub(u32::try_from(len).unwrap_or(u32::MAX));
+            self.go_on(chunk)?;
+        }
+        Ok(())
+    }
+
+    /// `Ok(false)`: there is not enough yet.
+    fn header(&mut self, rest: &mut &[u8]) -> Result<bool, ReplyError> {
+        let Some(magic) = rest.first_chunk() else { return Ok(false) };
+        match u32::from_be_bytes(*magic) {
+            SIMPLE_REPLY_MAGIC => match take(rest) {
+                Some(head) => self.simple(SimpleReply::decode(head).map_err(wrong_magic)?)?,
+                None => return Ok(false),
+            },
+            STRUCTURED_REPLY_MAGIC if self.structured => match take(rest) {
+                Some(head) => self.chunk(ChunkHeader::decode(head).map_err(wrong_magic)?)?,
+                None => return Ok(false),
+            },
+            STRUCTURED_REPLY_MAGIC => return Err(ReplyError::NotStructured),
+            magic => return Err(ReplyError::Magic(magic)),
+        }
+        Ok(true)
+    }
+
+    fn simple(&mut self, reply: SimpleReply) -> Result<(), ReplyError> {
+        let structured = self.structured;
+        let cookie = reply.cookie;
+        let slot = self.outstanding.get_mut(cookie).ok_or(ReplyError::Cookie(cookie))?;
+        let command = slot.request.command;
+        if slot.begun || (structured && command == Command::READ) {
+            return Err(ReplyError::Simple(command));
+        }
+        if reply.error != Errno::OK {
+            slot.refusal = Some(Refusal { errno: known(reply.error), message: String::new() });
+            return self.complete(cookie);
+        }
+        let len = slot.request.len;
+        if command == Command::READ && len > 0 {
+            slot.begun = true;
+            slot.read.begin(0, len)?;
+            self.state = State::Chunk(Chunk { cookie, done: true, len, body: Body::Data });
+            return Ok(());
+        }
+        self.complete(cookie)
+    }
+
+    fn chunk(&mut self, header: ChunkHeader) -> Result<(), ReplyError> {
+        let ChunkHeader { kind, cookie, len, .. } = header;
+        let done = header.flags.contains(ChunkFlags::DONE);
+        let slot = self.outstanding.get_mut(cookie).ok_or(ReplyError::Cookie(cookie))?;
+        slot.begun = true;
+        let command = slot.request.command;
+        let fits = |condition| {
+            if condition { Ok(()) } else { Err(ReplyError::ChunkLength { kind, len }) }
+        };
+        let body = match (kind, command) {
+            (ChunkType::NONE, _) => {
+                fits(len == 0)?;
+                return if done { self.complete(cookie) } else { Err(ReplyError::EmptyNotDone) };
+            }
+            (ChunkType::OFFSET_DATA, Command::READ) => {
+                fits(len > 8)?;
+                Body::DataOffset
+            }
+            (ChunkType::OFFSET_HOLE, Command::READ) => {
+                fits(len == 12)?;
+                Body::Hole
+            }
+            (ChunkType::BLOCK_STATUS, Command::BLOCK_STATUS) => {
+                fits(len >= 12 && len % 8 == 4)?;
+                Body::Context
+            }
+            (kind, _) if kind.is_error() => {
+                fits((6..=ERROR_LEN_MAX).contains(&len))?;
+                Body::ErrorHead(kind)
+            }
+            _ => return Err(ReplyError::Chunk { kind, command }),
+        };
+        self.state = State::Chunk(Chunk { cookie, done, len, body });
+        Ok(())
+    }
+
+    /// `Ok(false)`: there is not enough yet.
+    fn body(&mut self, mut chunk: Chunk, rest: &mut &[u8]) -> Result<bool, ReplyError> {
+        let cookie = chunk.cookie;
+        let slot = self.outstanding.get_mut(cookie).ok_or(ReplyError::Cookie(cookie))?;
+        match chunk.body {
+            Body::DataOffset => {
+                let Some(offset) = take(rest) else { return Ok(false) };
+                chunk.len -= 8;
+                slot.read.begin(slot.relative(u64::from_be_bytes(*offset))?, chunk.len)?;
+                chunk.body = Body::Data;
+            }
+            Body::Data => {
+                let Some(bytes) = take_some(rest, chunk.len) else { return Ok(false) };
+                slot.read.put(bytes);
+                chunk.len -= bytes.len() as u32;
+            }
+            Body::Hole => {
+                let Some(body) = take::<12>(rest) else { return Ok(false) };
+                slot.hole(body)?;
+                chunk.len = 0;
+            }
+            Body::Context => {
+                let Some(id) = take(rest) else { return Ok(false) };
+                slot.context(u32::from_be_bytes(*id), self.allocation_context)?;
+                chunk.len -= 4;
+                chunk.body = Body::Extents;
+            }
+            Body::Extents => {
+                let Some(extent) = take::<8>(rest) else { return Ok(false) };
+                slot.extent(extent)?;
+                chunk.len -= 8;
+            }
+            Body::ErrorHead(kind) => {
+                let Some(head) = take::<6>(rest) else { return Ok(false) };
+                chunk.len -= 6;
+                let len = slot.error(head, kind, chunk.len)?;
+                let with_offset = kind == ChunkType::ERROR_OFFSET;
+                chunk.body = Body::ErrorText { len, with_offset };
+            }
+            Body::ErrorText { len: 0, with_offset: true } => chunk.body = Body::ErrorOffset,
+            Body::ErrorText { len: 0, with_offset: false } => chunk.body = Body::Skip,
+            Body::ErrorText { len, with_offset } => {
+                let Some(text) = take_some(rest, len) else { return Ok(false) };
+                slot.error_text(text);
+                let taken = text.len() as u32;
+                chunk.len -= taken;
+                chunk.body = Body::ErrorText { len: len - taken, with_offset };
+            }
+            Body::ErrorOffset => {
+                let Some(offset) = take(rest) else { return Ok(false) };
+                slot.error_offset(u64::from_be_bytes(*offset))?;
+                chunk.len -= 8;
+                chunk.body = Body::Skip;
+            }
+            Body::Skip => {
+                let Some(bytes) = take_some(rest, chunk.len) else { return Ok(false) };
+                chunk.len -= bytes.len() as u32;
+            }
+        }
+        self.go_on(chunk)?;
+        Ok(true)
+    }
+
+    /// Part of a chunk has been taken in: the rest of it, or the next header, comes next.
+    fn go_on(&mut self, chunk: Chunk) -> Result<(), ReplyError> {
+        if chunk.len > 0 {
+            self.state = State::Chunk(chunk);
+            return Ok(());
+        }
+        self.state = State::Header;
+        if chunk.done { self.complete(chunk.cookie) } else { Ok(()) }
+    }
+
+    fn complete(&mut self, cookie: u64) -> Result<(), ReplyError> {
+        let slot = self.outstanding.remove(cookie).ok_or(ReplyError::Cookie(cookie))?;
+        let result = match (slot.refusal, slot.request.command) {
+            (Some(refusal), _) => Err(Refusal { message: message(&slot.text), ..refusal }),
+            (None, Command::READ) => Ok(Answer::Data(slot.read.finish()?)),
+            (None, Command::BLOCK_STATUS) => {
+                let (len, flags) = slot.extent.ok_or(ReplyError::NoExtent)?;
+                Ok(Answer::Extent { len, flags })
+            }
+            (None, _) => Ok(Answer::Done),
+        };
+        self.completed.push_back(Completion { tag: slot.tag, request: slot.request, result });
+        Ok(())
+    }
+}
+
+impl Outstanding {
+    /// A position on the disk as a position in the request.
+    fn relative(&self, offset: u64) -> Result<u64, ReplyError> {
+        offset.checked_sub(self.request.offset).ok_or(ReplyError::OutsideRequest)
+    }
+
+    fn hole(&mut self, body: &[u8; 12]) -> Result<(), ReplyError> {
+        let mut reader = Reader::new(body);
+        let offset = reader.u64().unwrap_or_default();
+        let len = reader.u32().unwrap_or_default();
+        if len == 0 {
+            return Err(ReplyError::EmptyHole);
+        }
+        self.read.begin(self.relative(offset)?, len)?;
+        self.read.put_zeroes(len);
+        Ok(())
+    }
+
+    fn context(&mut self, id: u32, agreed: Option<u32>) -> Result<(), ReplyError> {
+        if agreed != Some(id) {
+            return Err(ReplyError::Context(id));
+        }
+        if self.extent.is_some() { Err(ReplyError::RepeatedContext) } else { Ok(()) }
+    }
+
+    /// Only the first extent is kept: we always ask for one.
+    fn extent(&mut self, body: &[u8; 8]) -> Result<(), ReplyError> {
+        let mut reader = Reader::new(body);
+        let len = reader.u32().unwrap_or_default();
+        let flags = reader.u32().unwrap_or_default();
+        if len == 0 {
+            return Err(ReplyError::EmptyExtent);
+        }
+        self.extent.get_or_insert((len, flags));
+        Ok(())
+    }
+
+    /// Returns the length of the text, in bytes; `rest_len` is what follows in the chunk.
+    fn error(&mut self, head: &[u8; 6], kind: ChunkType, rest_len: u32) -> Result<u32, ReplyError> {
+        let mut reader = Reader::new(head);
+        let errno = Errno(reader.u32().unwrap_or_default());
+        let text_len = u32::from(reader.u16().unwrap_or_default());
+        if errno == Errno::OK {
+            return Err(ReplyError::ErrorWithoutError);
+        }
+        let fits = match kind {
+            ChunkType::ERROR => rest_len == text_len,
+            ChunkType::ERROR_OFFSET => rest_len == text_len + 8,
+            _ => rest_len >= text_len,
+        };
+        if !fits {
+            return Err(ReplyError::ErrorText);
+        }
+        self.texts = self.texts.saturating_add(1);
+        self.refusal.get_or_insert_with(|| Refusal { errno: known(errno), message: String::new() });
+        Ok(text_len)
+    }
+
+    /// The text of the first error is kept; a server may cut it anywhere on its way.
+    fn error_text(&mut self, text: &[u8]) {
+        if self.texts == 1 {
+            let room = MESSAGE_LEN_MAX.saturating_sub(self.text.len());
+            self.text.extend_from_slice(&text[..text.len().min(room)]);
+        }
+    }
+
+    fn error_offset(&self, offset: u64) -> Result<(), ReplyError> {
+        let len = u64::from(self.request.len);
+        match offset.checked_sub(self.request.offset) {
+            Some(relative) if relative < len || len == 0 => Ok(()),
+            _ => Err(ReplyError::ErrorOffset),
+        }
+    }
+}
+
+/// What the protocol does not list counts as `EINVAL` (§6).
+fn known(errno: Errno) -> Errno {
+    if errno.name().is_some() && errno != Errno::OK { errno } else { Errno::EINVAL }
+}
+
+fn wrong_magic(error: BadMagic) -> ReplyError {
+    ReplyError::Magic(error.0 as u32)
+}
+
+/// The next `N` bytes, if they are there.
+fn take<'a, const N: usize>(rest: &mut &'a [u8]) -> Option<&'a [u8; N]> {
+    let (head, tail) = rest.split_first_chunk()?;
+    *rest = tail;
+    Some(head)
+}
+
+/// Up to `len` bytes; `None` if there are none.
+fn take_some<'a>(rest: &mut &'a [u8], len: u32) -> Option<&'a [u8]> {
+    let (head, tail) = rest.split_at(rest.len().min(len as usize));
+    *rest = tail;
+    if head.is_empty() { None } else { Some(head) }
+}
