@@ -7,6 +7,7 @@
 //! * [`RangeLock`] serialises operations that overlap; [`detach`] runs an operation to its end
 //!   even when the caller loses interest.
 mod buffer;
+pub mod conformance;
 mod copy;
 mod decorator;
 mod detach;
