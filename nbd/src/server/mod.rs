@@ -1,1 +1,213 @@
-//! Stub.
+//! An NBD server: serves block devices to clients over TCP and unix sockets.
+//!
+//! A [`Server`] asks its [`Exports`] what there is and gives each client its [`Export`];
+//! [`StaticExports`] is a table of them. Every client is a [`Connection`], which can be watched,
+//! closed, and drained.
+
+mod budget;
+mod config;
+mod connection;
+mod execute;
+mod exports;
+mod handshake;
+mod listener;
+mod session;
+mod static_exports;
+mod taken;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use self::config::ServerConfig;
+pub use self::connection::{Connection, Counters};
+pub use self::exports::{Export, Exports, PrivateReply, Takeover};
+pub use self::listener::{BindError, Listener};
+pub use self::static_exports::StaticExports;
+pub use self::taken::TakenStream;
+pub use crate::proto::server::{ExportDescription, OptionError, OptionErrorCode};
+
+use self::budget::Budget;
+use self::connection::Stop;
+use self::handshake::{Driver, HandshakeError, Outcome};
+use self::session::Session;
+use crate::proto::server::Ending;
+use crate::{Endpoint, Stream};
+
+/// How long to wait before accepting again when the system is out of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves exports to any number of clients on any number of listeners.
+///
+/// Connections run as tasks of the runtime in which [`serve`](Self::serve) is called; on a
+/// current-thread runtime everything stays in one thread, which is the fastest way.
+pub struct Server {
+    exports: Arc<dyn Exports>,
+    config: ServerConfig,
+    budget: Budget,
+    slots: Arc<Semaphore>,
+    connections: Mutex<BTreeMap<u64, Arc<Connection>>>,
+    next_id: AtomicU64,
+    stopping: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Server {
+    /// A server that serves nobody yet.
+    pub fn new(exports: Arc<dyn Exports>, config: ServerConfig) -> Arc<Self> {
+        Arc::new(Server {
+            budget: Budget::new(config.server_bytes_max),
+            slots: Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS))),
+            exports,
+            config,
+            connections: Mutex::default(),
+            next_id: AtomicU64::new(1),
+            stopping: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// Listens; see [`Listener::bind`]. Clients connect from now on and wait for
+    /// [`serve`](Self::serve).
+    ///
+    /// # Errors
+    /// If the address is not to be had.
+    pub async fn bind(endpoint: &Endpoint) -> Result<Listener, BindError> {
+        Listener::bind(endpoint).await
+    }
+
+    /// Accepts clients until the server is shut down. May run for several listeners at a time.
+    /// Dropping the future stops accepting; connections go on.
+    pub async fn serve(self: &Arc<Self>, listener: Listener) {
+        let accepting = async {
+            loop {
+                // First the slot: without one the client waits in the queue of the socket.
+                let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { return };
+                match listener.accept().await {
+                    Ok(stream) => self.spawn(stream, slot),
+                    // The client has gone again before it was accepted.
+                    Err(error) if is_of_the_client(&error) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot accept NBD clients on {}", listener.endpoint());
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.stopping.cancelled() => {}
+            () = accepting => {}
+        }
+    }
+
+    /// Ends the server: no client is accepted any more; requests that are being worked on are
+    /// finished and answered, later ones refused with `ESHUTDOWN`, options with `ERR_SHUTDOWN`;
+    /// then each connection is closed. After `grace` the remaining ones are cut off. Operations
+    /// that still run on a device then go on: [`Connection::closed`] tells when they have ended.
+    pub async fn shutdown(&self, grace: Duration) {
+        self.stopping.cancel();
+        self.tasks.close();
+        for connection in self.connections() {
+            connection.stop(Stop::ShutDown);
+        }
+        if tokio::time::timeout(grace, self.tasks.wait()).await.is_err() {
+            for connection in self.connections() {
+                connection.stop(Stop::Abort);
+            }
+        }
+    }
+
+    /// The connections there are, oldest first.
+    pub fn connections(&self) -> Vec<Arc<Connection>> {
+        self.table().values().cloned().collect()
+    }
+
+    /// Payload bytes that requests and unsent replies of all connections hold.
+    pub fn bytes_in_flight(&self) -> u64 {
+        self.budget.used()
+    }
+
+    fn spawn(self: &Arc<Self>, stream: Stream, slot: OwnedSemaphorePermit) {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let connection = Connection::new(id, stream.peer());
+        self.table().insert(id, Arc::clone(&connection));
+        if self.stopping.is_cancelled() {
+            connection.stop(Stop::ShutDown);
+        }
+        let registration = Registration { server: Arc::clone(self), connection };
+        self.tasks.spawn(async move {
+            let _slot = slot;
+            let registration = registration;
+            registration.run(stream).await;
+        });
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Connection>>> {
+        // No code that can panic runs under this lock.
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+fn is_of_the_client(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind as Kind;
+    matches!(
+        error.kind(),
+        Kind::ConnectionAborted | Kind::ConnectionReset | Kind::Interrupted | Kind::NotConnected
+    )
+}
+
+/// A connection in the server's table; it leaves the table however its task ends.
+struct Registration {
+    server: Arc<Server>,
+    connection: Arc<Connection>,
+}
+
+impl Registration {
+    async fn run(&self, mut stream: Stream) {
+        let Registration { server, connection } = self;
+        let handshake =
+            Driver::new(&mut stream, connection, &*server.exports, server.config.handshake_timeout);
+        match handshake.run().await {
+            Ok(Outcome::Transmission { export, agreed, input }) => {
+                connection.set_export_name(&export.canonical_name);
+                let (config, budget) = (&server.config, &server.budget);
+                let connection = Arc::clone(connection);
+                Session::new(stream, connection, export.device, agreed, input, config, budget)
+                    .run()
+                    .await;
+            }
+            Ok(Outcome::Takeover { then, input }) => {
+                let stream = TakenStream::new(stream, input, connection);
+                tokio::select! {
+                    biased;
+                    () = connection.stopped(Stop::Abort) => {}
+                    () = then(stream) => {}
+                }
+            }
+            Err(HandshakeError::Ending(Ending::Aborted) | HandshakeError::Eof) => {}
+            Err(error) => {
+                tracing::info!(peer = connection.peer(), "an NBD handshake ended: {error}");
+            }
+        }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.server.table().remove(&self.connection.id());
+        self.connection.release();
+    }
+}

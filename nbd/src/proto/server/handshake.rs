@@ -1,0 +1,557 @@
+//! A server's handshake: fixed newstyle, options 1 to 10 (§2, §7, §8).
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+use super::options::{
+    BASE_ALLOCATION, InfoOption, InfoRequests, MetaOption, OPTION_DATA_LEN_MAX, OptionError,
+    OptionErrorCode, parse_info, parse_meta, string,
+};
+use crate::proto::wire::{
+    ClientFlags, EXPORT_NAME_PADDING, HandshakeFlags, INIT_MAGIC, InfoType, OPTION_LEN_MAX,
+    OPTION_MAGIC, OptionCode, OptionHeader, OptionReplyHeader, PAYLOAD_LEN_MAX, PRIVATE_REPLY,
+    ReplyType, STRING_LEN_MAX, TransmissionFlags,
+};
+
+/// Most options that one handshake may consist of. Clients send less than ten; one that lists a
+/// large server's exports one by one stays below this.
+const OPTIONS_MAX: u32 = 1024;
+
+/// The id under which `base:allocation` is selected.
+const BASE_ALLOCATION_ID: u32 = 1;
+
+/// A minimum block size up to this many bytes is obeyed by clients that never asked for it.
+const UNASKED_BLOCK_SIZE_MAX: u32 = 512;
+
+/// One line of a list of exports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportDescription {
+    /// The name under which the export is opened.
+    pub name: String,
+    /// A text for people; may be empty.
+    pub description: String,
+}
+
+/// What a client is told about an export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// The name that is the same however the export was asked for.
+    pub canonical_name: String,
+    /// A text for people; may be empty.
+    pub description: String,
+    /// In bytes; need not be a multiple of any block size.
+    pub size: u64,
+    /// Commands that change content are refused.
+    pub read_only: bool,
+    /// A flush on one connection covers what completed on every other.
+    pub multi_conn: bool,
+    /// Every range has to be a multiple of this (a power of two up to 65536), in bytes.
+    pub block_size: u32,
+    /// Multiples of this work best (a power of two), in bytes.
+    pub preferred_size: u32,
+}
+
+impl ExportInfo {
+    /// The flags of the transmission phase (§3).
+    #[must_use]
+    pub fn transmission_flags(&self, structured: bool) -> TransmissionFlags {
+        let writable = TransmissionFlags::SEND_TRIM
+            .with(TransmissionFlags::SEND_WRITE_ZEROES)
+            .with(TransmissionFlags::SEND_FAST_ZERO);
+        TransmissionFlags::HAS_FLAGS
+            .with(TransmissionFlags::SEND_FLUSH)
+            .with(TransmissionFlags::SEND_FUA)
+            .with(TransmissionFlags::SEND_CACHE)
+            .with_if(self.read_only, TransmissionFlags::READ_ONLY)
+            .with_if(!self.read_only, writable)
+            .with_if(self.multi_conn, TransmissionFlags::CAN_MULTI_CONN)
+            .with_if(structured, TransmissionFlags::SEND_DF)
+    }
+}
+
+/// What both sides agreed on: the result of a handshake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Agreed {
+    /// The export as it was described to the client.
+    pub export: ExportInfo,
+    /// Replies are structured.
+    pub structured: bool,
+    /// The id of `base:allocation`, if it was selected for this export.
+    pub base_allocation_id: Option<u32>,
+    /// The client asked for the block size, so it has to obey it.
+    pub block_size_agreed: bool,
+}
+
+/// Why a connection ends during its handshake.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Ending {
+    /// The client asked for it.
+    #[error("the client ended the handshake")]
+    Aborted,
+    /// What came cannot be answered.
+    #[error("{0}")]
+    Violation(&'static str),
+    /// `EXPORT_NAME` cannot be refused in any other way.
+    #[error("{0}")]
+    Refused(OptionError),
+}
+
+/// What a handshake needs next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Step {
+    /// At least this many more bytes of input.
+    Input(usize),
+    /// [`Handshake::listed`].
+    List,
+    /// [`Handshake::opened`].
+    Open(String),
+    /// [`Handshake::answered`].
+    Private {
+        /// The number of the option.
+        option: u32,
+        /// Its data.
+        data: Bytes,
+    },
+    /// Nothing: the transmission phase begins with what is left of the input.
+    Transmission(Box<Agreed>),
+    /// Nothing: the connection is to be closed once the output is sent.
+    Close(Ending),
+}
+
+#[derive(Debug)]
+enum Phase {
+    ClientFlags,
+    Header,
+    Data(OptionHeader),
+    /// `left` bytes are dropped, then the option is refused.
+    Skip {
+        option: OptionCode,
+        left: usize,
+        refusal: OptionError,
+    },
+    Asked(Question),
+    Transmission(Box<Agreed>),
+    Closed(Ending),
+}
+
+/// What the driver has been asked, and what for.
+#[derive(Debug, Clone)]
+enum Question {
+    List,
+    ExportName(String),
+    Info(OptionCode, InfoOption),
+    Meta(OptionCode, MetaOption),
+    Private(OptionCode, Bytes),
+}
+
+impl Question {
+    fn step(&self) -> Step {
+        match self {
+            Question::List => Step::List,
+            Question::ExportName(name) => Step::Open(name.clone()),
+            Question::Info(_, info) => Step::Open(info.export.clone()),
+            Question::Meta(_, meta) => Step::Open(meta.export.clone()),
+            Question::Private(option, data) => {
+                Step::Private { option: option.0, data: data.clone() }
+            }
+        }
+    }
+}
+
+/// The state machine of one handshake.
+///
+/// Call [`step`](Self::step) with all input that there is, do what it asks for, and again; send
+/// what [`take_output`](Self::take_output) gives before waiting for input.
+#[derive(Debug)]
+pub struct Handshake {
+    phase: Phase,
+    output: BytesMut,
+    fixed_newstyle: bool,
+    no_zeroes: bool,
+    structured: bool,
+    /// Canonical name of the export for which `base:allocation` is selected.
+    base_allocation: Option<String>,
+    options_left: u32,
+    shutting_down: bool,
+}
+
+impl Default for Handshake {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Handshake {
+    /// A connection has been made; the greeting is in the output.
+    #[must_use]
+    pub fn new() -> Self {
+        let mut output = BytesMut::with_capacity(256);
+        output.put_u64(INIT_MAGIC);
+        output.put_u64(OPTION_MAGIC);
+        output.put_u16(HandshakeFlags::FIXED_NEWSTYLE.with(HandshakeFlags::NO_ZEROES).0);
+        Handshake {
+            phase: Phase::ClientFlags,
+            output,
+            fixed_newstyle: false,
+            no_zeroes: false,
+            structured: false,
+            base_allocation: None,
+            options_left: OPTIONS_MAX,
+            shutting_down: false,
+        }
+    }
+
+    /// What has to be sent, in order; empties the output.
+    pub fn take_output(&mut self) -> Bytes {
+        self.output.split().freeze()
+    }
+
+    /// From now on every option but `ABORT` is refused with `ERR_SHUTDOWN`.
+    pub fn shut_down(&mut self) {
+        self.shutting_down = true;
+    }
+
+    /// Goes on as far as the input reaches. A question is repeated until it is answered.
+    pub fn step(&mut self, input: &mut BytesMut) -> Step {
+        loop {
+            let missing = match &mut self.phase {
+                Phase::ClientFlags => self.client_flags(input),
+                Phase::Header => self.header(input),
+                Phase::Data(header) => {
+                    let header = *header;
+                    self.data(header, input)
+                }
+                Phase::Skip { left, .. } => {
+                    let count = input.len().min(*left);
+                    input.advance(count);
+                    *left -= count;
+                    if *left > 0 { Some(*left) } else { self.skipped() }
+                }
+                Phase::Asked(question) => return question.step(),
+                Phase::Transmission(agreed) => return Step::Transmission(agreed.clone()),
+                Phase::Closed(ending) => return Step::Close(ending.clone()),
+            };
+            if let Some(missing) = missing {
+                return Step::Input(missing);
+            }
+        }
+    }
+
+    /// The exports there are: answers [`Step::List`].
+    pub fn listed(&mut self, exports: &[ExportDescription]) {
+        let Phase::Asked(Question::List) = self.phase else { return };
+        for export in exports {
+            let name = truncated(&export.name).as_bytes();
+            let description = truncated(&export.description).as_bytes();
+            let mut data = BytesMut::with_capacity(4 + name.len() + description.len());
+            data.put_u32(len_u32(name));
+            data.put_slice(name);
+            data.put_slice(description);
+            self.reply(OptionCode::LIST, ReplyType::SERVER, &data);
+        }
+        self.ack(OptionCode::LIST);
+        self.phase = Phase::Header;
+    }
+
+    /// The export that was asked for: answers [`Step::Open`].
+    pub fn opened(&mut self, export: Result<ExportInfo, OptionError>) {
+        let phase = std::mem::replace(&mut self.phase, Phase::Header);
+        let Phase::Asked(question) = phase else {
+            self.phase = phase;
+            return;
+        };
+        match (question, export) {
+            (Question::ExportName(_), Ok(export)) => self.export_name_accepted(export),
+            (Question::ExportName(_), Err(error)) => {
+                self.phase = Phase::Closed(Ending::Refused(error));
+            }
+            (Question::Info(option, info), Ok(export)) => self.info(option, info.requests, export),
+            (Question::Meta(option, meta), Ok(export)) => self.meta(option, &meta, export),
+            (Question::Info(option, _) | Question::Meta(option, _), Err(error)) => {
+                self.refuse(option, &error);
+            }
+            (question @ (Question::List | Question::Private(..)), _) => {
+                self.phase = Phase::Asked(question);
+            }
+        }
+    }
+
+    /// The answer to a private option: its data (sent if there are any), then `ACK`; or a
+    /// refusal. Answers [`Step::Private`].
+    pub fn answered(&mut self, answer: Result<Bytes, OptionError>) {
+        let Phase::Asked(Question::Private(option, _)) = self.phase else { return };
+        self.phase = Phase::Header;
+        match answer {
+            Ok(data) => {
+                if !data.is_empty() {
+                    self.reply(option, PRIVATE_REPLY, &data);
+                }
+                self.ack(option);
+            }
+            Err(error) => self.refuse(option, &error),
+        }
+    }
+
+    fn client_flags(&mut self, input: &mut BytesMut) -> Option<usize> {
+        if input.len() < 4 {
+            return Some(4 - input.len());
+        }
+        let flags = ClientFlags(input.get_u32());
+        self.fixed_newstyle = flags.contains(ClientFlags::FIXED_NEWSTYLE);
+        self.no_zeroes = flags.contains(ClientFlags::NO_ZEROES);
+        let known = ClientFlags::FIXED_NEWSTYLE.with(ClientFlags::NO_ZEROES);
+        if flags.without(known).is_empty() {
+            self.phase = Phase::Header;
+        } else {
+            self.violation("the client set handshake flags that were not offered");
+        }
+        None
+    }
+
+    fn header(&mut self, input: &mut BytesMut) -> Option<usize> {
+        let Some(bytes) = input.first_chunk() else {
+            return Some(OptionHeader::SIZE - input.len());
+        };
+        let header = OptionHeader::decode(bytes);
+        input.advance(OptionHeader::SIZE);
+        let Ok(header) = header else {
+            self.violation("an option has the wrong magic number");
+            return None;
+        };
+        if header.len > OPTION_LEN_MAX {
+            self.violation("an option is longer than 32 MiB");
+        } else if self.options_left == 0 {
+            self.violation("too many options");
+        } else if header.option == OptionCode::EXPORT_NAME && header.len as usize > STRING_LEN_MAX {
+            self.violation("an export name is longer than 4096 bytes");
+        } else if header.option != OptionCode::EXPORT_NAME && !self.fixed_newstyle {
+            self.violation("an option that only fixed newstyle clients may send");
+        } else if let Some(refusal) = refused_unread(header) {
+            let left = header.len as usize;
+            self.phase = Phase::Skip { option: header.option, left, refusal };
+        } else {
+            self.phase = Phase::Data(header);
+        }
+        self.options_left = self.options_left.saturating_sub(1);
+        None
+    }
+
+    fn skipped(&mut self) -> Option<usize> {
+        if let Phase::Skip { option, refusal, .. } =
+            std::mem::replace(&mut self.phase, Phase::Header)
+        {
+            if option == OptionCode::ABORT {
+                self.ack(option);
+                self.phase = Phase::Closed(Ending::Aborted);
+            } else {
+                self.refuse(option, &refusal);
+            }
+        }
+        None
+    }
+
+    fn data(&mut self, header: OptionHeader, input: &mut BytesMut) -> Option<usize> {
+        let len = header.len as usize;
+        if input.len() < len {
+            return Some(len - input.len());
+        }
+        let data = input.split_to(len).freeze();
+        self.phase = Phase::Header;
+        if let Err(error) = self.option(header.option, data) {
+            self.refuse(header.option, &error);
+        }
+        None
+    }
+
+    fn option(&mut self, option: OptionCode, data: Bytes) -> Result<(), OptionError> {
+        if option == OptionCode::ABORT {
+            self.ack(option);
+            self.phase = Phase::Closed(Ending::Aborted);
+            return Ok(());
+        }
+        if self.shutting_down {
+            if option == OptionCode::EXPORT_NAME {
+                self.violation("the server is shutting down");
+                return Ok(());
+            }
+            return Err(OptionError::new(OptionErrorCode::Shutdown, "the server is shutting down"));
+        }
+        let question = match option {
+            OptionCode::EXPORT_NAME => match string(&data) {
+                Ok(name) => Question::ExportName(name),
+                Err(error) => {
+                    self.phase = Phase::Closed(Ending::Refused(error));
+                    return Ok(());
+                }
+            },
+            OptionCode::LIST => {
+                without_data(&data)?;
+                Question::List
+            }
+            OptionCode::STRUCTURED_REPLY => return self.structured_reply(&data),
+            OptionCode::INFO | OptionCode::GO => Question::Info(option, parse_info(&data)?),
+            OptionCode::LIST_META_CONTEXT => Question::Meta(option, parse_meta(option, &data)?),
+            OptionCode::SET_META_CONTEXT => {
+                // A selection that fails leaves none behind.
+                self.base_allocation = None;
+                if !self.structured {
+                    return Err(OptionError::invalid("structured replies come first"));
+                }
+                Question::Meta(option, parse_meta(option, &data)?)
+            }
+            _ if option.is_private() => Question::Private(option, data),
+            OptionCode::STARTTLS => {
+                without_data(&data)?;
+                return Err(unsupported("TLS is not configured"));
+            }
+            _ => return Err(unsupported("unknown option")),
+        };
+        self.phase = Phase::Asked(question);
+        Ok(())
+    }
+
+    fn structured_reply(&mut self, data: &[u8]) -> Result<(), OptionError> {
+        without_data(data)?;
+        if self.structured {
+            return Err(OptionError::invalid("structured replies are agreed on already"));
+        }
+        self.structured = true;
+        self.ack(OptionCode::STRUCTURED_REPLY);
+        Ok(())
+    }
+
+    fn export_name_accepted(&mut self, export: ExportInfo) {
+        self.output.put_u64(export.size);
+        self.output.put_u16(export.transmission_flags(self.structured).0);
+        if !self.no_zeroes {
+            self.output.put_bytes(0, EXPORT_NAME_PADDING);
+        }
+        self.agree(export, false);
+    }
+
+    fn info(&mut self, option: OptionCode, requests: InfoRequests, export: ExportInfo) {
+        if export.block_size > UNASKED_BLOCK_SIZE_MAX && !requests.block_size {
+            let message = format!("requests have to be multiples of {} bytes", export.block_size);
+            let error = OptionError::new(OptionErrorCode::BlockSizeRequired, message);
+            return self.refuse(option, &error);
+        }
+        let mut data = BytesMut::with_capacity(64);
+        data.put_u16(InfoType::EXPORT.0);
+        data.put_u64(export.size);
+        data.put_u16(export.transmission_flags(self.structured).0);
+        self.reply(option, ReplyType::INFO, &data);
+        // Useful even to those who did not ask: they may obey it.
+        data.clear();
+        data.put_u16(InfoType::BLOCK_SIZE.0);
+        data.put_u32(export.block_size);
+        data.put_u32(export.preferred_size);
+        data.put_u32(PAYLOAD_LEN_MAX);
+        self.reply(option, ReplyType::INFO, &data);
+        if requests.name {
+            self.info_text(option, InfoType::NAME, &export.canonical_name);
+        }
+        if requests.description {
+            self.info_text(option, InfoType::DESCRIPTION, &export.description);
+        }
+        self.ack(option);
+        if option == OptionCode::GO {
+            self.agree(export, requests.block_size);
+        }
+    }
+
+    fn info_text(&mut self, option: OptionCode, kind: InfoType, text: &str) {
+        let text = truncated(text);
+        let mut data = BytesMut::with_capacity(2 + text.len());
+        data.put_u16(kind.0);
+        data.put_slice(text.as_bytes());
+        self.reply(option, ReplyType::INFO, &data);
+    }
+
+    fn meta(&mut self, option: OptionCode, meta: &MetaOption, export: ExportInfo) {
+        if meta.base_allocation {
+            let selected = option == OptionCode::SET_META_CONTEXT;
+            let mut data = BytesMut::with_capacity(4 + BASE_ALLOCATION.len());
+            data.put_u32(if selected { BASE_ALLOCATION_ID } else { 0 });
+            data.put_slice(BASE_ALLOCATION.as_bytes());
+            self.reply(option, ReplyType::META_CONTEXT, &data);
+            if selected {
+                self.base_allocation = Some(export.canonical_name);
+            }
+        }
+        self.ack(option);
+    }
+
+    fn agree(&mut self, export: ExportInfo, block_size_agreed: bool) {
+        let selected = self.base_allocation.as_ref() == Some(&export.canonical_name);
+        self.phase = Phase::Transmission(Box::new(Agreed {
+            structured: self.structured,
+            base_allocation_id: selected.then_some(BASE_ALLOCATION_ID),
+            block_size_agreed,
+            export,
+        }));
+    }
+
+    fn violation(&mut self, what: &'static str) {
+        self.phase = Phase::Closed(Ending::Violation(what));
+    }
+
+    fn ack(&mut self, option: OptionCode) {
+        self.reply(option, ReplyType::ACK, &[]);
+    }
+
+    fn refuse(&mut self, option: OptionCode, error: &OptionError) {
+        self.reply(option, error.code.reply_type(), truncated(&error.message).as_bytes());
+    }
+
+    fn reply(&mut self, option: OptionCode, kind: ReplyType, data: &[u8]) {
+        let header = OptionReplyHeader { option, kind, len: len_u32(data) };
+        self.output.put_slice(&header.encode());
+        self.output.put_slice(data);
+    }
+}
+
+/// Options whose data need not be looked at, because they are refused in any case; `ABORT` is
+/// among them for its data only.
+fn refused_unread(header: OptionHeader) -> Option<OptionError> {
+    let known = header.option.is_private()
+        || matches!(
+            header.option,
+            OptionCode::EXPORT_NAME
+                | OptionCode::ABORT
+                | OptionCode::LIST
+                | OptionCode::STARTTLS
+                | OptionCode::INFO
+                | OptionCode::GO
+                | OptionCode::STRUCTURED_REPLY
+                | OptionCode::LIST_META_CONTEXT
+                | OptionCode::SET_META_CONTEXT
+        );
+    if !known {
+        return Some(unsupported("unknown option"));
+    }
+    (header.len > OPTION_DATA_LEN_MAX).then(|| match header.option {
+        OptionCode::LIST | OptionCode::STARTTLS | OptionCode::STRUCTURED_REPLY => {
+            OptionError::invalid("this option has no data")
+        }
+        _ => OptionError::new(OptionErrorCode::TooBig, "the option is too long"),
+    })
+}
+
+fn unsupported(message: &str) -> OptionError {
+    OptionError::new(OptionErrorCode::Unsup, message)
+}
+
+fn without_data(data: &[u8]) -> Result<(), OptionError> {
+    if data.is_empty() { Ok(()) } else { Err(OptionError::invalid("this option has no data")) }
+}
+
+/// The first 4096 bytes of a text, cut between characters: our own strings obey the limit, too.
+pub(super) fn truncated(text: &str) -> &str {
+    &text[..text.floor_char_boundary(STRING_LEN_MAX)]
+}
+
+/// The length of something that is bounded well below 4 GiB.
+fn len_u32(bytes: &[u8]) -> u32 {
+    u32::try_from(bytes.len()).expect("texts and private answers are far shorter than 4 GiB")
+}

@@ -1,0 +1,171 @@
+//! The data of options, parsed once and completely.
+
+use std::fmt;
+
+use crate::proto::wire::{InfoType, OptionCode, Reader, ReplyType, STRING_LEN_MAX};
+
+/// Longest option data that is kept in memory, in bytes: a `GO` that carries the longest name and
+/// as many information requests as can be counted. What is longer is consumed and refused.
+pub const OPTION_DATA_LEN_MAX: u32 = 4 + 4096 + 2 + 2 * 65_535;
+
+/// The context that says which parts of an export are holes, and which read as zeroes.
+pub(super) const BASE_ALLOCATION: &str = "base:allocation";
+
+/// Why an option is refused: a code for programs, a text for people.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message} ({code})")]
+pub struct OptionError {
+    /// The class of the refusal.
+    pub code: OptionErrorCode,
+    /// The reason in words; sent to the client.
+    pub message: String,
+}
+
+impl OptionError {
+    /// A refusal.
+    pub fn new(code: OptionErrorCode, message: impl Into<String>) -> Self {
+        OptionError { code, message: message.into() }
+    }
+
+    /// There is no such export, or it cannot be used now.
+    pub fn unknown_export(name: &str) -> Self {
+        Self::new(OptionErrorCode::Unknown, format!("there is no export \"{name}\""))
+    }
+
+    pub(super) fn invalid(message: &str) -> Self {
+        Self::new(OptionErrorCode::Invalid, message)
+    }
+}
+
+/// The classes of refusals (§2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum OptionErrorCode {
+    /// Not known, or not in this phase.
+    Unsup,
+    /// Forbidden by configuration.
+    Policy,
+    /// Malformed.
+    Invalid,
+    /// Not possible here.
+    Platform,
+    /// Only with TLS.
+    TlsRequired,
+    /// No such export, or it is not available.
+    Unknown,
+    /// The server goes away.
+    Shutdown,
+    /// Only for clients that asked for the block size.
+    BlockSizeRequired,
+    /// Too much asked for.
+    TooBig,
+    /// Only with extended headers.
+    ExtendedHeadersRequired,
+}
+
+impl OptionErrorCode {
+    /// As sent.
+    #[must_use]
+    pub fn reply_type(self) -> ReplyType {
+        match self {
+            OptionErrorCode::Unsup => ReplyType::ERR_UNSUP,
+            OptionErrorCode::Policy => ReplyType::ERR_POLICY,
+            OptionErrorCode::Invalid => ReplyType::ERR_INVALID,
+            OptionErrorCode::Platform => ReplyType::ERR_PLATFORM,
+            OptionErrorCode::TlsRequired => ReplyType::ERR_TLS_REQD,
+            OptionErrorCode::Unknown => ReplyType::ERR_UNKNOWN,
+            OptionErrorCode::Shutdown => ReplyType::ERR_SHUTDOWN,
+            OptionErrorCode::BlockSizeRequired => ReplyType::ERR_BLOCK_SIZE_REQD,
+            OptionErrorCode::TooBig => ReplyType::ERR_TOO_BIG,
+            OptionErrorCode::ExtendedHeadersRequired => ReplyType::ERR_EXT_HEADER_REQD,
+        }
+    }
+}
+
+impl fmt::Display for OptionErrorCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.reply_type(), f)
+    }
+}
+
+/// Which pieces of information an `INFO` or `GO` asked for. Unknown ones are ignored, repeated
+/// ones count once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct InfoRequests {
+    pub(super) name: bool,
+    pub(super) description: bool,
+    pub(super) block_size: bool,
+}
+
+/// `INFO` or `GO`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct InfoOption {
+    pub(super) export: String,
+    pub(super) requests: InfoRequests,
+}
+
+/// `LIST_META_CONTEXT` or `SET_META_CONTEXT`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct MetaOption {
+    pub(super) export: String,
+    /// `base:allocation` is among what is asked for.
+    pub(super) base_allocation: bool,
+}
+
+/// A string as the protocol allows it: UTF-8 without NUL, at most 4096 bytes.
+pub(super) fn string(bytes: &[u8]) -> Result<String, OptionError> {
+    if bytes.len() > STRING_LEN_MAX {
+        return Err(OptionError::invalid("the export name is longer than 4096 bytes"));
+    }
+    if bytes.contains(&0) {
+        return Err(OptionError::invalid("the export name contains a NUL"));
+    }
+    match std::str::from_utf8(bytes) {
+        Ok(name) => Ok(name.to_owned()),
+        Err(_) => Err(OptionError::invalid("the export name is not UTF-8")),
+    }
+}
+
+fn inconsistent() -> OptionError {
+    OptionError::invalid("the lengths inside the option do not match its length")
+}
+
+/// Parses the data of `INFO` and `GO`.
+pub(super) fn parse_info(data: &[u8]) -> Result<InfoOption, OptionError> {
+    let mut reader = Reader::new(data);
+    let name = reader.bytes_u32().ok_or_else(inconsistent)?;
+    let count = reader.u16().ok_or_else(inconsistent)?;
+    let mut requests = InfoRequests::default();
+    for _ in 0..count {
+        match InfoType(reader.u16().ok_or_else(inconsistent)?) {
+            InfoType::NAME => requests.name = true,
+            InfoType::DESCRIPTION => requests.description = true,
+            InfoType::BLOCK_SIZE => requests.block_size = true,
+            _ => {}
+        }
+    }
+    if !reader.is_empty() {
+        return Err(inconsistent());
+    }
+    Ok(InfoOption { export: string(name)?, requests })
+}
+
+/// Parses the data of `LIST_META_CONTEXT` and `SET_META_CONTEXT`. No query at all asks for
+/// everything in a list, and for nothing in a selection; the wildcard `base:` counts in lists
+/// only. Queries that are too long or of unknown namespaces match nothing.
+pub(super) fn parse_meta(option: OptionCode, data: &[u8]) -> Result<MetaOption, OptionError> {
+    let listing = option == OptionCode::LIST_META_CONTEXT;
+    let mut reader = Reader::new(data);
+    let name = reader.bytes_u32().ok_or_else(inconsistent)?;
+    let count = reader.u32().ok_or_else(inconsistent)?;
+    let mut base_allocation = listing && count == 0;
+    for _ in 0..count {
+        // Every round takes at least four bytes, so a lie in `count` ends the loop soon.
+        let query = reader.bytes_u32().ok_or_else(inconsistent)?;
+        base_allocation |= query == BASE_ALLOCATION.as_bytes() || (listing && query == b"base:");
+    }
+    if !reader.is_empty() {
+        return Err(inconsistent());
+    }
+    Ok(MetaOption { export: string(name)?, base_allocation })
+}

@@ -1,0 +1,83 @@
+use std::time::Duration;
+
+/// The limits of a server. Every default bounds what a stranger can cost, and is far from what a
+/// well-behaved client notices.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ServerConfig {
+    /// How long a client may take from connecting to the end of its handshake. Time that the
+    /// server itself needs for an answer does not count. Default: 10 s, as other servers do.
+    pub handshake_timeout: Duration,
+    /// Most connections at a time; further ones wait in the listen queue until one closes.
+    /// Default: 1024.
+    pub connections_max: usize,
+    /// Most requests of one connection that are being worked on. Default: 128.
+    pub requests_in_flight_max: usize,
+    /// Most payload bytes, of requests being worked on and of replies not yet sent, of one
+    /// connection. A single request is always let in. Default: 64 MiB.
+    pub connection_bytes_max: u64,
+    /// The same for all connections together. It is shared so that each connection may use at
+    /// most as much as is still free: those that hold much leave room for those that hold little.
+    /// Default: 512 MiB.
+    pub server_bytes_max: u64,
+    /// A client that takes none of its replies for this long is disconnected. Default: never; it
+    /// costs a bounded amount of memory, and a paused virtual machine is no error.
+    pub write_timeout: Option<Duration>,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        ServerConfig {
+            handshake_timeout: Duration::from_secs(10),
+            connections_max: 1024,
+            requests_in_flight_max: 128,
+            connection_bytes_max: 64 << 20,
+            server_bytes_max: 512 << 20,
+            write_timeout: None,
+        }
+    }
+}
+
+impl ServerConfig {
+    /// Sets [`handshake_timeout`](Self::handshake_timeout).
+    #[must_use]
+    pub fn handshake_timeout(mut self, timeout: Duration) -> Self {
+        self.handshake_timeout = timeout;
+        self
+    }
+
+    /// Sets [`connections_max`](Self::connections_max).
+    #[must_use]
+    pub fn connections_max(mut self, count: usize) -> Self {
+        self.connections_max = count;
+        self
+    }
+
+    /// Sets [`requests_in_flight_max`](Self::requests_in_flight_max).
+    #[must_use]
+    pub fn requests_in_flight_max(mut self, count: usize) -> Self {
+        self.requests_in_flight_max = count;
+        self
+    }
+
+    /// Sets [`connection_bytes_max`](Self::connection_bytes_max).
+    #[must_use]
+    pub fn connection_bytes_max(mut self, bytes: u64) -> Self {
+        self.connection_bytes_max = bytes;
+        self
+    }
+
+    /// Sets [`server_bytes_max`](Self::server_bytes_max).
+    #[must_use]
+    pub fn server_bytes_max(mut self, bytes: u64) -> Self {
+        self.server_bytes_max = bytes;
+        self
+    }
+
+    /// Sets [`write_timeout`](Self::write_timeout).
+    #[must_use]
+    pub fn write_timeout(mut self, timeout: Option<Duration>) -> Self {
+        self.write_timeout = timeout;
+        self
+    }
+}

@@ -1,0 +1,256 @@
+use std::any::Any;
+use std::fmt;
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Poll, Waker};
+
+use futures_util::task::AtomicWaker;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+
+use crate::proto::server::{Content, Failure};
+
+/// How urgently a connection has to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Stop {
+    /// It goes on.
+    No,
+    /// Requests in flight are finished and answered, later ones refused; then it ends.
+    ShutDown,
+    /// Nothing more is read; requests in flight are finished; then it ends.
+    Close,
+    /// The socket is closed at once.
+    Abort,
+}
+
+impl Stop {
+    fn from_level(level: u8) -> Self {
+        match level {
+            0 => Stop::No,
+            1 => Stop::ShutDown,
+            2 => Stop::Close,
+            _ => Stop::Abort,
+        }
+    }
+}
+
+/// The outcome of an operation that did not finish at once.
+#[derive(Debug)]
+pub(super) struct Completion {
+    pub(super) cookie: u64,
+    pub(super) cost: u64,
+    pub(super) result: Result<Content, Failure>,
+}
+
+/// What a connection has done so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Counters {
+    /// Requests that were received, refused ones included.
+    pub requests: u64,
+    /// Requests that were answered with an error.
+    pub errors: u64,
+    /// Bytes that came over the socket during transmission.
+    pub bytes_received: u64,
+    /// Bytes that went over the socket during transmission.
+    pub bytes_sent: u64,
+}
+
+/// One client of a server, from the moment it was accepted.
+pub struct Connection {
+    id: u64,
+    peer: String,
+    stop: AtomicU8,
+    /// Wakes the one task that runs this connection.
+    task: AtomicWaker,
+    stopping: CancellationToken,
+    /// Operations that run on their own, plus one for the connection's task.
+    active: AtomicUsize,
+    ended: CancellationToken,
+    completions: Mutex<Vec<Completion>>,
+    export_name: OnceLock<String>,
+    data: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
+    pub(super) requests: AtomicU64,
+    pub(super) errors: AtomicU64,
+    pub(super) bytes_received: AtomicU64,
+    pub(super) bytes_sent: AtomicU64,
+}
+
+impl Connection {
+    /// Counts as active until [`release`](Self::release).
+    pub(super) fn new(id: u64, peer: String) -> Arc<Self> {
+        Arc::new(Connection {
+            id,
+            peer,
+            stop: AtomicU8::new(Stop::No as u8),
+            task: AtomicWaker::new(),
+            stopping: CancellationToken::new(),
+            active: AtomicUsize::new(1),
+            ended: CancellationToken::new(),
+            completions: Mutex::default(),
+            export_name: OnceLock::new(),
+            data: Mutex::default(),
+            requests: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
+            bytes_received: AtomicU64::new(0),
+            bytes_sent: AtomicU64::new(0),
+        })
+    }
+
+    /// Unique within the server; later connections have higher ones.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The other side, for messages.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// The canonical name of the export in use; none during the handshake.
+    pub fn export_name(&self) -> Option<&str> {
+        self.export_name.get().map(String::as_str)
+    }
+
+    /// Ends the connection: no further request is read, those that were started finish, then the
+    /// socket is closed. Returns at once; [`closed`](Self::closed) waits. A byte stream that was
+    /// taken over reads as ended from now on.
+    pub fn close(&self) {
+        self.stop(Stop::Close);
+    }
+
+    /// Resolves when the connection has ended *and* every operation that it started on a device
+    /// has completed: after that it changes nothing any more. A client that does not take its
+    /// replies does not delay this.
+    pub async fn closed(&self) {
+        self.ended.cancelled().await;
+    }
+
+    /// Whether [`closed`](Self::closed) would resolve at once.
+    pub fn is_closed(&self) -> bool {
+        self.ended.is_cancelled()
+    }
+
+    /// Attaches something of the user's, in place of what was attached before.
+    pub fn set_data(&self, data: Arc<dyn Any + Send + Sync>) {
+        *lock(&self.data) = Some(data);
+    }
+
+    /// What the user has attached.
+    pub fn data(&self) -> Option<Arc<dyn Any + Send + Sync>> {
+        lock(&self.data).clone()
+    }
+
+    /// What the connection has done so far.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            requests: self.requests.load(Ordering::Relaxed),
+            errors: self.errors.load(Ordering::Relaxed),
+            bytes_received: self.bytes_received.load(Ordering::Relaxed),
+            bytes_sent: self.bytes_sent.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn set_export_name(&self, name: &str) {
+        // A connection chooses its export once.
+        let _ = self.export_name.set(name.to_owned());
+    }
+
+    /// Asks the connection to end, or to end sooner than it was asked before.
+    pub(super) fn stop(&self, stop: Stop) {
+        self.stop.fetch_max(stop as u8, Ordering::AcqRel);
+        self.stopping.cancel();
+        self.task.wake();
+    }
+
+    pub(super) fn stop_level(&self) -> Stop {
+        Stop::from_level(self.stop.load(Ordering::Acquire))
+    }
+
+    /// Resolves when the connection is asked to end at least this urgently. Only for the
+    /// connection's own task: there is one waker.
+    pub(super) async fn stopped(&self, stop: Stop) {
+        poll_fn(|cx| {
+            self.register(cx.waker());
+            if self.stop_level() >= stop { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    /// For whoever runs next to the connection's task.
+    pub(super) fn stopping(&self) -> WaitForCancellationFutureOwned {
+        self.stopping.clone().cancelled_owned()
+    }
+
+    /// The connection's task is to be woken by stops and completions.
+    pub(super) fn register(&self, waker: &Waker) {
+        self.task.register(waker);
+    }
+
+    /// Takes the outcomes of operations that have finished; `completions` is empty before.
+    pub(super) fn take_completions(&self, completions: &mut Vec<Completion>) {
+        std::mem::swap(&mut *lock(&self.completions), completions);
+    }
+
+    /// The connection's task has come to its end.
+    pub(super) fn release(&self) {
+        if self.active.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.ended.cancel();
+        }
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection")
+            .field("id", &self.id)
+            .field("peer", &self.peer)
+            .field("export", &self.export_name())
+            .field("stop", &self.stop_level())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The duty to deliver the outcome of an operation that runs on its own. If the operation is
+/// lost (it panicked, or its runtime ended), the outcome is an error.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    connection: Arc<Connection>,
+    cookie: u64,
+    cost: u64,
+    delivered: bool,
+}
+
+impl Ticket {
+    pub(super) fn new(connection: &Arc<Connection>, cookie: u64, cost: u64) -> Self {
+        connection.active.fetch_add(1, Ordering::AcqRel);
+        Ticket { connection: Arc::clone(connection), cookie, cost, delivered: false }
+    }
+
+    pub(super) fn deliver(mut self, result: Result<Content, Failure>) {
+        self.put(result);
+    }
+
+    fn put(&mut self, result: Result<Content, Failure>) {
+        self.delivered = true;
+        let completion = Completion { cookie: self.cookie, cost: self.cost, result };
+        // Bounded by the limit on requests in flight.
+        lock(&self.connection.completions).push(completion);
+        self.connection.task.wake();
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        if !self.delivered {
+            let errno = crate::proto::wire::Errno::EIO;
+            self.put(Err(Failure::new(errno, "the operation was lost")));
+        }
+        self.connection.release();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No code that can panic runs under these locks.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

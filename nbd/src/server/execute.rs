@@ -1,0 +1,218 @@
+//! What requests do to the device.
+
+use std::sync::Arc;
+
+use brep_block::{BlockDevice, Error, ErrorKind, FlushLevel, WriteFlags, ZeroFlags};
+use bytes::{Bytes, BytesMut};
+
+use crate::proto::server::{Action, Content, Extent, Failure, ReadChunk};
+use crate::proto::wire::{AllocationFlags, Errno};
+
+/// Shorter reads are answered with data without asking the device for holes: asking costs about
+/// as much as reading.
+const HOLES_LEN_MIN: usize = 64 << 10;
+/// Shorter holes are sent as data: a chunk of its own costs more.
+const HOLE_LEN_MIN: u64 = 4096;
+/// Most chunks that one read is cut into; after that all is data.
+const CHUNKS_MAX: usize = 256;
+/// Most extents in one block status reply. A client asks again for what is missing.
+const EXTENTS_MAX: usize = 1024;
+/// Most questions to the device for one block status reply, because neighbours may be equal.
+const STATUS_CALLS_MAX: usize = 4096;
+/// How much a `CACHE` reads at a time, in bytes.
+const CACHE_LEN: u64 = 1 << 20;
+
+/// Carries a request out. The device is called, and its answer awaited, with everything owned,
+/// so that the future may outlive its connection.
+pub(super) async fn execute(
+    device: Arc<dyn BlockDevice>,
+    action: Action,
+    structured: bool,
+) -> Result<Content, Failure> {
+    let device = &*device;
+    match action {
+        Action::Read { offset, len, dont_fragment } => {
+            if structured && !dont_fragment && len >= HOLES_LEN_MIN {
+                read_with_holes(device, offset, len).await
+            } else {
+                let data = read(device, offset, len).await?;
+                Ok(Content::Data { offset, data })
+            }
+        }
+        Action::Write { offset, data, fua } => write(device, offset, data, fua).await,
+        Action::Flush => flush(device).await,
+        Action::Trim { offset, len, fua } => {
+            match device.discard(offset, len).await {
+                // A hint: not to follow it is no failure.
+                Err(error) if error.kind() == ErrorKind::Unsupported => {}
+                result => result.map_err(|error| failure(&error))?,
+            }
+            if fua { flush(device).await } else { Ok(Content::Done) }
+        }
+        Action::Cache { offset, len } => cache(device, offset, len).await,
+        Action::WriteZeroes { offset, len, fua, may_unmap, fast } => {
+            let flags = ZeroFlags { fua, may_unmap, fast };
+            match device.write_zeroes(offset, len, flags).await {
+                Err(error) if fast && error.kind() == ErrorKind::Unsupported => {
+                    Err(Failure::new(Errno::ENOTSUP, error.to_string()))
+                }
+                result => done(result),
+            }
+        }
+        Action::BlockStatus { offset, len, one } => block_status(device, offset, len, one).await,
+    }
+}
+
+fn done(result: brep_block::Result<()>) -> Result<Content, Failure> {
+    result.map(|()| Content::Done).map_err(|error| failure(&error))
+}
+
+/// The protocol keeps `ENOTSUP` and `EOVERFLOW` for cases of their own.
+fn failure(error: &Error) -> Failure {
+    let errno = match Errno(error.nbd_errno()) {
+        Errno::ENOTSUP => Errno::EINVAL,
+        Errno::EOVERFLOW => Errno::EIO,
+        errno => errno,
+    };
+    tracing::debug!(%error, "a request failed");
+    Failure::new(errno, error.to_string())
+}
+
+async fn flush(device: &dyn BlockDevice) -> Result<Content, Failure> {
+    done(device.flush(FlushLevel::Durable).await)
+}
+
+/// The most that may be asked of a device at once.
+fn transfer_max(device: &dyn BlockDevice) -> usize {
+    device.limits().transfer_max.max(1) as usize
+}
+
+/// One call of the device; what it returns is as long as it has to be.
+async fn read_once(device: &dyn BlockDevice, offset: u64, len: usize) -> Result<Bytes, Failure> {
+    let data = device.read(offset, len).await.map_err(|error| failure(&error))?;
+    if data.len() == len {
+        return Ok(data);
+    }
+    // Sending it would put the connection out of step.
+    let message = format!("{}: read {} instead of {len} bytes", device.name(), data.len());
+    Err(Failure::new(Errno::EIO, message))
+}
+
+async fn read(device: &dyn BlockDevice, offset: u64, len: usize) -> Result<Bytes, Failure> {
+    let part_max = transfer_max(device);
+    if len <= part_max {
+        return read_once(device, offset, len).await;
+    }
+    let mut whole = BytesMut::with_capacity(len);
+    while whole.len() < len {
+        let part = part_max.min(len - whole.len());
+        whole.extend_from_slice(&read_once(device, offset + whole.len() as u64, part).await?);
+    }
+    Ok(whole.freeze())
+}
+
+/// Reads a range and leaves out what reads as zeroes anyway.
+async fn read_with_holes(
+    device: &dyn BlockDevice,
+    offset: u64,
+    len: usize,
+) -> Result<Content, Failure> {
+    let end = offset + len as u64;
+    let mut chunks = Vec::new();
+    let (mut data_start, mut position) = (offset, offset);
+    while position < end {
+        let left = end - position;
+        let status = match device.block_status(position, left).await {
+            Ok(status) if chunks.len() < CHUNKS_MAX => status,
+            // Too scattered, or unknown: data is always a right answer.
+            _ => {
+                position = end;
+                break;
+            }
+        };
+        let extent = status.len.clamp(1, left);
+        if status.flags.zero && extent >= HOLE_LEN_MIN {
+            read_into(device, data_start, position, &mut chunks).await?;
+            let len = u32::try_from(extent).expect("not longer than the request");
+            chunks.push(ReadChunk::Hole { offset: position, len });
+            data_start = position + extent;
+        }
+        position += extent;
+    }
+    read_into(device, data_start, position, &mut chunks).await?;
+    Ok(Content::Chunks(chunks))
+}
+
+async fn read_into(
+    device: &dyn BlockDevice,
+    mut start: u64,
+    end: u64,
+    chunks: &mut Vec<ReadChunk>,
+) -> Result<(), Failure> {
+    let part_max = transfer_max(device) as u64;
+    while start < end {
+        let part = part_max.min(end - start);
+        let data = read_once(device, start, part as usize).await?;
+        chunks.push(ReadChunk::Data { offset: start, data });
+        start += part;
+    }
+    Ok(())
+}
+
+async fn write(
+    device: &dyn BlockDevice,
+    mut offset: u64,
+    mut data: Bytes,
+    fua: bool,
+) -> Result<Content, Failure> {
+    let part_max = transfer_max(device);
+    let flags = WriteFlags { fua };
+    while data.len() > part_max {
+        done(device.write(offset, data.split_to(part_max), flags).await)?;
+        offset += part_max as u64;
+    }
+    done(device.write(offset, data, flags).await)
+}
+
+async fn cache(device: &dyn BlockDevice, offset: u64, len: u64) -> Result<Content, Failure> {
+    let end = offset + len;
+    let mut position = offset;
+    while position < end {
+        let part = CACHE_LEN.min(transfer_max(device) as u64).min(end - position);
+        read_once(device, position, part as usize).await?;
+        position += part;
+    }
+    Ok(Content::Done)
+}
+
+async fn block_status(
+    device: &dyn BlockDevice,
+    offset: u64,
+    len: u64,
+    one: bool,
+) -> Result<Content, Failure> {
+    let mut extents: Vec<Extent> = Vec::new();
+    let mut position = 0;
+    for _ in 0..STATUS_CALLS_MAX {
+        let status = device
+            .block_status(offset + position, len - position)
+            .await
+            .map_err(|error| failure(&error))?;
+        let part = status.len.clamp(1, len - position);
+        position += part;
+        let part = u32::try_from(part).expect("not longer than the request");
+        let flags = AllocationFlags::NONE
+            .with_if(!status.flags.data, AllocationFlags::HOLE)
+            .with_if(status.flags.zero, AllocationFlags::ZERO);
+        let full = extents.len() == if one { 1 } else { EXTENTS_MAX };
+        match extents.last_mut() {
+            Some(last) if last.flags == flags => last.len += part,
+            Some(_) if full => break,
+            _ => extents.push(Extent { len: part, flags }),
+        }
+        if position == len {
+            break;
+        }
+    }
+    Ok(Content::Extents(extents))
+}

@@ -1,0 +1,142 @@
+use std::fmt;
+use std::sync::Arc;
+
+use brep_block::BlockDevice;
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+
+use super::connection::Connection;
+use super::taken::TakenStream;
+use crate::proto::server::{ExportDescription, ExportInfo, OptionError};
+
+/// What a server serves: the answers that only its user can give.
+///
+/// Names are looked up anew for every option, so exports may come and go at any time; a
+/// connection that has chosen an export keeps it until it ends.
+pub trait Exports: Send + Sync + 'static {
+    /// The exports to be listed.
+    fn list(&self) -> Vec<ExportDescription>;
+
+    /// The export of this name, for a client that wants to know about it or to use it; the empty
+    /// name is the default export. Must be cheap, without I/O: the client has not yet said that
+    /// it means it.
+    ///
+    /// # Errors
+    /// Sent to the client. Where the option has no error reply the connection is closed.
+    fn open(&self, name: &str, connection: &Arc<Connection>) -> Result<Export, OptionError>;
+
+    /// An option of the private range (`PRIVATE_OPTION_BASE` and up), which means nothing to NBD.
+    /// The handshake's deadline stands still meanwhile. The future is dropped if the connection
+    /// is closed by [`Connection::close`] or by the end of a shutdown.
+    fn private_option<'a>(
+        &'a self,
+        connection: &'a Arc<Connection>,
+        option: u32,
+        data: Bytes,
+    ) -> BoxFuture<'a, PrivateReply> {
+        let _ = (connection, option, data);
+        Box::pin(std::future::ready(PrivateReply::Unsupported))
+    }
+}
+
+/// A device under the conditions under which it is served.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Export {
+    /// The disk.
+    pub device: Arc<dyn BlockDevice>,
+    /// Refuse changes although the device takes them.
+    pub read_only: bool,
+    /// Tell clients that a flush on one connection covers what has completed on all others, so
+    /// that they may spread their requests. True of every device of this workspace that is served
+    /// by one process alone.
+    pub multi_conn: bool,
+    /// A text for people; may be empty.
+    pub description: String,
+    /// The name that is the same however the export was asked for.
+    pub canonical_name: String,
+}
+
+impl Export {
+    /// Writable as far as the device is, for one connection at a time.
+    pub fn new(canonical_name: impl Into<String>, device: Arc<dyn BlockDevice>) -> Self {
+        Export {
+            device,
+            read_only: false,
+            multi_conn: false,
+            description: String::new(),
+            canonical_name: canonical_name.into(),
+        }
+    }
+
+    /// Refuses changes.
+    #[must_use]
+    pub fn read_only(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// Promises what [`multi_conn`](Self::multi_conn) says.
+    #[must_use]
+    pub fn multi_conn(mut self, multi_conn: bool) -> Self {
+        self.multi_conn = multi_conn;
+        self
+    }
+
+    /// Describes the export to people.
+    #[must_use]
+    pub fn description(mut self, description: impl Into<String>) -> Self {
+        self.description = description.into();
+        self
+    }
+
+    pub(super) fn info(&self) -> ExportInfo {
+        let limits = self.device.limits();
+        // What a device says of itself is fitted into what the protocol can say.
+        let block_size = limits.block_size.clamp(1, 65_536).next_power_of_two();
+        let preferred_size = limits.preferred_size.clamp(512, 32 << 20).next_power_of_two();
+        ExportInfo {
+            canonical_name: self.canonical_name.clone(),
+            description: self.description.clone(),
+            size: self.device.size(),
+            read_only: self.read_only || limits.read_only,
+            multi_conn: self.multi_conn,
+            block_size,
+            preferred_size: preferred_size.max(block_size),
+        }
+    }
+}
+
+/// What goes on with a connection whose byte stream has been taken over.
+pub type Takeover = Box<dyn FnOnce(TakenStream) -> BoxFuture<'static, ()> + Send>;
+
+/// The answer to a private option.
+#[non_exhaustive]
+pub enum PrivateReply {
+    /// The option is not known here.
+    Unsupported,
+    /// Done. What is not empty is sent as a `PRIVATE_REPLY`, then `ACK` follows.
+    Ack(Bytes),
+    /// Refused.
+    Error(OptionError),
+    /// As `Ack`; after that the connection no longer speaks NBD. `then` gets the byte stream,
+    /// beginning with what the client has already sent after the option, and runs in the
+    /// connection's task; its end is the connection's end.
+    Takeover {
+        /// Sent before `ACK` unless it is empty.
+        reply: Bytes,
+        /// Gets the byte stream.
+        then: Takeover,
+    },
+}
+
+impl fmt::Debug for PrivateReply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PrivateReply::Unsupported => f.write_str("Unsupported"),
+            PrivateReply::Ack(data) => write!(f, "Ack({} bytes)", data.len()),
+            PrivateReply::Error(error) => write!(f, "Error({error})"),
+            PrivateReply::Takeover { reply, .. } => write!(f, "Takeover({} bytes)", reply.len()),
+        }
+    }
+}

@@ -1,0 +1,380 @@
+//! The transmission phase of one connection: one task, one loop.
+//!
+//! Each round takes what the socket has, starts every complete request in the order of arrival,
+//! gathers the replies of those that finished at once, and writes them together. An operation
+//! that does not finish at once goes on in a task of its own and delivers its outcome to
+//! [`Connection`], which wakes this task.
+
+use std::future::{Future, poll_fn};
+use std::io::{self, IoSlice};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use brep_block::BlockDevice;
+use bytes::{BufMut, BytesMut};
+use tokio::io::{AsyncReadExt, AsyncWrite};
+use tokio::time::{Instant, Sleep};
+use tokio_util::sync::ReusableBoxFuture;
+
+use super::budget::Budget;
+use super::config::ServerConfig;
+use super::connection::{Completion, Connection, Stop, Ticket};
+use super::execute::execute;
+use crate::Stream;
+use crate::proto::server::{
+    Agreed, Content, Decoder, Failure, Output, ReplyEncoder, Request, check,
+};
+use crate::proto::wire::{Command, Errno, PAYLOAD_LEN_MAX, RequestHeader};
+
+/// How much the socket is asked for at once; grows while the socket fills it.
+const READ_LEN_MIN: usize = 16 << 10;
+const READ_LEN_MAX: usize = 256 << 10;
+/// While more than this waits to be sent, no further request is started: whatever a client does
+/// not fetch need not be read from the disk yet.
+const OUTPUT_LEN_MAX: usize = 1 << 20;
+/// Segments handed to the socket in one call.
+const SLICES_MAX: usize = 128;
+/// What a request without payload counts for, in bytes.
+const BASE_COST: u64 = 256;
+
+type Operation = ReusableBoxFuture<'static, Result<Content, Failure>>;
+
+/// Why requests are not being started.
+#[derive(PartialEq, Eq)]
+enum Waiting {
+    /// The rest of a request has not come.
+    Input,
+    /// Limits: something has to end first.
+    Room,
+    /// There will be no further request.
+    Over,
+}
+
+pub(super) struct Session<'a> {
+    stream: Stream,
+    connection: Arc<Connection>,
+    device: Arc<dyn BlockDevice>,
+    config: &'a ServerConfig,
+    budget: &'a Budget,
+    agreed: Box<Agreed>,
+    encoder: ReplyEncoder,
+    decoder: Decoder,
+    input: BytesMut,
+    read_len: usize,
+    output: Output,
+    operation: Operation,
+    completions: Vec<Completion>,
+    /// Operations that run on their own.
+    running: usize,
+    /// What these count for, and the request whose payload is arriving.
+    running_cost: u64,
+    /// The next request has been let in; its cost is part of `running_cost`.
+    admitted: Option<u64>,
+    /// What the budget believes we hold.
+    held: u64,
+    /// No more input is wanted: the client said so, or is not understood.
+    input_over: bool,
+    /// Nothing can be sent any more.
+    lost: bool,
+    /// Runs while the client takes nothing.
+    stall: Option<Pin<Box<Sleep>>>,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(
+        stream: Stream,
+        connection: Arc<Connection>,
+        device: Arc<dyn BlockDevice>,
+        agreed: Box<Agreed>,
+        input: BytesMut,
+        config: &'a ServerConfig,
+        budget: &'a Budget,
+    ) -> Self {
+        Session {
+            stream,
+            connection,
+            device,
+            config,
+            budget,
+            encoder: ReplyEncoder::new(&agreed),
+            agreed,
+            decoder: Decoder::new(),
+            input,
+            read_len: READ_LEN_MIN,
+            output: Output::new(),
+            operation: idle(),
+            completions: Vec::new(),
+            running: 0,
+            running_cost: 0,
+            admitted: None,
+            held: 0,
+            input_over: false,
+            lost: false,
+            stall: None,
+        }
+    }
+
+    /// Serves the client until it leaves or the connection is stopped; every operation has then
+    /// completed.
+    pub(super) async fn run(mut self) {
+        poll_fn(|cx| self.poll(cx)).await;
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.connection.register(cx.waker());
+        loop {
+            let stop = self.connection.stop_level();
+            self.collect_completions();
+            let waiting = self.start_requests(stop);
+            self.settle();
+            if stop == Stop::Abort {
+                self.lost = true;
+            }
+            self.send(cx);
+            let next_cost = self.next_cost();
+            if waiting == Waiting::Room && self.has_room(next_cost) {
+                continue;
+            }
+            if waiting == Waiting::Input && !self.input_over && self.receive(cx) {
+                continue;
+            }
+            if self.is_over(stop, &waiting) {
+                return Poll::Ready(());
+            }
+            return Poll::Pending;
+        }
+    }
+
+    fn is_over(&self, stop: Stop, waiting: &Waiting) -> bool {
+        if self.running > 0 {
+            return false;
+        }
+        let nothing_comes = self.input_over && *waiting != Waiting::Room;
+        match stop {
+            _ if self.lost => true,
+            Stop::Close | Stop::Abort => true,
+            Stop::ShutDown => self.output.is_empty() && *waiting != Waiting::Room,
+            Stop::No => self.output.is_empty() && nothing_comes,
+        }
+    }
+
+    fn collect_completions(&mut self) {
+        self.connection.take_completions(&mut self.completions);
+        for completion in self.completions.drain(..) {
+            self.running -= 1;
+            self.running_cost -= completion.cost;
+            if completion.result.is_err() {
+                count(&self.connection.errors, 1);
+            }
+            self.encoder.encode(completion.cookie, completion.result, &mut self.output);
+        }
+    }
+
+    fn start_requests(&mut self, stop: Stop) -> Waiting {
+        loop {
+            if self.lost || stop >= Stop::Close {
+                self.input_over = true;
+                return Waiting::Over;
+            }
+            let header = match self.decoder.header(&mut self.input) {
+                Ok(Some(header)) => header,
+                Ok(None) => return Waiting::Input,
+                Err(error) => return self.violation(&error.to_string()),
+            };
+            if header.command == Command::DISC {
+                self.input_over = true;
+                return Waiting::Over;
+            }
+            if header.command == Command::WRITE && header.len > PAYLOAD_LEN_MAX {
+                let failure = Failure::new(Errno::EINVAL, "longer than 32 MiB");
+                self.reply(header.cookie, Err(failure));
+                return self.violation("a write longer than 32 MiB");
+            }
+            if self.admitted.is_none() {
+                let cost = cost(&header);
+                if !self.has_room(cost) {
+                    return Waiting::Room;
+                }
+                self.running_cost += cost;
+                self.admitted = Some(cost);
+            }
+            let Some(request) = self.decoder.request(&mut self.input) else {
+                return Waiting::Input;
+            };
+            let cost = self.admitted.take().unwrap_or_default();
+            self.start(request, cost, stop);
+        }
+    }
+
+    fn violation(&mut self, what: &str) -> Waiting {
+        tracing::info!(peer = self.connection.peer(), "closing an NBD connection: {what}");
+        self.input_over = true;
+        Waiting::Over
+    }
+
+    fn start(&mut self, request: Request, cost: u64, stop: Stop) {
+        count(&self.connection.requests, 1);
+        let cookie = request.header.cookie;
+        let action = if stop == Stop::No {
+            check(request, &self.agreed)
+        } else {
+            Err(Failure::new(Errno::ESHUTDOWN, "the server is shutting down"))
+        };
+        let action = match action {
+            Ok(action) => action,
+            Err(failure) => {
+                self.running_cost -= cost;
+                return self.reply(cookie, Err(failure));
+            }
+        };
+        self.operation.set(execute(Arc::clone(&self.device), action, self.agreed.structured));
+        // The device is called here, in the order of arrival. The waker of this first poll is of
+        // no use: the task that takes over polls again.
+        match self.operation.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(result) => {
+                self.running_cost -= cost;
+                self.reply(cookie, result);
+            }
+            Poll::Pending => {
+                let operation = std::mem::replace(&mut self.operation, idle());
+                let ticket = Ticket::new(&self.connection, cookie, cost);
+                self.running += 1;
+                tokio::spawn(async move { ticket.deliver(operation.await) });
+            }
+        }
+    }
+
+    fn reply(&mut self, cookie: u64, result: Result<Content, Failure>) {
+        if result.is_err() {
+            count(&self.connection.errors, 1);
+        }
+        self.encoder.encode(cookie, result, &mut self.output);
+    }
+
+    fn next_cost(&mut self) -> u64 {
+        match self.decoder.header(&mut self.input) {
+            Ok(Some(header)) => cost(&header),
+            _ => 0,
+        }
+    }
+
+    /// Whether a request may be started now. Once it is not, something of our own is going on
+    /// whose end wakes us up.
+    fn has_room(&self, cost: u64) -> bool {
+        if self.running == 0 && self.output.is_empty() {
+            return true;
+        }
+        let held = self.running_cost + self.output.len() as u64 + cost;
+        self.running < self.config.requests_in_flight_max
+            && self.output.len() < OUTPUT_LEN_MAX
+            && held <= self.config.connection_bytes_max
+            && held <= self.budget.free()
+    }
+
+    fn settle(&mut self) {
+        let now = self.running_cost + self.output.len() as u64;
+        if now != self.held {
+            self.budget.settle(self.held, now);
+            self.held = now;
+        }
+    }
+
+    fn send(&mut self, cx: &mut Context<'_>) {
+        while !self.lost && !self.output.is_empty() {
+            let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+            let filled = self.output.slices(&mut slices);
+            match Pin::new(&mut self.stream).poll_write_vectored(cx, &slices[..filled]) {
+                Poll::Ready(Ok(written @ 1..)) => {
+                    self.output.advance(written);
+                    count(&self.connection.bytes_sent, written as u64);
+                    self.stall = None;
+                }
+                Poll::Ready(Ok(0)) => self.lose(&io::ErrorKind::WriteZero.into()),
+                Poll::Ready(Err(error)) => self.lose(&error),
+                Poll::Pending => {
+                    self.check_stall(cx);
+                    break;
+                }
+            }
+        }
+        if self.lost {
+            self.output = Output::new();
+        }
+        self.settle();
+    }
+
+    fn check_stall(&mut self, cx: &mut Context<'_>) {
+        let Some(timeout) = self.config.write_timeout else { return };
+        let stall = self
+            .stall
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + timeout)));
+        if stall.as_mut().poll(cx).is_ready() {
+            self.lose(&io::ErrorKind::TimedOut.into());
+        }
+    }
+
+    /// Reads what there is; whether there was something (the end counts).
+    fn receive(&mut self, cx: &mut Context<'_>) -> bool {
+        let missing = self.decoder.missing(&self.input);
+        let limit = if missing > READ_LEN_MAX {
+            // A large payload gets memory of its own, filled exactly: nothing that follows it has
+            // to be moved. Only the next header may come with it.
+            let want = missing + RequestHeader::SIZE;
+            self.input.reserve(want);
+            want
+        } else {
+            let spare = self.input.capacity() - self.input.len();
+            if spare < missing.max(self.read_len / 4) {
+                self.input.reserve(missing.max(self.read_len));
+            }
+            self.input.capacity() - self.input.len()
+        };
+        let read = {
+            let mut space = (&mut self.input).limit(limit);
+            pin!(self.stream.read_buf(&mut space)).poll(cx)
+        };
+        match read {
+            Poll::Pending => return false,
+            Poll::Ready(Ok(0)) => self.input_over = true,
+            Poll::Ready(Ok(received)) => {
+                count(&self.connection.bytes_received, received as u64);
+                if received >= self.read_len {
+                    self.read_len = (self.read_len * 2).min(READ_LEN_MAX);
+                }
+            }
+            Poll::Ready(Err(error)) => self.lose(&error),
+        }
+        true
+    }
+
+    fn lose(&mut self, error: &io::Error) {
+        tracing::debug!(peer = self.connection.peer(), %error, "an NBD connection was lost");
+        self.lost = true;
+        self.input_over = true;
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        self.budget.settle(self.held, 0);
+    }
+}
+
+/// What a request counts for while it is being worked on.
+fn cost(header: &RequestHeader) -> u64 {
+    match header.command {
+        Command::READ | Command::WRITE => BASE_COST + u64::from(header.len),
+        _ => BASE_COST,
+    }
+}
+
+/// Counters are written by one task only.
+fn count(counter: &AtomicU64, amount: u64) {
+    counter.fetch_add(amount, Ordering::Relaxed);
+}
+
+fn idle() -> Operation {
+    ReusableBoxFuture::new(std::future::pending())
+}
