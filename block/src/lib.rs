@@ -1,11 +1,5 @@
-//! Block devices for storage programs: one object-safe trait, [`BlockDevice`], and what every
-//! user of it needs.
-//!
-//! * [`BlockDevice`] is a disk: byte-addressed, with owned buffers, so that one write can go to a
-//!   file and to a socket without a copy.
-//! * [`Io`] is what an operation returns: done already, or a future to be awaited.
-//! * [`RangeLock`] serialises operations that overlap; [`detach`] runs an operation to its end
-//!   even when the caller loses interest.
+#![doc = include_str!("../README.md")]
+
 mod buffer;
 pub mod conformance;
 mod copy;

@@ -43,8 +43,8 @@ struct Request {
 
 impl Request {
     fn conflicts(&self, range: &Range<u64>, mode: LockMode) -> bool {
-        self.range.start < range.end
-            && range.start < self.range.end
+        // The intersection is not empty; so an empty range conflicts with nothing.
+        self.range.start.max(range.start) < self.range.end.min(range.end)
             && (self.mode == LockMode::Exclusive || mode == LockMode::Exclusive)
     }
 }
