@@ -42,9 +42,10 @@ impl Workspace {
         self.target.join("debug/brep")
     }
 
-    /// Where nextest's JUnit report lies (see `.config/nextest.toml`).
+    /// Where nextest's JUnit report lies (see `.config/nextest.toml`): in the workspace, wherever
+    /// cargo's target directory is.
     pub(crate) fn junit(&self) -> PathBuf {
-        self.target.join("nextest/default/junit.xml")
+        self.root.join("target/nextest/default/junit.xml")
     }
 
     /// The numbered end-to-end tests.
