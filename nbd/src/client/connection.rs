@@ -38,6 +38,8 @@ pub struct Connection {
     queue: Arc<Queue>,
     export: ExportInfo,
     limits: Limits,
+    /// Longest payload of one request, in bytes: a multiple of the block.
+    payload_len_max: u32,
     has_allocation_context: bool,
     private_replies: Vec<Bytes>,
 }
@@ -72,6 +74,7 @@ impl Connection {
         Ok(Arc::new(Connection {
             queue,
             limits: limits(&export),
+            payload_len_max: whole_blocks(export.block_sizes.max.min(PAYLOAD_LEN_MAX), &export),
             has_allocation_context: outcome.allocation_context.is_some(),
             private_replies: outcome.private_replies,
             export,
@@ -102,6 +105,12 @@ impl Connection {
     #[must_use]
     pub fn oldest_request_age(&self) -> Option<Duration> {
         self.queue.oldest_age()
+    }
+
+    /// The server has failed to flush; every later flush of this connection fails.
+    #[must_use]
+    pub fn flush_has_failed(&self) -> bool {
+        self.queue.flush_has_failed()
     }
 
     /// Why the connection has ended, if it has.
@@ -153,6 +162,15 @@ impl Connection {
         if changes && self.limits.read_only {
             return Err(self.error(spec, ErrorKind::ReadOnly, "the export is read-only"));
         }
+        if len == 0 {
+            return Ok(());
+        }
+        let transfers = matches!(operation, Operation::Read | Operation::Write);
+        if transfers && len > u64::from(self.limits.transfer_max) {
+            let max = self.limits.transfer_max;
+            let detail = format!("longer than the {max} bytes that one request may have");
+            return Err(self.error(spec, ErrorKind::InvalidInput, detail));
+        }
         (self as &dyn BlockDevice).check_range(operation, offset, len)?;
         let block = u64::from(self.limits.block_size);
         let end = offset + len;
@@ -173,7 +191,7 @@ impl Connection {
             offset,
             len,
             payload: Payload::None,
-            piece_len_max: self.limits.transfer_max,
+            piece_len_max: self.payload_len_max,
         }
     }
 
@@ -207,7 +225,6 @@ impl Connection {
     }
 
     /// As [`BlockDevice::read`], with an operation that does not borrow the connection.
-    #[must_use]
     pub fn start_read(&self, offset: u64, len: usize) -> Io<'static, Bytes> {
         let spec = self.transfer(Operation::Read, Command::READ, offset, len as u64);
         if let Err(error) = self.check(&spec) {
@@ -220,7 +237,6 @@ impl Connection {
     }
 
     /// As [`BlockDevice::write`], with an operation that does not borrow the connection.
-    #[must_use]
     pub fn start_write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'static, ()> {
         let mut spec = self.transfer(Operation::Write, Command::WRITE, offset, data.len() as u64);
         if let Err(error) = self.check(&spec) {
@@ -234,7 +250,6 @@ impl Connection {
     }
 
     /// As [`BlockDevice::write_zeroes`], with an operation that does not borrow the connection.
-    #[must_use]
     pub fn start_write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'static, ()> {
         let mut spec = self.effect(Operation::WriteZeroes, Command::WRITE_ZEROES, offset, len);
         if let Err(error) = self.check(&spec) {
@@ -255,13 +270,12 @@ impl Connection {
         } else {
             spec.command = Command::WRITE;
             spec.payload = Payload::Zeroes;
-            spec.piece_len_max = self.limits.transfer_max;
+            spec.piece_len_max = self.payload_len_max;
         }
         self.submit_durably(spec, flags.fua)
     }
 
     /// As [`BlockDevice::discard`], with an operation that does not borrow the connection.
-    #[must_use]
     pub fn start_discard(&self, offset: u64, len: u64) -> Io<'static, ()> {
         let spec = self.effect(Operation::Discard, Command::TRIM, offset, len);
         if let Err(error) = self.check(&spec) {
@@ -277,7 +291,6 @@ impl Connection {
     }
 
     /// As [`BlockDevice::block_status`], with an operation that does not borrow the connection.
-    #[must_use]
     pub fn start_block_status(&self, offset: u64, len: u64) -> Io<'static, BlockStatus> {
         let block = u64::from(self.limits.block_size);
         // Only a hint: what lies beyond is asked for next.
@@ -298,7 +311,6 @@ impl Connection {
     }
 
     /// As [`BlockDevice::flush`], with an operation that does not borrow the connection.
-    #[must_use]
     pub fn start_flush(&self, level: FlushLevel) -> Io<'static, ()> {
         let needless = level == FlushLevel::Process || self.limits.read_only;
         if needless || !self.has(TransmissionFlags::SEND_FLUSH) {
@@ -369,13 +381,17 @@ fn spec_range(spec: &CallSpec) -> CallSpec {
     CallSpec { payload: Payload::None, ..*spec }
 }
 
+fn whole_blocks(len: u32, export: &ExportInfo) -> u32 {
+    len - len % export.block_sizes.min
+}
+
 fn limits(export: &ExportInfo) -> Limits {
     let sizes = export.block_sizes;
-    let transfer_max = sizes.max.min(PAYLOAD_LEN_MAX);
     Limits {
         block_size: sizes.min,
-        preferred_size: sizes.preferred,
-        transfer_max: transfer_max - transfer_max % sizes.min,
+        preferred_size: sizes.preferred.min(PAYLOAD_LEN_MAX),
+        // A server that takes less at a time gets several requests.
+        transfer_max: whole_blocks(PAYLOAD_LEN_MAX, export),
         read_only: export.flags.contains(TransmissionFlags::READ_ONLY),
         growable: false,
         can_discard: export.flags.contains(TransmissionFlags::SEND_TRIM),

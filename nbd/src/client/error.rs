@@ -46,13 +46,12 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Trying again can't help: the server broke the protocol, or offers something else than
-    /// what was asked for.
+    /// The server broke the protocol: trying again can't help.
     #[must_use]
     pub fn is_permanent(&self) -> bool {
         match self {
             ClientError::Handshake { source, .. } => source.is_violation(),
-            ClientError::Violation { .. } | ClientError::Incompatible { .. } => true,
+            ClientError::Violation { .. } => true,
             _ => false,
         }
     }

@@ -12,8 +12,10 @@ mod error;
 mod operation;
 mod options;
 mod queue;
+mod reconnect;
 
 pub use connect::{PrivateConnection, connect_private, describe_export, list_exports};
 pub use connection::Connection;
 pub use error::ClientError;
-pub use options::ConnectOptions;
+pub use options::{ConnectOptions, ReconnectPolicy};
+pub use reconnect::{Client, ClientStatus};

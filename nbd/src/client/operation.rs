@@ -10,7 +10,6 @@ use crate::proto::wire::{Command, CommandFlags};
 /// Length of the zeroes that stand in for `WRITE_ZEROES` where a server does not have it, in
 /// bytes.
 const ZEROES_LEN: u32 = 256 << 10;
-static ZEROES: [u8; ZEROES_LEN as usize] = [0; ZEROES_LEN as usize];
 
 /// One call of the device, and how far it has come. It becomes one request, or several if it is
 /// longer than the server takes at a time.
@@ -124,7 +123,7 @@ impl Call {
         let payload = match &mut self.payload {
             Payload::None => None,
             Payload::Data(data) => Some(data.split_to(len as usize)),
-            Payload::Zeroes => Some(Bytes::from_static(&ZEROES[..len as usize])),
+            Payload::Zeroes => Some(brep_block::zeroes(len as usize)),
         };
         self.begun = true;
         self.sent += len;

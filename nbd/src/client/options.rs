@@ -65,3 +65,40 @@ impl ConnectOptions {
         ConnectOptions { name: uri.to_string(), ..options }
     }
 }
+
+/// What a [`Client`](crate::client::Client) does when it has no connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReconnectPolicy {
+    /// How long requests wait after a connection was lost, to be sent again over the next one.
+    /// 0: they fail at once. Attempts go on in the background in either case.
+    pub delay: Duration,
+    /// How long [`Client::connect`](crate::client::Client::connect) goes on trying. 0: one
+    /// attempt.
+    pub open_timeout: Duration,
+    /// Pause after the first attempt that failed; each further one doubles it.
+    pub pause_first: Duration,
+    /// Longest pause between attempts.
+    pub pause_max: Duration,
+}
+
+impl Default for ReconnectPolicy {
+    /// No waiting, one attempt; pauses of 1, 2, 4, 8, then 16 s.
+    fn default() -> Self {
+        ReconnectPolicy {
+            delay: Duration::ZERO,
+            open_timeout: Duration::ZERO,
+            pause_first: Duration::from_secs(1),
+            pause_max: Duration::from_secs(16),
+        }
+    }
+}
+
+impl ReconnectPolicy {
+    /// The pauses between attempts.
+    pub(super) fn pauses(&self) -> impl Iterator<Item = Duration> + Send + use<> {
+        let max = self.pause_max;
+        std::iter::successors(Some(self.pause_first.min(max)), move |pause| {
+            Some(pause.saturating_mul(2).min(max))
+        })
+    }
+}

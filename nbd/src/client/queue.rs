@@ -225,6 +225,10 @@ impl Queue {
         }
     }
 
+    pub(super) fn flush_has_failed(&self) -> bool {
+        self.lock().flush_failed
+    }
+
     pub(super) fn end(&self) -> Option<ClientError> {
         self.lock().end.clone()
     }
@@ -265,22 +269,18 @@ fn report_unheard(call: &Call) {
 }
 
 fn server_error(name: &str, operation: Operation, refusal: &Refusal) -> Error {
-    let kind = match refusal.errno {
+    let Refusal { errno, message } = refusal;
+    let kind = match *errno {
         Errno::EPERM => ErrorKind::ReadOnly,
-        Errno::EINVAL => ErrorKind::InvalidInput,
+        Errno::EINVAL | Errno::EOVERFLOW => ErrorKind::InvalidInput,
         Errno::ENOSPC => ErrorKind::NoSpace,
         Errno::ENOTSUP => ErrorKind::Unsupported,
         Errno::ESHUTDOWN => ErrorKind::Shutdown,
-        Errno::EIO => ErrorKind::Io,
-        // Has no kind of its own: its number matters more than the server's words.
-        Errno(number) => {
-            let os = std::io::Error::from_raw_os_error(number as i32);
-            return Error::from_os(operation, name, &os);
-        }
+        _ => ErrorKind::Io,
     };
-    let Refusal { errno, message } = refusal;
     let separator = if message.is_empty() { "" } else { ": " };
     Error::new(operation, kind, name, format!("the server replied {errno}{separator}{message}"))
+        .with_errno(i32::try_from(errno.0).ok())
 }
 
 /// A call that has its place on the wire. Dropping it does not take the call back.
