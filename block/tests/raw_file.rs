@@ -321,3 +321,36 @@ fn an_operation_that_outlives_its_runtime_fails_and_the_next_one_works() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(file.flush(FlushLevel::Durable)).unwrap();
 }
+
+#[tokio::test]
+async fn a_read_of_which_a_part_is_not_cached_is_complete() {
+    let (_dir, path) = dir_with_file(0);
+    let content: Vec<u8> = (0..1 << 20).map(|i: u32| (i / 7 % 256) as u8).collect();
+    std::fs::write(&path, &content).unwrap();
+    let other = std::fs::File::open(&path).unwrap();
+    other.sync_all().unwrap();
+    let forget = |offset, len| {
+        let advice = rustix::fs::Advice::DontNeed;
+        rustix::fs::fadvise(&other, offset, std::num::NonZeroU64::new(len), advice).unwrap();
+    };
+    let file = open(&path).unwrap();
+    for (offset, len) in [(512 << 10, 512 << 10), (0, 512 << 10), (0, 1 << 20)] {
+        forget(offset, len);
+        assert_eq!(file.read(0, 1 << 20).await.unwrap(), content);
+        let io = file.read(4096, 100_000);
+        assert!(matches!(io, brep_block::Io::Ready(Ok(_))), "cached now, and not read inline");
+        assert_eq!(io.await.unwrap(), content[4096..104_096]);
+    }
+}
+
+#[tokio::test]
+async fn a_failed_growth_leaves_the_file_as_long_as_it_was() {
+    let (_dir, path) = dir_with_file(1000);
+    let options = RawFileOptions { growable: true, ..RawFileOptions::default() };
+    let file = RawFile::open(&path, options).unwrap();
+    // Longer than any file system's longest file.
+    let data = Bytes::from(vec![1; 8192]);
+    let error = file.write((1 << 63) - 8192, data, WriteFlags::default()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    assert_eq!((file.size(), std::fs::metadata(&path).unwrap().len()), (1000, 1000));
+}

@@ -68,12 +68,29 @@ impl Core {
         Error::from_os(operation, &self.name, error).at(offset, len)
     }
 
-    /// Does what makes the file longer; its new length is `end` if it succeeds.
-    pub(super) fn grow<T>(&self, end: u64, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    /// Does what makes the file longer; its new length is at least `end` if it succeeds, and the
+    /// old one if it fails.
+    pub(super) fn grow(&self, end: u64, work: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let _guard = self.resize.lock().unwrap_or_else(PoisonError::into_inner);
-        let done = work()?;
+        if let Err(error) = work() {
+            self.undo_growth();
+            return Err(error);
+        }
         self.size.fetch_max(end, Ordering::AcqRel);
-        Ok(done)
+        Ok(())
+    }
+
+    /// What a failed write has left beyond the end would turn up as content once the file grows
+    /// over it.
+    fn undo_growth(&self) {
+        let size = self.size();
+        let longer = self.file.metadata().is_ok_and(|metadata| metadata.len() > size);
+        if longer && let Err(error) = rustix::fs::ftruncate(&self.file, size) {
+            tracing::error!(
+                disk = self.name, %error,
+                "a write beyond the end has failed, and the file stays longer than it was"
+            );
+        }
     }
 
     /// Changes the length of the file.

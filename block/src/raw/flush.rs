@@ -63,7 +63,7 @@ impl Flusher {
         };
         if start {
             let worker = Worker { core: Arc::clone(core), operation, finished: false };
-            tokio::task::spawn_blocking(move || worker.run());
+            tokio::task::spawn_blocking(move || worker.run(sync_file));
         }
         wait.await.unwrap_or_else(|_| Err(engine::shutdown(core, operation)))
     }
@@ -77,7 +77,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(mut self) {
+    fn run(mut self, mut sync: impl FnMut(&Core) -> io::Result<()>) {
         loop {
             let waiting = {
                 let mut state = self.core.flusher.lock();
@@ -88,7 +88,7 @@ impl Worker {
                 }
                 std::mem::take(&mut state.waiting)
             };
-            let result = self.sync();
+            let result = self.sync(&mut sync);
             for answer in waiting {
                 // A waiter that has lost interest needs no answer; a failure is kept anyway.
                 let _ = answer.send(result.clone());
@@ -96,10 +96,10 @@ impl Worker {
         }
     }
 
-    fn sync(&self) -> Answer {
+    fn sync(&self, sync: &mut impl FnMut(&Core) -> io::Result<()>) -> Answer {
         let core = &self.core;
         core.flusher.check(core, self.operation)?;
-        sync_file(core).map_err(|error| {
+        sync(core).map_err(|error| {
             core.flusher.fail(&core.name, &error);
             core.error(self.operation, 0, 0, &error)
         })
@@ -123,5 +123,83 @@ fn sync_file(core: &Core) -> io::Result<()> {
             Err(Errno::INTR) => {}
             result => return result.map_err(io::Error::from),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use tokio::sync::oneshot::error::TryRecvError;
+
+    use super::*;
+    use crate::Limits;
+
+    fn core(file: File) -> Arc<Core> {
+        Arc::new(Core::new("disk".into(), file, Limits::default(), 4096, None, None))
+    }
+
+    fn wait_for_flush(core: &Core) -> oneshot::Receiver<Answer> {
+        let (answer, wait) = oneshot::channel();
+        core.flusher.lock().waiting.push(answer);
+        wait
+    }
+
+    #[test]
+    fn a_flush_that_comes_during_a_sync_is_answered_by_the_next_one() {
+        let core = core(tempfile::tempfile().unwrap());
+        let mut first = wait_for_flush(&core);
+        let mut shared = wait_for_flush(&core);
+        let mut late = None;
+        let mut syncs = 0;
+        let worker =
+            Worker { core: Arc::clone(&core), operation: Operation::Flush, finished: false };
+        worker.run(|core| {
+            syncs += 1;
+            match &mut late {
+                None => {
+                    assert_eq!(first.try_recv().err(), Some(TryRecvError::Empty));
+                    late = Some(wait_for_flush(core));
+                }
+                Some(late) => {
+                    first.try_recv().unwrap().unwrap();
+                    shared.try_recv().unwrap().unwrap();
+                    assert_eq!(late.try_recv().err(), Some(TryRecvError::Empty));
+                }
+            }
+            Ok(())
+        });
+        late.unwrap().try_recv().unwrap().unwrap();
+        assert_eq!(syncs, 2, "two of the three share one");
+        assert!(!core.flusher.lock().running);
+    }
+
+    #[tokio::test]
+    async fn after_a_failed_sync_everything_durable_fails() {
+        // The kernel cannot sync a pipe: a failure as good as any.
+        let (pipe, _other) = std::io::pipe().unwrap();
+        let core = core(File::from(std::os::fd::OwnedFd::from(pipe)));
+        let error = core.flush(Operation::Flush).await.unwrap_err();
+        assert_eq!(error.errno(), Errno::INVAL.raw_os_error());
+        for _ in 0..2 {
+            let error = core.flush(Operation::Flush).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Sticky);
+            assert!(error.detail().contains("an earlier flush has failed"), "{error}");
+        }
+        let error = core.write_durable(0, &[1]).unwrap_err();
+        assert_eq!((error.kind(), error.operation()), (ErrorKind::Sticky, Operation::Write));
+    }
+
+    #[tokio::test]
+    async fn every_waiter_learns_of_the_failure() {
+        let core = core(tempfile::tempfile().unwrap());
+        let mut waits = [wait_for_flush(&core), wait_for_flush(&core)];
+        let worker =
+            Worker { core: Arc::clone(&core), operation: Operation::Flush, finished: false };
+        worker.run(|_| Err(Errno::IO.into()));
+        for wait in &mut waits {
+            assert_eq!(wait.try_recv().unwrap().unwrap_err().errno(), 5);
+        }
+        assert_eq!(core.flush(Operation::Flush).await.unwrap_err().kind(), ErrorKind::Sticky);
     }
 }

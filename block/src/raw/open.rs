@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -219,13 +219,23 @@ impl Opening<'_> {
             CacheMode::Writeback => None,
             CacheMode::None => Some(self.direct(&file, block_device)?),
         };
-        let can_punch = !self.options.read_only && can_punch(&file, is_block, size);
+        let (can_discard, fast_zero) = match block_device {
+            _ if self.options.read_only => (false, false),
+            Some(_) => {
+                let id = metadata.rdev();
+                (queue_limit(id, "discard_max_bytes"), queue_limit(id, "write_zeroes_max_bytes"))
+            }
+            None => {
+                let can_punch = can_punch(&file, size);
+                (can_punch, can_punch)
+            }
+        };
         let limits = Limits {
             preferred_size: direct.as_ref().map_or(4096, |d| (d.block_len as u32).max(4096)),
             read_only: self.options.read_only,
             growable: self.options.growable && !is_block,
-            can_discard: can_punch,
-            fast_zero: can_punch,
+            can_discard,
+            fast_zero,
             ..Limits::default()
         };
         let name = self.options.name.clone();
@@ -270,7 +280,17 @@ fn block_len(file: &File) -> io::Result<u64> {
 }
 
 /// Whether holes can be made. Asked of a place beyond the end, so that nothing changes.
-fn can_punch(file: &File, is_block: bool, size: u64) -> bool {
+fn can_punch(file: &File, size: u64) -> bool {
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    is_block || rustix::fs::fallocate(file, flags, size, 4096).is_ok()
+    rustix::fs::fallocate(file, flags, size, 4096).is_ok()
+}
+
+/// Whether a block device has this ability: the kernel gives its longest request.
+fn queue_limit(device: u64, limit: &str) -> bool {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    // A partition has the queue of its disk.
+    ["queue", "../queue"].iter().any(|queue| {
+        std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{queue}/{limit}"))
+            .is_ok_and(|value| value.trim().parse::<u64>().is_ok_and(|bytes| bytes > 0))
+    })
 }

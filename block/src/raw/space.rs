@@ -48,7 +48,10 @@ pub(super) async fn write_zeroes(
 
 fn zero_range(core: &Core, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
     let failed = |error: io::Error| core.error(Operation::WriteZeroes, offset, len, &error);
-    let modes: &[FallocateFlags] = match (flags.may_unmap, can_zero_range(core)) {
+    // For a block device the kernel may carry out a ZERO_RANGE by writing.
+    let can_zero_range =
+        core.can_zero_range.load(Ordering::Relaxed) && !(flags.fast && core.block_device.is_some());
+    let modes: &[FallocateFlags] = match (flags.may_unmap, can_zero_range) {
         (true, true) => &[PUNCH_HOLE, ZERO_RANGE],
         (true, false) => &[PUNCH_HOLE],
         (false, true) => &[ZERO_RANGE],
@@ -79,10 +82,6 @@ fn zero_range(core: &Core, offset: u64, len: u64, flags: ZeroFlags) -> Result<()
         return Err(not_fast(core, offset, len));
     }
     write_zero_pieces(core, offset, offset + len)
-}
-
-fn can_zero_range(core: &Core) -> bool {
-    core.can_zero_range.load(Ordering::Relaxed)
 }
 
 fn not_fast(core: &Core, offset: u64, len: u64) -> Error {
