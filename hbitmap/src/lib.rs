@@ -7,6 +7,7 @@ mod bitmap;
 mod error;
 mod iter;
 mod levels;
+pub mod persist;
 mod serialize;
 #[cfg(test)]
 mod tests;
@@ -14,3 +15,6 @@ mod tests;
 pub use bitmap::{HBitmap, Status};
 pub use error::{Error, Result};
 pub use iter::{Cursor, DirtyAreas, Iter};
+pub use persist::{
+    AfterPowerLoss, Identity, LastStop, MapSet, Options, PersistentBitmap, Role, Tag,
+};

@@ -1,0 +1,154 @@
+//! Making a new file, so that there is a whole one or none.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, RenameFlags};
+use rustix::io::Errno;
+
+use super::header::Header;
+use super::layout::{Layout, PAGE};
+use super::{Options, Tag};
+use crate::{Error, HBitmap, Result};
+
+/// The state of a chunk that was never used.
+const NEVER_USED: u64 = 1;
+
+/// Creates a file of empty maps. It is not open and not locked afterwards; it is on stable
+/// storage.
+pub(super) fn create(path: &Path, options: &Options, maps: usize, tag: Tag) -> Result<()> {
+    let bits = HBitmap::new(options.size, options.granularity_log2)?.bits();
+    let layout = Layout::new(bits, maps);
+    let mut header = Header::new(
+        options.identity,
+        options.size,
+        options.granularity_log2,
+        options.current_boot_id(),
+        maps,
+        tag,
+    );
+    if path.symlink_metadata().is_ok() {
+        return Err(Error::io(path, "create")(io::ErrorKind::AlreadyExists.into()));
+    }
+    let partial = partial_name(path);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&partial)
+        .map_err(Error::io(&partial, "create"))?;
+    lock(&file, &partial)?;
+    check_still_named(&file, &partial)?;
+    let made = fill(&file, layout, &mut header)
+        .map_err(Error::io(&partial, "write"))
+        .and_then(|()| rename(&partial, path));
+    if made.is_err() {
+        // The name may be gone already; what is left of the file is of no use.
+        let _ = fs::remove_file(&partial);
+    }
+    made
+}
+
+fn partial_name(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
+}
+
+/// Between opening and locking, somebody else may have finished the same file.
+fn check_still_named(file: &File, partial: &Path) -> Result<()> {
+    let ours = file.metadata().map_err(Error::io(partial, "stat"))?;
+    match fs::metadata(partial) {
+        Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => Ok(()),
+        _ => Err(Error::Locked { path: partial.to_owned() }),
+    }
+}
+
+/// Takes the lock that whoever uses a file holds.
+pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
+    match file.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked { path: path.to_owned() }),
+        Err(TryLockError::Error(error)) => Err(Error::io(path, "lock")(error)),
+    }
+}
+
+fn fill(file: &File, layout: Layout, header: &mut Header) -> io::Result<()> {
+    file.set_len(0)?;
+    allocate(file, layout.file_len())?;
+    let tables = layout.tables_bytes();
+    let mut writer = BufWriter::with_capacity(1 << 16, file);
+    writer.seek(SeekFrom::Start(tables.start))?;
+    for _ in 0..(tables.end - tables.start) / 16 {
+        writer.write_all(&NEVER_USED.to_le_bytes())?;
+        writer.write_all(&[0; 8])?;
+    }
+    header.clean = Some(fresh_tables_crc(&tables));
+    for copy in 0..2 {
+        writer.seek(SeekFrom::Start(copy * PAGE))?;
+        writer.write_all(&header.encode())?;
+    }
+    writer.flush()?;
+    file.sync_all()
+}
+
+fn fresh_tables_crc(tables: &std::ops::Range<u64>) -> u32 {
+    let mut hash = crc32fast::Hasher::new();
+    for _ in 0..(tables.end - tables.start) / 16 {
+        hash.update(&NEVER_USED.to_le_bytes());
+        hash.update(&[0; 8]);
+    }
+    hash.finalize()
+}
+
+/// Makes sure that every block up to `len` is allocated, without changing any contents.
+pub(super) fn allocate(file: &File, len: u64) -> io::Result<()> {
+    loop {
+        match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, len) {
+            Ok(()) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => return rewrite(file, len),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Allocates by writing every page as it is read, for file systems that cannot do it otherwise.
+fn rewrite(file: &File, len: u64) -> io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    if file.metadata()?.len() < len {
+        file.set_len(len)?;
+    }
+    let mut block = vec![0; 1 << 20];
+    let mut at = 0;
+    while at < len {
+        let part = (len - at).min(block.len() as u64) as usize;
+        file.read_exact_at(&mut block[..part], at)?;
+        file.write_all_at(&block[..part], at)?;
+        at += part as u64;
+    }
+    Ok(())
+}
+
+/// Gives the file its name, and does not replace another one.
+fn rename(partial: &Path, path: &Path) -> Result<()> {
+    let cwd = rustix::fs::CWD;
+    match rustix::fs::renameat_with(cwd, partial, cwd, path, RenameFlags::NOREPLACE) {
+        // Some file systems know no flags. That there was no such file has been checked.
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            fs::rename(partial, path).map_err(Error::io(path, "create"))?;
+        }
+        renamed => renamed.map_err(|error| Error::io(path, "create")(error.into()))?,
+    }
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(Error::io(directory, "flush the directory"))
+}

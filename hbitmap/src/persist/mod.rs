@@ -1,0 +1,180 @@
+//! Bitmaps that outlive the process: one in a file, or a set of three with roles.
+//!
+//! # The file, byte by byte
+//!
+//! All numbers are little-endian; a page is 4096 bytes. A file holds one map or three, and as
+//! many *banks*, each with room for one map. A bank is cut into *chunks* of one page, 32 768
+//! bits; `chunks` is the number of bits divided by that, rounded up, and at least 1.
+//!
+//! | from | bytes | what |
+//! |---|---|---|
+//! | 0 | 1 page | first copy of the header |
+//! | 1 page | 1 page | second copy of the header |
+//! | 2 pages | banks · (16 · chunks, rounded up to a page) | the chunk tables, bank by bank |
+//! | after that | banks · chunks pages | the bits, bank by bank |
+//!
+//! Nothing follows. All blocks are allocated before the file is mapped, so that a full disk is
+//! an error when the file is made and not a signal when it is used.
+//!
+//! A copy of the header:
+//!
+//! | offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 8 | `brep-map` |
+//! | 8 | 4 | version: 1 |
+//! | 12 | 4 | CRC-32 of these 256 bytes with this field taken as 0 |
+//! | 16 | 8 | sequence number: the copy with the greater one counts |
+//! | 24 | 16 | identity, given by the caller |
+//! | 40 | 8 | size in items |
+//! | 48 | 4 | granularity as a power of two |
+//! | 52 | 4 | number of maps, and of banks: 1 or 3 |
+//! | 56 | 8 | the next generation: greater than every one in use |
+//! | 64 | 16 | the kernel's boot id, when the file was opened; zeroes if unknown |
+//! | 80 | 4 | 0: in use; 1: stopped cleanly |
+//! | 84 | 4 | after a clean stop, the CRC-32 of all chunk tables; else 0 |
+//! | 88 | 3 · 40 | the maps; of a set: open, pending, differs |
+//! | 208 | 48 | zeroes, as is the rest of the page |
+//!
+//! A map: bank (4 bytes), whether it exists (4; 1, or 0 for pending while no cut is outstanding), its
+//! generation (8; 1 or more), the caller's tag: an id (16) and a number (8).
+//! No two maps name the same bank.
+//!
+//! A chunk's place in the table: its state (8 bytes: generation · 2 + 1 if *sealed*), and, if it
+//! is sealed, the CRC-32 of its page (8 bytes, the upper four zero). A chunk whose generation is
+//! not that of its map is empty, whatever its page contains. The state of a chunk that was never
+//! used is 1; it is never 0, so a table that was lost and reads as zeroes is noticed.
+//!
+//! Bit `n` of a map is bit `n % 8` of byte `n / 8` of its bank. Bits beyond the last are 0.
+//!
+//! # Why a kill at any instruction leaves the file right
+//!
+//! Every store is one aligned 64-bit word, and they become visible in program order; a process
+//! that is killed has made some first part of them, all in the page cache.
+//!
+//! * *A bit*: the chunk is made ready first. If it is sealed, its state becomes "not sealed"; if
+//!   it belongs to another generation, its page is cleared, then its state is stored. Then the
+//!   words. So an acknowledged bit is in the file, and a checksum is only ever claimed for a page
+//!   that has not been written to since: **one that does not match is damage, never the result of
+//!   a kill.**
+//! * *Emptying a map, changing roles*: a new header. The older copy is overwritten, then the
+//!   other. A copy under way is marked invalid by its first store, made valid by its last; the
+//!   other one counts meanwhile. Emptying gives the map a generation that no chunk has, so it
+//!   takes the same time whatever the map holds, and nothing is left to be cleaned up.
+//!
+//! # What a flush does, and a loss of power
+//!
+//! [`MapSet::flush`] writes the bits to stable storage, then seals the chunks that were written
+//! to, then does the same with tables and header; [`MapSet::close`] notes a clean stop as well.
+//! Bits that were set after the last flush may be missing after a loss of power, with nothing in
+//! the file to show it. Hence the boot id: a file that was in use under another boot is not opened
+//! ([`Error::PowerLost`](crate::Error::PowerLost)). What it described is unknown then, and the
+//! conservative content is "everything is dirty": remove it, create it anew, set all. A caller who
+//! keeps a log of what may be missing says [`AfterPowerLoss::Accept`].
+
+mod create;
+mod file;
+mod header;
+mod layout;
+mod open;
+mod set;
+mod single;
+mod words;
+
+#[cfg(test)]
+pub(crate) use words::crash;
+
+use std::fmt;
+
+pub use set::{MapSet, Role};
+pub use single::PersistentBitmap;
+
+/// What a file belongs to, for example a disk of a set: 16 bytes that the caller chooses, a UUID.
+/// A file with another identity is not opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Identity(pub [u8; 16]);
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// Whatever the caller wants to know about one map later on, for example since when it counts:
+/// the line of writes, and the epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Tag {
+    /// 16 bytes, a UUID.
+    pub id: [u8; 16],
+    /// A number.
+    pub number: u64,
+}
+
+/// What to do with a file that was in use when power was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AfterPowerLoss {
+    /// Fail with [`Error::PowerLost`](crate::Error::PowerLost).
+    #[default]
+    Refuse,
+    /// Take what is there: only for a caller who knows from elsewhere, on stable storage, what
+    /// was set since the last flush, and sets it again. Chunks whose checksum or state does not
+    /// fit are taken as dirty from end to end.
+    Accept,
+}
+
+/// How the last user of a file ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LastStop {
+    /// With `close`, or the file is new.
+    Clean,
+    /// Without, under the same boot of this machine: nothing is missing.
+    Killed,
+    /// Without, under another boot, and [`AfterPowerLoss::Accept`] was given.
+    PowerLost,
+}
+
+/// What a file must be to be opened, and what it becomes when it is created.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    identity: Identity,
+    size: u64,
+    granularity_log2: u32,
+    after_power_loss: AfterPowerLoss,
+    boot_id: Option<[u8; 16]>,
+}
+
+impl Options {
+    /// Maps of `size` items in groups of `2^granularity_log2`.
+    pub fn new(identity: Identity, size: u64, granularity_log2: u32) -> Self {
+        let after_power_loss = AfterPowerLoss::Refuse;
+        Options { identity, size, granularity_log2, after_power_loss, boot_id: None }
+    }
+
+    /// What to do with a file that was in use when power was lost; refuse it by default.
+    #[must_use]
+    pub fn after_power_loss(mut self, what: AfterPowerLoss) -> Self {
+        self.after_power_loss = what;
+        self
+    }
+
+    /// What tells one boot of one machine from every other; the kernel's boot id by default. All
+    /// zeroes mean that it is not known, and are never the same boot.
+    #[must_use]
+    pub fn boot_id(mut self, boot_id: [u8; 16]) -> Self {
+        self.boot_id = Some(boot_id);
+        self
+    }
+
+    fn current_boot_id(&self) -> [u8; 16] {
+        self.boot_id.or_else(kernel_boot_id).unwrap_or(UNKNOWN_BOOT)
+    }
+}
+
+/// Never the same as any other.
+const UNKNOWN_BOOT: [u8; 16] = [0; 16];
+
+fn kernel_boot_id() -> Option<[u8; 16]> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let hex: String = text.trim().chars().filter(|c| *c != '-').collect();
+    (hex.len() == 32).then_some(())?;
+    Some(u128::from_str_radix(&hex, 16).ok()?.to_be_bytes())
+}

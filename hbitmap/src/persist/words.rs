@@ -1,0 +1,86 @@
+//! The mapped file as an array of 64-bit words. The only unsafe code of the crate.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use memmap2::MmapRaw;
+
+/// A shared mapping of a file whose blocks are all allocated.
+///
+/// Stores become visible in the order in which they are made, and outlive the process however
+/// it ends: they are in the page cache.
+#[derive(Debug)]
+pub(super) struct Words {
+    map: MmapRaw,
+}
+
+impl Words {
+    /// Maps all of `file`, whose length is a multiple of 8.
+    pub(super) fn map(file: &File) -> io::Result<Words> {
+        Ok(Words { map: MmapRaw::map_raw(file)? })
+    }
+
+    fn word(&self, index: u64) -> &AtomicU64 {
+        let index = index as usize;
+        assert!(index < self.map.len() / 8, "word {index} lies outside the file");
+        // SAFETY: the word lies inside the mapping, which lives as long as `self` and starts at a
+        // page, so that it is aligned. Nothing in this process touches the mapping but through
+        // these atomics; other processes are kept out by the lock on the file.
+        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().cast::<u64>().add(index)) }
+    }
+
+    pub(super) fn load(&self, index: u64) -> u64 {
+        u64::from_le(self.word(index).load(Ordering::Relaxed))
+    }
+
+    /// Not before anything that was stored before it.
+    pub(super) fn store(&self, index: u64, value: u64) {
+        #[cfg(test)]
+        crash::count_store();
+        self.word(index).store(value.to_le(), Ordering::Release);
+    }
+
+    /// Stores zeroes to a range of words.
+    pub(super) fn clear(&self, words: Range<u64>) {
+        for index in words.clone() {
+            // A test need not try every one of them.
+            #[cfg(test)]
+            if index == words.start + (words.end - words.start) / 2 {
+                crash::count_store();
+            }
+            self.word(index).store(0, Ordering::Release);
+        }
+    }
+
+    /// Waits until a range of bytes is on stable storage.
+    pub(super) fn flush(&self, bytes: Range<u64>) -> io::Result<()> {
+        self.map.flush_range(bytes.start as usize, (bytes.end - bytes.start) as usize)
+    }
+}
+
+/// Ends a test's "process" at a given store: a panic takes the place of the kill.
+#[cfg(test)]
+pub(crate) mod crash {
+    use std::cell::Cell;
+
+    thread_local! {
+        static STORES_LEFT: Cell<u64> = const { Cell::new(u64::MAX) };
+    }
+
+    /// The panic's payload.
+    pub(crate) struct Killed;
+
+    /// Lets this thread make `stores` more stores, and kills it at the next one.
+    pub(crate) fn kill_after(stores: u64) {
+        STORES_LEFT.set(stores);
+    }
+
+    pub(super) fn count_store() {
+        match STORES_LEFT.get() {
+            0 => std::panic::resume_unwind(Box::new(Killed)),
+            left => STORES_LEFT.set(left - 1),
+        }
+    }
+}

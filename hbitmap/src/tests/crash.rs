@@ -1,0 +1,111 @@
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use super::history::{Model, ROLES, Random, Step, apply, check_after_kill, options, scratch, tag};
+use crate::persist::crash::{Killed, kill_after};
+use crate::{MapSet, Role};
+
+/// Runs the history until the process is "killed" at its `point`th store; returns what had been
+/// acknowledged, and the step that was not; `None` if all of it was done.
+fn run_until(path: &Path, history: &[Step], point: u64) -> Option<(Model, Option<Step>)> {
+    let mut acknowledged = Model::new();
+    let mut current = None;
+    let run = catch_unwind(AssertUnwindSafe(|| {
+        let mut maps = MapSet::open(path, &options()).unwrap();
+        kill_after(point);
+        for step in history {
+            current = Some(*step);
+            apply(&mut maps, *step);
+            acknowledged.apply(*step);
+            current = None;
+            assert_eq!(maps.has_pending(), acknowledged.has_pending);
+        }
+    }));
+    kill_after(u64::MAX);
+    match run {
+        Ok(()) => None,
+        Err(payload) if payload.is::<Killed>() => Some((acknowledged, current)),
+        Err(payload) => std::panic::resume_unwind(payload),
+    }
+}
+
+fn a_kill_at_every_store(history: &[Step]) {
+    let directory = scratch();
+    let path = directory.path().join("maps");
+    MapSet::create(&path, &options(), tag(0)).unwrap().close().unwrap();
+    let fresh = fs::read(&path).unwrap();
+    for point in 0.. {
+        fs::write(&path, &fresh).unwrap();
+        match run_until(&path, history, point) {
+            Some((acknowledged, step)) => check_after_kill(&path, &acknowledged, step),
+            None => {
+                assert!(point > 100, "the history must have stored something");
+                return;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_kill_at_any_store_loses_nothing_that_was_acknowledged() {
+    a_kill_at_every_store(&[
+        Step::Set(Role::Open, 5, 1),
+        Step::Set(Role::Differs, 32_700, 150),
+        Step::Rotate(1),
+        Step::Set(Role::Open, 5, 200),
+        Step::DropPending,
+        Step::Rotate(2),
+        // In the bank that was dropped: old contents must not come back.
+        Step::Set(Role::Open, 7, 1),
+        Step::Transfer(Role::Differs, Role::Open, 32_760, 20),
+        Step::VoidPending,
+        Step::Rotate(3),
+        Step::AllToDiffers,
+        Step::Reset(Role::Differs, 32_704, 100),
+        Step::ResetAll(Role::Differs),
+        Step::SetTag(Role::Differs, 4),
+    ]);
+}
+
+#[test]
+fn a_kill_at_any_store_after_a_flush_loses_nothing_that_was_acknowledged() {
+    a_kill_at_every_store(&[
+        Step::Set(Role::Open, 20_000, 300),
+        Step::Set(Role::Differs, 32_990, 10),
+        Step::Flush,
+        Step::Set(Role::Open, 20_100, 500),
+        Step::Reset(Role::Differs, 32_990, 10),
+        Step::Rotate(1),
+        Step::Flush,
+        Step::VoidPending,
+    ]);
+}
+
+#[test]
+fn long_histories_end_as_the_model_says() {
+    let directory = scratch();
+    for seed in 0..6 {
+        let path = directory.path().join(format!("{seed}"));
+        let mut maps = MapSet::create(&path, &options(), tag(0)).unwrap();
+        let mut random = Random(seed);
+        let mut model = Model::new();
+        for index in 0..120 {
+            let step = random.step(model.has_pending);
+            apply(&mut maps, step);
+            model.apply(step);
+            if index % 40 == 39 {
+                drop(maps);
+                check_after_kill(&path, &model, None);
+                maps = MapSet::open(&path, &options()).unwrap();
+            }
+        }
+        maps.close().unwrap();
+        let maps = MapSet::open(&path, &options()).unwrap();
+        assert_eq!(maps.last_stop(), crate::LastStop::Clean);
+        for role in ROLES {
+            maps.map(role).levels().check();
+        }
+        assert_eq!(Model::of(&maps).without_idle_tag(), model.without_idle_tag());
+    }
+}
