@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, RenameFlags};
@@ -78,6 +78,8 @@ pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
 }
 
 fn fill(file: &File, layout: Layout, header: &mut Header) -> io::Result<()> {
+    // What a kill left of an earlier attempt may be anything.
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
     file.set_len(0)?;
     allocate(file, layout.file_len())?;
     let tables = layout.tables_bytes();
