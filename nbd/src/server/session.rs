@@ -31,6 +31,8 @@ use crate::proto::wire::{Command, Errno, PAYLOAD_LEN_MAX, RequestHeader};
 /// How much the socket is asked for at once; grows while the socket fills it.
 const READ_LEN_MIN: usize = 16 << 10;
 const READ_LEN_MAX: usize = 256 << 10;
+/// Most memory for input that an idle connection keeps: enough for writes of 1 MiB.
+const IDLE_LEN_MAX: usize = (1 << 20) + (64 << 10);
 /// While more than this waits to be sent, no further request is started: whatever a client does
 /// not fetch need not be read from the disk yet.
 const OUTPUT_LEN_MAX: usize = 1 << 20;
@@ -63,6 +65,8 @@ pub(super) struct Session<'a> {
     decoder: Decoder,
     input: BytesMut,
     read_len: usize,
+    /// The memory behind `input` is larger than what an idle connection may keep.
+    input_is_large: bool,
     output: Output,
     operation: Operation,
     completions: Vec<Completion>,
@@ -74,8 +78,10 @@ pub(super) struct Session<'a> {
     admitted: Option<u64>,
     /// What the budget believes we hold.
     held: u64,
-    /// No more input is wanted: the client said so, or is not understood.
+    /// Nothing more is read from the socket.
     input_over: bool,
+    /// No further request is looked for: the client said so, or is not understood.
+    requests_over: bool,
     /// Nothing can be sent any more.
     lost: bool,
     /// Runs while the client takes nothing.
@@ -103,6 +109,7 @@ impl<'a> Session<'a> {
             decoder: Decoder::new(),
             input,
             read_len: READ_LEN_MIN,
+            input_is_large: false,
             output: Output::new(),
             operation: idle(),
             completions: Vec::new(),
@@ -111,6 +118,7 @@ impl<'a> Session<'a> {
             admitted: None,
             held: 0,
             input_over: false,
+            requests_over: false,
             lost: false,
             stall: None,
         }
@@ -129,8 +137,8 @@ impl<'a> Session<'a> {
             self.collect_completions();
             let waiting = self.start_requests(stop);
             self.settle();
-            if stop == Stop::Abort {
-                self.lost = true;
+            if stop == Stop::Abort && !self.lost {
+                self.lose(&io::ErrorKind::ConnectionAborted.into());
             }
             self.send(cx);
             let next_cost = self.next_cost();
@@ -143,7 +151,16 @@ impl<'a> Session<'a> {
             if self.is_over(stop, &waiting) {
                 return Poll::Ready(());
             }
+            self.slim();
             return Poll::Pending;
+        }
+    }
+
+    /// An idle connection does not keep the memory of an unusually large payload.
+    fn slim(&mut self) {
+        if self.input_is_large && self.decoder.is_between_requests(&self.input) {
+            self.input = BytesMut::new();
+            self.input_is_large = false;
         }
     }
 
@@ -174,9 +191,8 @@ impl<'a> Session<'a> {
 
     fn start_requests(&mut self, stop: Stop) -> Waiting {
         loop {
-            if self.lost || stop >= Stop::Close {
-                self.input_over = true;
-                return Waiting::Over;
+            if self.requests_over || self.lost || stop >= Stop::Close {
+                return self.end_requests();
             }
             let header = match self.decoder.header(&mut self.input) {
                 Ok(Some(header)) => header,
@@ -184,8 +200,7 @@ impl<'a> Session<'a> {
                 Err(error) => return self.violation(&error.to_string()),
             };
             if header.command == Command::DISC {
-                self.input_over = true;
-                return Waiting::Over;
+                return self.end_requests();
             }
             if header.command == Command::WRITE && header.len > PAYLOAD_LEN_MAX {
                 let failure = Failure::new(Errno::EINVAL, "longer than 32 MiB");
@@ -210,6 +225,11 @@ impl<'a> Session<'a> {
 
     fn violation(&mut self, what: &str) -> Waiting {
         tracing::info!(peer = self.connection.peer(), "closing an NBD connection: {what}");
+        self.end_requests()
+    }
+
+    fn end_requests(&mut self) -> Waiting {
+        self.requests_over = true;
         self.input_over = true;
         Waiting::Over
     }
@@ -323,6 +343,7 @@ impl<'a> Session<'a> {
             // to be moved. Only the next header may come with it.
             let want = missing + RequestHeader::SIZE;
             self.input.reserve(want);
+            self.input_is_large |= want > IDLE_LEN_MAX;
             want
         } else {
             let spare = self.input.capacity() - self.input.len();
@@ -353,6 +374,8 @@ impl<'a> Session<'a> {
         tracing::debug!(peer = self.connection.peer(), %error, "an NBD connection was lost");
         self.lost = true;
         self.input_over = true;
+        // Operations may still run for long; the client need not wait for them.
+        let _ = self.stream.shutdown_now();
     }
 }
 
