@@ -1,0 +1,446 @@
+//! The client's handshake as a state machine: every server that exists, and every way in which
+//! one can be wrong, whole and cut into single bytes.
+
+use brep_nbd::proto::client::{
+    BlockSizes, Goal, Handshake, HandshakeError, HandshakeOptions, Outcome,
+};
+use brep_nbd::proto::wire::{
+    INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OptionCode, OptionHeader, OptionReplyHeader,
+    PRIVATE_OPTION_BASE, PRIVATE_REPLY, ReplyType, TransmissionFlags,
+};
+use bytes::{BufMut, Bytes, BytesMut};
+use proptest::prelude::*;
+
+const PRIVATE: OptionCode = OptionCode(PRIVATE_OPTION_BASE + 1);
+
+/// What a server sends.
+#[derive(Clone, Default)]
+struct Script(BytesMut);
+
+impl Script {
+    fn greeting(flags: u16) -> Self {
+        let mut bytes = BytesMut::new();
+        bytes.put_u64(INIT_MAGIC);
+        bytes.put_u64(OPTION_MAGIC);
+        bytes.put_u16(flags);
+        Script(bytes)
+    }
+
+    fn modern() -> Self {
+        Self::greeting(3)
+    }
+
+    fn reply(mut self, option: OptionCode, kind: ReplyType, data: &[u8]) -> Self {
+        let len = data.len() as u32;
+        self.0.put_slice(&OptionReplyHeader { option, kind, len }.encode());
+        self.0.put_slice(data);
+        self
+    }
+
+    fn ack(self, option: OptionCode) -> Self {
+        self.reply(option, ReplyType::ACK, &[])
+    }
+
+    fn info_export(self, size: u64, flags: u16) -> Self {
+        let mut data = vec![0, 0];
+        data.put_u64(size);
+        data.put_u16(flags);
+        self.reply(OptionCode::GO, ReplyType::INFO, &data)
+    }
+
+    fn info_sizes(self, min: u32, preferred: u32, max: u32) -> Self {
+        let mut data = vec![0, 3];
+        [min, preferred, max].iter().for_each(|size| data.put_u32(*size));
+        self.reply(OptionCode::GO, ReplyType::INFO, &data)
+    }
+
+    fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.0.put_slice(bytes);
+        self
+    }
+
+    /// What QEMU sends up to its `GO`.
+    fn structured(self) -> Self {
+        self.ack(OptionCode::STRUCTURED_REPLY)
+            .reply(OptionCode::SET_META_CONTEXT, ReplyType::META_CONTEXT, &context(7))
+            .ack(OptionCode::SET_META_CONTEXT)
+    }
+}
+
+fn context(id: u32) -> Vec<u8> {
+    [&id.to_be_bytes()[..], b"base:allocation"].concat()
+}
+
+fn listed(name: &str, description: &str) -> Vec<u8> {
+    [&(name.len() as u32).to_be_bytes()[..], name.as_bytes(), description.as_bytes()].concat()
+}
+
+fn options(goal: Goal) -> HandshakeOptions {
+    HandshakeOptions {
+        goal,
+        export: "vda".into(),
+        private_options: Vec::new(),
+        structured_replies: true,
+    }
+}
+
+struct Run {
+    result: Result<Option<Outcome>, HandshakeError>,
+    sent: Vec<u8>,
+    rest: BytesMut,
+    abort: Bytes,
+}
+
+/// Runs a handshake against a script that comes in pieces of `piece` bytes.
+fn run(options: &HandshakeOptions, script: &Script, piece: usize) -> Run {
+    let mut handshake = Handshake::new(options.clone());
+    let mut input = BytesMut::new();
+    let mut sent = Vec::new();
+    let mut result = Ok(None);
+    for piece in script.0.chunks(piece) {
+        input.extend_from_slice(piece);
+        if matches!(result, Ok(None)) {
+            result = handshake.advance(&mut input);
+            sent.extend_from_slice(&handshake.take_output());
+        }
+    }
+    Run { result, sent, rest: input, abort: handshake.abort() }
+}
+
+fn outcome(options: &HandshakeOptions, script: &Script) -> Outcome {
+    run(options, script, usize::MAX).result.expect("no error").expect("the end of the handshake")
+}
+
+fn error(options: &HandshakeOptions, script: &Script) -> HandshakeError {
+    let whole = run(options, script, usize::MAX).result.expect_err("an error");
+    let bytewise = run(options, script, 1).result.expect_err("an error, byte by byte");
+    assert_eq!(whole, bytewise);
+    whole
+}
+
+/// The options that were sent, with the lengths of their data.
+fn asked(mut sent: &[u8]) -> Vec<OptionCode> {
+    let mut asked = Vec::new();
+    sent = &sent[4..];
+    while let Some(head) = sent.first_chunk() {
+        let header = OptionHeader::decode(head).expect("an option");
+        asked.push(header.option);
+        sent = &sent[OptionHeader::SIZE + header.len as usize..];
+    }
+    assert!(sent.is_empty());
+    asked
+}
+
+fn qemu() -> Script {
+    Script::modern()
+        .structured()
+        .info_export(1 << 30, 0x0ded)
+        .info_sizes(512, 4096, 1 << 25)
+        .reply(OptionCode::GO, ReplyType::INFO, b"\0\x01canon")
+        .reply(OptionCode::GO, ReplyType::INFO, b"\0\x02a disk")
+        .reply(OptionCode::GO, ReplyType::INFO, b"\x12\x34unknown")
+        .ack(OptionCode::GO)
+}
+
+#[test]
+fn a_modern_server_is_understood() {
+    let script = qemu();
+    let run = run(&options(Goal::Transmit), &script, usize::MAX);
+    let outcome = run.result.expect("no error").expect("done");
+    let export = outcome.export.expect("an export");
+    assert_eq!((export.size, export.flags), (1 << 30, TransmissionFlags(0x0ded)));
+    assert_eq!(export.block_sizes, BlockSizes { min: 512, preferred: 4096, max: 1 << 25 });
+    assert_eq!(export.canonical_name.as_deref(), Some("canon"));
+    assert_eq!(export.description.as_deref(), Some("a disk"));
+    assert!(outcome.structured_replies);
+    assert_eq!(outcome.allocation_context, Some(7));
+    let expected = [OptionCode::STRUCTURED_REPLY, OptionCode::SET_META_CONTEXT, OptionCode::GO];
+    assert_eq!(asked(&run.sent), expected);
+    assert_eq!(run.sent[..4], 3u32.to_be_bytes());
+}
+
+#[test]
+fn every_cut_of_the_stream_gives_the_same_outcome_and_leaves_what_follows() {
+    let script = qemu().bytes(b"transmission");
+    let options = options(Goal::Transmit);
+    let whole = run(&options, &script, usize::MAX);
+    assert_eq!(whole.rest[..], *b"transmission");
+    for piece in 1..script.0.len() {
+        let cut = run(&options, &script, piece);
+        assert_eq!(cut.result, whole.result, "pieces of {piece}");
+        assert_eq!(cut.sent, whole.sent, "pieces of {piece}");
+        assert_eq!(cut.rest, whole.rest, "pieces of {piece}");
+    }
+    for end in 0..qemu().0.len() {
+        let short = Script(BytesMut::from(&script.0[..end]));
+        assert_eq!(run(&options, &short, usize::MAX).result, Ok(None), "the first {end} bytes");
+    }
+}
+
+#[test]
+fn a_server_without_structured_replies_is_not_asked_for_contexts() {
+    let script = Script::modern()
+        .reply(OptionCode::STRUCTURED_REPLY, ReplyType::ERR_UNSUP, b"no")
+        .info_export(4096, 0x8d)
+        .ack(OptionCode::GO);
+    let run = run(&options(Goal::Transmit), &script, usize::MAX);
+    let outcome = run.result.expect("no error").expect("done");
+    assert_eq!(asked(&run.sent), [OptionCode::STRUCTURED_REPLY, OptionCode::GO]);
+    assert!(!outcome.structured_replies);
+    // DF means nothing without them.
+    assert_eq!(outcome.export.expect("an export").flags, TransmissionFlags(0x0d));
+}
+
+#[test]
+fn a_server_that_refuses_the_context_is_used_without_it() {
+    let script = Script::modern()
+        .ack(OptionCode::STRUCTURED_REPLY)
+        .reply(OptionCode::SET_META_CONTEXT, ReplyType::META_CONTEXT, &context(1))
+        .reply(OptionCode::SET_META_CONTEXT, ReplyType::ERR_TOO_BIG, b"")
+        .info_export(4096, 1)
+        .ack(OptionCode::GO);
+    assert_eq!(outcome(&options(Goal::Transmit), &script).allocation_context, None);
+}
+
+#[test]
+fn without_go_the_export_is_looked_up_and_asked_for_by_name() {
+    let plain = HandshakeOptions { structured_replies: false, ..options(Goal::Transmit) };
+    let no_go =
+        |flags: u16| Script::greeting(flags).reply(OptionCode::GO, ReplyType::ERR_UNSUP, b"what?");
+    let reply =
+        |padding: usize| [&(1u64 << 20).to_be_bytes()[..], &[0, 5], &vec![0; padding]].concat();
+    let list = |script: Script| {
+        script
+            .reply(OptionCode::LIST, ReplyType::SERVER, &listed("other", "x"))
+            .reply(OptionCode::LIST, ReplyType::SERVER, &listed("vda", ""))
+            .ack(OptionCode::LIST)
+    };
+    for (script, rest) in [
+        (list(no_go(3)).bytes(&reply(0)).bytes(b"!"), "!"),
+        (list(no_go(1)).bytes(&reply(124)).bytes(b"!"), "!"),
+        (no_go(3).reply(OptionCode::LIST, ReplyType::ERR_POLICY, b"").bytes(&reply(0)), ""),
+    ] {
+        let run = run(&plain, &script, 1);
+        let outcome = run.result.expect("no error").expect("done");
+        assert_eq!(outcome.export.expect("an export").size, 1 << 20);
+        assert_eq!(run.rest, rest);
+        let expected = [OptionCode::GO, OptionCode::LIST, OptionCode::EXPORT_NAME];
+        assert_eq!(asked(&run.sent), expected);
+    }
+    let absent = no_go(3)
+        .reply(OptionCode::LIST, ReplyType::SERVER, &listed("vdb", ""))
+        .ack(OptionCode::LIST);
+    assert_eq!(error(&plain, &absent), HandshakeError::NotListed("vda".into()));
+}
+
+#[test]
+fn a_server_without_fixed_newstyle_is_asked_by_name_and_for_nothing_else() {
+    let script = Script::greeting(0).bytes(&4096u64.to_be_bytes()).bytes(&[0, 1]).bytes(&[0; 124]);
+    let run = run(&options(Goal::Transmit), &script, 7);
+    assert_eq!(run.result.expect("no error").expect("done").export.expect("one").size, 4096);
+    assert_eq!(run.sent[..4], [0; 4]);
+    assert_eq!(asked(&run.sent), [OptionCode::EXPORT_NAME]);
+    let list = error(&options(Goal::List), &script);
+    assert_eq!(list, HandshakeError::NotFixedNewstyle(OptionCode::LIST));
+    let private = HandshakeOptions {
+        private_options: vec![(PRIVATE, Bytes::new())],
+        ..options(Goal::Transmit)
+    };
+    assert_eq!(error(&private, &script), HandshakeError::NotFixedNewstyle(PRIVATE));
+}
+
+#[test]
+fn private_options_come_first_and_their_replies_are_kept() {
+    let other = OptionCode(PRIVATE_OPTION_BASE + 2);
+    let options = HandshakeOptions {
+        private_options: vec![(PRIVATE, Bytes::from_static(b"token")), (other, Bytes::new())],
+        structured_replies: false,
+        ..options(Goal::Transmit)
+    };
+    let script = Script::modern()
+        .ack(PRIVATE)
+        .reply(other, PRIVATE_REPLY, b"slot 3")
+        .ack(other)
+        .info_export(512, 1)
+        .ack(OptionCode::GO);
+    let run = run(&options, &script, 3);
+    let outcome = run.result.expect("no error").expect("done");
+    assert_eq!(outcome.private_replies, [&b""[..], b"slot 3"]);
+    assert_eq!(asked(&run.sent), [PRIVATE, other, OptionCode::GO]);
+    assert!(run.sent.windows(5).any(|window| window == b"token"));
+}
+
+#[test]
+fn a_private_option_alone_hands_the_connection_over() {
+    let options = HandshakeOptions {
+        private_options: vec![(PRIVATE, Bytes::from_static(b"hello"))],
+        ..options(Goal::Private)
+    };
+    let script =
+        Script::modern().reply(PRIVATE, PRIVATE_REPLY, b"welcome").ack(PRIVATE).bytes(b"link");
+    let done = run(&options, &script, usize::MAX);
+    assert_eq!(done.result.expect("no error").expect("done").private_replies, [&b"welcome"[..]]);
+    assert_eq!((asked(&done.sent), &done.rest[..]), (vec![PRIVATE], &b"link"[..]));
+    let twice =
+        Script::modern().reply(PRIVATE, PRIVATE_REPLY, b"1").reply(PRIVATE, PRIVATE_REPLY, b"2");
+    assert_eq!(error(&options, &twice), HandshakeError::TooManyReplies(PRIVATE));
+    let unknown = Script::modern().reply(PRIVATE, ReplyType::ERR_UNSUP, b"");
+    assert_eq!(error(&options, &unknown), HandshakeError::Unsupported(PRIVATE));
+    let policy = Script::modern().reply(PRIVATE, ReplyType::ERR_POLICY, b"stale\ntoken");
+    let refused = error(&options, &policy);
+    assert!(refused.to_string().contains("stale token"), "{refused}");
+}
+
+#[test]
+fn listing_and_describing_end_with_an_abort() {
+    let list = Script::modern()
+        .reply(OptionCode::LIST, ReplyType::SERVER, &listed("", "default"))
+        .reply(OptionCode::LIST, ReplyType::SERVER, &listed("vda", ""))
+        .ack(OptionCode::LIST);
+    let done = run(&options(Goal::List), &list, usize::MAX);
+    let exports = done.result.expect("no error").expect("done").exports;
+    let found: Vec<_> = exports.iter().map(|e| (e.name.as_str(), e.description.as_str())).collect();
+    assert_eq!(found, [("", "default"), ("vda", "")]);
+    assert_eq!(asked(&done.sent), [OptionCode::LIST, OptionCode::ABORT]);
+
+    let export_info = [&[0, 0][..], &512u64.to_be_bytes(), &[0, 3]].concat();
+    let describe = Script::modern()
+        .structured()
+        .reply(OptionCode::INFO, ReplyType::INFO, &export_info)
+        .ack(OptionCode::INFO);
+    let done = run(&options(Goal::Describe), &describe, usize::MAX);
+    assert_eq!(done.result.expect("no error").expect("done").export.expect("one").size, 512);
+    assert_eq!(asked(&done.sent).last(), Some(&OptionCode::ABORT));
+}
+
+#[test]
+fn every_violation_is_named() {
+    use HandshakeError as E;
+    let go = OptionCode::GO;
+    let structured = OptionCode::STRUCTURED_REPLY;
+    let at_go = || Script::modern().structured();
+    let long = OptionReplyHeader { option: structured, kind: ReplyType::ACK, len: 1 << 21 };
+    let sizes = |min, preferred, max| {
+        (
+            at_go().info_export(1 << 20, 1).info_sizes(min, preferred, max).ack(go),
+            E::BlockSizes(BlockSizes { min, preferred, max }),
+        )
+    };
+    let table = [
+        (Script::default().bytes(b"SSH-2.0-OpenSSH"), E::NotNbd(u64::from_be_bytes(*b"SSH-2.0-"))),
+        (
+            Script::default().bytes(&INIT_MAGIC.to_be_bytes()).bytes(&[1; 8]),
+            E::NotNbd(0x0101_0101_0101_0101),
+        ),
+        (
+            Script::default().bytes(&INIT_MAGIC.to_be_bytes()).bytes(&OLDSTYLE_MAGIC.to_be_bytes()),
+            E::Oldstyle,
+        ),
+        (Script::modern().bytes(&[9; 20]), E::BadMagic(0x0909_0909_0909_0909)),
+        (Script::modern().ack(go), E::WrongOption { expected: structured, got: go }),
+        (
+            Script::modern().bytes(&long.encode()),
+            E::ReplyTooLong { option: structured, len: 1 << 21 },
+        ),
+        (Script::modern().reply(structured, ReplyType::ACK, b"x"), E::Malformed("ACK")),
+        (
+            Script::modern().reply(structured, ReplyType::INFO, b"\0\0"),
+            E::UnexpectedReply { option: structured, reply: ReplyType::INFO },
+        ),
+        (
+            Script::modern().reply(structured, ReplyType::ERR_TLS_REQD, b""),
+            E::TlsRequired(structured),
+        ),
+        (
+            Script::modern().ack(structured).reply(
+                OptionCode::SET_META_CONTEXT,
+                ReplyType::META_CONTEXT,
+                b"\0\0\0\x01base:other",
+            ),
+            E::Malformed("META_CONTEXT reply"),
+        ),
+        (
+            Script::modern().ack(structured).reply(
+                OptionCode::SET_META_CONTEXT,
+                ReplyType::META_CONTEXT,
+                b"\0\0",
+            ),
+            E::Malformed("META_CONTEXT reply"),
+        ),
+        (at_go().reply(go, ReplyType::ACK, b"data"), E::Malformed("ACK")),
+        (at_go().ack(go), E::NoExportInfo),
+        (at_go().info_export(512, 0x1c).ack(go), E::NoFlags(0x1c)),
+        (at_go().reply(go, ReplyType::INFO, b"\0"), E::Malformed("INFO reply")),
+        (at_go().reply(go, ReplyType::INFO, &[0; 11]), E::Malformed("EXPORT info")),
+        (at_go().reply(go, ReplyType::INFO, &[0; 13]), E::Malformed("EXPORT info")),
+        (at_go().reply(go, ReplyType::INFO, b"\0\x03\0\0\0\x01"), E::Malformed("BLOCK_SIZE info")),
+        (at_go().reply(go, ReplyType::INFO, b"\0\x01a\0b"), E::Malformed("NAME info")),
+        (at_go().reply(go, ReplyType::INFO, b"\0\x01\xff"), E::Malformed("NAME info")),
+        sizes(0, 4096, 1 << 20),
+        sizes(3, 4096, 1 << 20),
+        sizes(1 << 17, 1 << 17, 1 << 20),
+        sizes(512, 256, 1 << 20),
+        sizes(512, 4097, 1 << 20),
+        sizes(512, 4096, 511),
+        (
+            at_go().info_export(1000, 1).info_sizes(512, 4096, 1 << 20).ack(go),
+            E::SizeNotMultiple { size: 1000, min: 512 },
+        ),
+        (
+            at_go().reply(go, ReplyType::ERR_UNKNOWN, b"no vda"),
+            E::Refused { option: go, reply: ReplyType::ERR_UNKNOWN, message: "no vda".into() },
+        ),
+    ];
+    for (script, expected) in table {
+        assert_eq!(error(&options(Goal::Transmit), &script), expected);
+    }
+    let mut too_long = options(Goal::Transmit);
+    too_long.export = "x".repeat(4097);
+    assert_eq!(error(&too_long, &Script::modern()), E::ExportNameTooLong(4097));
+    let long_list = (0..10_001).fold(Script::modern(), |script, _| {
+        script.reply(OptionCode::LIST, ReplyType::SERVER, &listed("x", ""))
+    });
+    let endless = run(&options(Goal::List), &long_list, usize::MAX).result;
+    assert_eq!(endless, Err(E::TooManyReplies(OptionCode::LIST)));
+    let name_beyond = Script::modern().reply(OptionCode::LIST, ReplyType::SERVER, b"\0\0\0\x05vda");
+    assert_eq!(error(&options(Goal::List), &name_beyond), E::Malformed("SERVER reply"));
+}
+
+#[test]
+fn a_failed_handshake_ends_with_an_abort_where_the_server_understands_it() {
+    let options = options(Goal::Transmit);
+    let abort = OptionHeader { option: OptionCode::ABORT, len: 0 }.encode();
+    let refused = Script::modern().structured().reply(OptionCode::GO, ReplyType::ERR_POLICY, b"");
+    assert_eq!(run(&options, &refused, usize::MAX).abort, abort[..]);
+    assert!(run(&options, &Script::greeting(0), usize::MAX).abort.is_empty());
+    assert!(run(&options, &Script::default().bytes(&[0; 18]), usize::MAX).abort.is_empty());
+}
+
+#[test]
+fn a_servers_text_is_cut_and_freed_of_control_characters() {
+    let text = [&b"\x1b[31m"[..], &[b'x'; 5000]].concat();
+    let script = Script::modern().structured().reply(OptionCode::GO, ReplyType::ERR_POLICY, &text);
+    let message = error(&options(Goal::Transmit), &script).to_string();
+    assert!(message.len() < 1200 && !message.contains('\x1b'), "{message}");
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_the_handshake_panic(
+        tail in proptest::collection::vec(any::<u8>(), 0..200),
+        goal in prop_oneof![Just(Goal::Transmit), Just(Goal::List), Just(Goal::Describe)],
+        flags in 0u16..4,
+        kind in prop_oneof![any::<u32>(), 1u32..5],
+        len in 0u32..40,
+    ) {
+        let option = match goal {
+            Goal::List => OptionCode::LIST,
+            _ => OptionCode::STRUCTURED_REPLY,
+        };
+        let header = OptionReplyHeader { option, kind: ReplyType(kind), len };
+        let script = Script::greeting(flags).bytes(&header.encode()).bytes(&tail);
+        let whole = run(&options(goal), &script, usize::MAX);
+        let bytewise = run(&options(goal), &script, 1);
+        prop_assert_eq!(whole.result, bytewise.result);
+    }
+}

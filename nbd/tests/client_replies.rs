@@ -1,0 +1,432 @@
+//! The client's decoder of replies: what a server may send, what it must not, and both cut
+//! anywhere.
+
+use std::collections::HashMap;
+
+use brep_nbd::proto::client::{Answer, Completion, Refusal, ReplyError, Request, Transmission};
+use brep_nbd::proto::wire::{
+    ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, Errno, SimpleReply,
+};
+use bytes::{BufMut, Bytes};
+use proptest::prelude::*;
+
+const CONTEXT: u32 = 5;
+
+fn request(command: Command, offset: u64, len: u32) -> Request {
+    Request { command, flags: CommandFlags::NONE, offset, len }
+}
+
+fn read(offset: u64, len: u32) -> Request {
+    request(Command::READ, offset, len)
+}
+
+/// A client that has sent some requests, and what its server answers.
+struct Exchange {
+    structured: bool,
+    requests: Vec<Request>,
+    /// The cookie of each request; the same in every run.
+    cookies: Vec<u64>,
+    replies: Vec<u8>,
+}
+
+impl Exchange {
+    fn new(structured: bool, requests: &[Request]) -> Self {
+        let mut exchange = Exchange {
+            structured,
+            requests: requests.to_vec(),
+            cookies: Vec::new(),
+            replies: Vec::new(),
+        };
+        exchange.cookies = exchange.start().1;
+        exchange
+    }
+
+    fn start(&self) -> (Transmission, Vec<u64>) {
+        let mut transmission = Transmission::new(self.structured, Some(CONTEXT));
+        let cookies = self.requests.iter().zip(0..).map(|(request, tag)| {
+            let header = transmission.start(*request, tag);
+            assert_eq!((header.offset, header.len), (request.offset, request.len));
+            header.cookie
+        });
+        let cookies = cookies.collect();
+        (transmission, cookies)
+    }
+
+    fn simple(mut self, index: usize, errno: u32, data: &[u8]) -> Self {
+        let reply = SimpleReply { error: Errno(errno), cookie: self.cookies[index] };
+        self.replies.put_slice(&reply.encode());
+        self.replies.put_slice(data);
+        self
+    }
+
+    fn chunk(mut self, index: usize, kind: ChunkType, done: bool, payload: &[u8]) -> Self {
+        let header = ChunkHeader {
+            flags: ChunkFlags::NONE.with_if(done, ChunkFlags::DONE),
+            kind,
+            cookie: self.cookies[index],
+            len: payload.len() as u32,
+        };
+        self.replies.put_slice(&header.encode());
+        self.replies.put_slice(payload);
+        self
+    }
+
+    fn data(self, index: usize, done: bool, offset: u64, data: &[u8]) -> Self {
+        let payload = [&offset.to_be_bytes()[..], data].concat();
+        self.chunk(index, ChunkType::OFFSET_DATA, done, &payload)
+    }
+
+    fn hole(self, index: usize, done: bool, offset: u64, len: u32) -> Self {
+        let payload = [&offset.to_be_bytes()[..], &len.to_be_bytes()].concat();
+        self.chunk(index, ChunkType::OFFSET_HOLE, done, &payload)
+    }
+
+    fn done(self, index: usize) -> Self {
+        self.chunk(index, ChunkType::NONE, true, &[])
+    }
+
+    fn error(self, index: usize, done: bool, errno: u32, text: &[u8]) -> Self {
+        let payload = error_payload(errno, text.len() as u16, text);
+        self.chunk(index, ChunkType::ERROR, done, &payload)
+    }
+
+    fn status(self, index: usize, done: bool, id: u32, extents: &[(u32, u32)]) -> Self {
+        let mut payload = id.to_be_bytes().to_vec();
+        extents.iter().for_each(|(len, flags)| {
+            payload.put_u32(*len);
+            payload.put_u32(*flags);
+        });
+        self.chunk(index, ChunkType::BLOCK_STATUS, done, &payload)
+    }
+
+    /// Decodes it all, in pieces of `piece` bytes; `direct`: read data without a copy where that
+    /// is possible.
+    fn run(&self, piece: usize, direct: bool) -> (Vec<Completion>, Option<ReplyError>) {
+        let (mut transmission, _) = self.start();
+        let mut completions = Vec::new();
+        let mut buffer: Vec<u8> = Vec::new();
+        let mut error = None;
+        let mut rest = &self.replies[..];
+        while !rest.is_empty() && error.is_none() {
+            let place = if direct && buffer.is_empty() { transmission.direct_read() } else { None };
+            let result = if let Some(place) = place {
+                let len = place.missing.min(piece).min(rest.len());
+                place.buffer.put_slice(&rest[..len]);
+                rest = &rest[len..];
+                transmission.received_directly(len)
+            } else {
+                let (head, tail) = rest.split_at(piece.min(rest.len()));
+                buffer.extend_from_slice(head);
+                rest = tail;
+                transmission.receive(&buffer).map(|used| {
+                    buffer.drain(..used);
+                })
+            };
+            error = result.err();
+            completions.extend(std::iter::from_fn(|| transmission.pop()));
+        }
+        (completions, error)
+    }
+
+    /// The results by request; the same however the stream is cut.
+    fn results(&self) -> HashMap<u64, Result<Answer, Refusal>> {
+        let (completions, error) = self.run(usize::MAX, false);
+        assert_eq!(error, None);
+        for (piece, direct) in [(1, false), (1, true), (7, false), (7, true), (64, true)] {
+            assert_eq!(self.run(piece, direct), (self.run(usize::MAX, false).0, None), "{piece}");
+        }
+        let count = completions.len();
+        let results: HashMap<_, _> = completions.into_iter().map(|c| (c.tag, c.result)).collect();
+        assert_eq!(results.len(), count, "a request was completed twice");
+        results
+    }
+
+    fn violation(&self) -> ReplyError {
+        let error = self.run(usize::MAX, false).1.expect("a violation");
+        assert_eq!(self.run(1, true).1, Some(error));
+        error
+    }
+}
+
+fn error_payload(errno: u32, text_len: u16, rest: &[u8]) -> Vec<u8> {
+    [&errno.to_be_bytes()[..], &text_len.to_be_bytes(), rest].concat()
+}
+
+fn refusal(errno: Errno, message: &str) -> Result<Answer, Refusal> {
+    Err(Refusal { errno, message: message.into() })
+}
+
+fn bytes(data: &[u8]) -> Result<Answer, Refusal> {
+    Ok(Answer::Data(Bytes::copy_from_slice(data)))
+}
+
+#[test]
+fn simple_replies_in_any_order() {
+    let requests =
+        [read(0, 4), request(Command::WRITE, 8, 4), read(100, 3), request(Command::FLUSH, 0, 0)];
+    let results = Exchange::new(false, &requests)
+        .simple(2, 0, b"xyz")
+        .simple(1, 28, b"")
+        .simple(3, 0, b"")
+        .simple(0, 0, b"abcd")
+        .results();
+    assert_eq!(results[&0], bytes(b"abcd"));
+    assert_eq!(results[&1], refusal(Errno::ENOSPC, ""));
+    assert_eq!(results[&2], bytes(b"xyz"));
+    assert_eq!(results[&3], Ok(Answer::Done));
+}
+
+#[test]
+fn chunks_of_several_reads_may_be_interleaved_and_come_in_any_order() {
+    let results = Exchange::new(true, &[read(1000, 10), read(0, 6)])
+        .data(0, false, 1004, b"efgh")
+        .data(1, false, 0, b"uv")
+        .hole(0, false, 1008, 2)
+        .data(1, true, 2, b"wxyz")
+        .data(0, false, 1000, b"abcd")
+        .done(0)
+        .results();
+    assert_eq!(results[&0], bytes(b"abcdefgh\0\0"));
+    assert_eq!(results[&1], bytes(b"uvwxyz"));
+}
+
+#[test]
+fn a_read_of_holes_only_is_zeroes() {
+    let results =
+        Exchange::new(true, &[read(8, 8)]).hole(0, false, 12, 4).hole(0, true, 8, 4).results();
+    assert_eq!(results[&0], bytes(&[0; 8]));
+}
+
+#[test]
+fn simple_replies_stay_possible_for_all_but_reads() {
+    let results =
+        Exchange::new(true, &[request(Command::WRITE, 0, 4), request(Command::TRIM, 0, 4)])
+            .simple(0, 0, b"")
+            .done(1)
+            .results();
+    assert_eq!((&results[&0], &results[&1]), (&Ok(Answer::Done), &Ok(Answer::Done)));
+}
+
+#[test]
+fn errors_of_every_kind_end_their_request_and_no_other() {
+    let requests = [read(0, 8); 7];
+    let with_offset = [&error_payload(5, 3, b"bad")[..], &4u64.to_be_bytes()].concat();
+    let unknown = [&error_payload(28, 2, b"hm")[..], b"more to say"].concat();
+    let results = Exchange::new(true, &requests)
+        .error(0, true, 5, b"broken")
+        .error(1, false, 12, b"")
+        .chunk(2, ChunkType::ERROR_OFFSET, true, &with_offset)
+        .chunk(3, ChunkType(0x8123), true, &unknown)
+        .error(4, true, 4711, b"")
+        .data(1, false, 0, b"half")
+        .data(5, false, 0, b"half")
+        .error(5, false, 5, b"first")
+        .error(5, true, 1, b"second")
+        .error(6, true, 5, &[b'x'; 65_535])
+        .done(1)
+        .results();
+    assert_eq!(results[&0], refusal(Errno::EIO, "broken"));
+    assert_eq!(results[&1], refusal(Errno::ENOMEM, ""));
+    assert_eq!(results[&2], refusal(Errno::EIO, "bad"));
+    assert_eq!(results[&3], refusal(Errno::ENOSPC, "hm"));
+    assert_eq!(results[&4], refusal(Errno::EINVAL, ""));
+    assert_eq!(results[&5], refusal(Errno::EIO, "first"));
+    assert!(matches!(&results[&6], Err(refusal) if refusal.message.len() == 1024));
+}
+
+#[test]
+fn the_first_extent_is_told() {
+    let status = request(Command::BLOCK_STATUS, 0, 4096);
+    let results = Exchange::new(true, &[status; 3])
+        .status(0, true, CONTEXT, &[(4096, 3)])
+        .status(1, false, CONTEXT, &[(512, 1), (512, 2), (9999, 0)])
+        .done(1)
+        .simple(2, 22, b"")
+        .results();
+    assert_eq!(results[&0], Ok(Answer::Extent { len: 4096, flags: 3 }));
+    assert_eq!(results[&1], Ok(Answer::Extent { len: 512, flags: 1 }));
+    assert_eq!(results[&2], refusal(Errno::EINVAL, ""));
+}
+
+#[test]
+fn every_violation_is_named() {
+    use ReplyError as E;
+    let write = request(Command::WRITE, 0, 8);
+    let status = request(Command::BLOCK_STATUS, 0, 4096);
+    let structured = |request| Exchange::new(true, &[request]);
+    let plain = |request| Exchange::new(false, &[request]);
+    let mut wrong_magic = structured(read(0, 8));
+    wrong_magic.replies.put_u64(0x6744_6699_0000_0000);
+    let mut wrong_cookie = structured(write).simple(0, 0, b"");
+    wrong_cookie.replies[8] ^= 1;
+    let twice = structured(write).simple(0, 0, b"").simple(0, 0, b"");
+    let cookie = twice.cookies[0];
+    let flipped = cookie ^ 1 << 56;
+    let len = |kind, len| E::ChunkLength { kind, len };
+    let offset_error = |offset: u64| {
+        structured(read(8, 8)).chunk(
+            0,
+            ChunkType::ERROR_OFFSET,
+            true,
+            &[&error_payload(5, 0, b"")[..], &offset.to_be_bytes()].concat(),
+        )
+    };
+    let table = [
+        (wrong_magic, E::Magic(0x6744_6699)),
+        (wrong_cookie, E::Cookie(flipped)),
+        (twice, E::Cookie(cookie)),
+        (structured(read(0, 8)).simple(0, 0, &[0; 8]), E::Simple(Command::READ)),
+        (structured(read(0, 8)).simple(0, 5, &[]), E::Simple(Command::READ)),
+        (structured(write).error(0, false, 5, b"").simple(0, 0, b""), E::Simple(Command::WRITE)),
+        (plain(read(0, 8)).data(0, true, 0, &[0; 8]), E::NotStructured),
+        (
+            structured(write).data(0, true, 0, &[0; 8]),
+            E::Chunk { kind: ChunkType::OFFSET_DATA, command: Command::WRITE },
+        ),
+        (
+            structured(read(0, 8)).status(0, true, CONTEXT, &[(1, 0)]),
+            E::Chunk { kind: ChunkType::BLOCK_STATUS, command: Command::READ },
+        ),
+        (
+            structured(read(0, 8)).chunk(0, ChunkType(99), true, &[]),
+            E::Chunk { kind: ChunkType(99), command: Command::READ },
+        ),
+        (structured(read(0, 8)).data(0, true, 0, b""), len(ChunkType::OFFSET_DATA, 8)),
+        (
+            structured(read(0, 8)).chunk(0, ChunkType::OFFSET_HOLE, true, &[0; 13]),
+            len(ChunkType::OFFSET_HOLE, 13),
+        ),
+        (structured(write).chunk(0, ChunkType::NONE, true, b"x"), len(ChunkType::NONE, 1)),
+        (structured(write).chunk(0, ChunkType::NONE, false, b""), E::EmptyNotDone),
+        (structured(read(0, 8)).data(0, true, 0, &[0; 9]), E::OutsideRequest),
+        (structured(read(8, 8)).data(0, true, 7, &[0; 8]), E::OutsideRequest),
+        (structured(read(8, 8)).data(0, true, u64::MAX, &[0; 8]), E::OutsideRequest),
+        (structured(read(8, 8)).hole(0, true, 12, 5), E::OutsideRequest),
+        (structured(read(8, 8)).hole(0, true, 8, u32::MAX), E::OutsideRequest),
+        (structured(read(8, 8)).hole(0, true, 8, 0), E::EmptyHole),
+        (structured(read(0, 8)).data(0, false, 0, &[0; 4]).data(0, true, 3, &[0; 4]), E::Overlap),
+        (structured(read(0, 8)).data(0, false, 4, &[0; 4]).hole(0, true, 2, 4), E::Overlap),
+        (structured(read(0, 8)).data(0, true, 0, &[0; 7]), E::Incomplete),
+        (structured(read(0, 8)).data(0, false, 1, &[0; 7]).done(0), E::Incomplete),
+        (structured(read(0, 8)).done(0), E::Incomplete),
+        (structured(status).status(0, true, CONTEXT, &[]), len(ChunkType::BLOCK_STATUS, 4)),
+        (
+            structured(status).chunk(0, ChunkType::BLOCK_STATUS, true, &[0; 13]),
+            len(ChunkType::BLOCK_STATUS, 13),
+        ),
+        (structured(status).status(0, true, CONTEXT, &[(0, 0)]), E::EmptyExtent),
+        (structured(status).status(0, true, CONTEXT, &[(512, 0), (0, 0)]), E::EmptyExtent),
+        (structured(status).status(0, true, CONTEXT + 1, &[(512, 0)]), E::Context(CONTEXT + 1)),
+        (
+            structured(status).status(0, false, CONTEXT, &[(512, 0)]).status(
+                0,
+                true,
+                CONTEXT,
+                &[(512, 0)],
+            ),
+            E::RepeatedContext,
+        ),
+        (structured(status).done(0), E::NoExtent),
+        (structured(status).simple(0, 0, b""), E::NoExtent),
+        (structured(write).error(0, true, 0, b""), E::ErrorWithoutError),
+        (structured(write).chunk(0, ChunkType::ERROR, true, &[0; 5]), len(ChunkType::ERROR, 5)),
+        (
+            structured(write).chunk(0, ChunkType::ERROR, true, &error_payload(5, 3, b"ab")),
+            E::ErrorText,
+        ),
+        (
+            structured(write).chunk(0, ChunkType::ERROR, true, &error_payload(5, 1, b"ab")),
+            E::ErrorText,
+        ),
+        (
+            structured(read(0, 8)).chunk(0, ChunkType(0x8fff), true, &error_payload(5, 9, b"ab")),
+            E::ErrorText,
+        ),
+        (offset_error(7), E::ErrorOffset),
+        (offset_error(16), E::ErrorOffset),
+    ];
+    for (exchange, expected) in table {
+        assert_eq!(exchange.violation(), expected);
+    }
+}
+
+#[test]
+fn a_chunk_that_announces_more_than_any_error_needs_is_refused_before_it_comes() {
+    let mut exchange = Exchange::new(true, &[read(0, 8)]);
+    let header = ChunkHeader {
+        flags: ChunkFlags::DONE,
+        kind: ChunkType::ERROR,
+        cookie: exchange.cookies[0],
+        len: u32::MAX,
+    };
+    exchange.replies.put_slice(&header.encode());
+    let expected = ReplyError::ChunkLength { kind: ChunkType::ERROR, len: u32::MAX };
+    assert_eq!(exchange.violation(), expected);
+}
+
+#[test]
+fn a_read_in_too_many_pieces_is_refused() {
+    let mut exchange = Exchange::new(true, &[read(0, 20_000)]);
+    for index in 0..5000u64 {
+        exchange = exchange.data(0, false, 2 + 2 * index, b"x");
+    }
+    assert_eq!(exchange.run(usize::MAX, false).1, Some(ReplyError::TooManyChunks));
+}
+
+#[test]
+fn what_came_whole_before_a_violation_is_still_told() {
+    let mut exchange = Exchange::new(true, &[request(Command::WRITE, 0, 8); 2]).simple(0, 0, b"");
+    exchange.replies.put_u32(0);
+    let (completions, error) = exchange.run(usize::MAX, false);
+    assert_eq!(error, Some(ReplyError::Magic(0)));
+    assert_eq!(completions.len(), 1);
+}
+
+proptest! {
+    #[test]
+    fn a_read_cut_anywhere_and_sent_in_any_order_is_put_together(
+        cuts in proptest::collection::btree_set(1u32..200, 0..12),
+        order in any::<u64>(),
+        hole in 0usize..14,
+        piece in 1usize..300,
+        direct in any::<bool>(),
+    ) {
+        let mut content: Vec<u8> = (0..200u32).map(|i| (i * 7 + 1) as u8).collect();
+        let bounds: Vec<u32> = [0].into_iter().chain(cuts).chain([200]).collect();
+        let mut parts: Vec<(usize, u32, u32)> =
+            bounds.windows(2).enumerate().map(|(i, pair)| (i, pair[0], pair[1])).collect();
+        parts.sort_by_key(|part| (part.0 as u64 + 1).wrapping_mul(order | 1));
+        let mut exchange = Exchange::new(true, &[read(5000, 200)]);
+        for (index, start, end) in parts {
+            let offset = 5000 + u64::from(start);
+            let range = start as usize..end as usize;
+            exchange = if index == hole {
+                content[range].fill(0);
+                exchange.hole(0, false, offset, end - start)
+            } else {
+                exchange.data(0, false, offset, &content[range])
+            };
+        }
+        let (completions, error) = exchange.done(0).run(piece, direct);
+        prop_assert_eq!(error, None);
+        prop_assert_eq!(&completions[0].result, &bytes(&content));
+    }
+
+    #[test]
+    fn no_bytes_make_the_decoder_panic(
+        kind in prop_oneof![0u16..7, 0x8000u16..0x8004, any::<u16>()],
+        index in 0usize..3,
+        done in any::<bool>(),
+        payload in proptest::collection::vec(any::<u8>(), 0..64),
+        tail in proptest::collection::vec(any::<u8>(), 0..64),
+    ) {
+        let requests =
+            [read(0, 64), request(Command::WRITE, 0, 64), request(Command::BLOCK_STATUS, 0, 64)];
+        let mut exchange =
+            Exchange::new(true, &requests).chunk(index, ChunkType(kind), done, &payload);
+        exchange.replies.extend_from_slice(&tail);
+        let whole = exchange.run(usize::MAX, false);
+        prop_assert_eq!(&whole, &exchange.run(1, false));
+        prop_assert_eq!(&whole, &exchange.run(3, true));
+    }
+}
