@@ -1,1 +1,20 @@
-//! Stub.
+#![doc = include_str!("../README.md")]
+pub mod config;
+pub mod control;
+mod daemon;
+mod error;
+mod errors;
+mod gate;
+mod ids;
+mod image;
+mod layer;
+mod link;
+pub mod primary;
+pub mod secondary;
+mod state;
+pub mod status;
+mod unavailable;
+mod view;
+
+pub use error::{Error, ErrorKind, Result};
+pub use ids::{Commit, Epoch, Generation, SetId};

@@ -51,5 +51,5 @@ fn hidden_name(path: &Path) -> PathBuf {
 }
 
 fn at(path: &Path, error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("control socket {}: {error}", path.display()))
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }

@@ -1,0 +1,94 @@
+//! What a side of a pair is told when it starts.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use brep_block::CacheMode;
+use brep_nbd::Endpoint;
+
+/// The format of a disk image. Never guessed from contents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskFormat {
+    /// Bytes as they are.
+    Raw,
+    /// qcow2, version 2 or 3.
+    Qcow2,
+}
+
+/// One disk of the group.
+#[derive(Debug, Clone)]
+pub struct DiskConfig {
+    /// Name of the disk and of its export, equal on both sides. Not empty, at most 64 bytes of
+    /// letters, digits, `-`, `_` and `.`.
+    pub name: String,
+    /// The image file or block special file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: DiskFormat,
+    /// How the file is read and written.
+    pub cache: CacheMode,
+}
+
+/// When a guest write is acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ack {
+    /// The local disk has it, and on the secondary pre-image and write are in their files.
+    #[default]
+    Sync,
+    /// The local disk has it, and it is in the window.
+    Async,
+}
+
+/// How a primary is run.
+#[derive(Debug, Clone)]
+pub struct PrimaryConfig {
+    /// Name of this side, different from the peer's.
+    pub name: String,
+    /// The disks, cut and committed together.
+    pub disks: Vec<DiskConfig>,
+    /// Directory of the state record; made with mode 0700 if it is missing.
+    pub state_dir: PathBuf,
+    /// Where the secondary listens. None: the primary runs alone.
+    pub peer: Option<Endpoint>,
+    /// Where guests connect.
+    pub guest_listen: Endpoint,
+    /// The control socket; by default `control.sock` in the state directory.
+    pub control: Option<PathBuf>,
+    /// When a guest write is acknowledged.
+    pub ack: Ack,
+    /// No guest request waits longer for the peer; then the peer is lost. Default 5 s.
+    pub peer_timeout: Duration,
+    /// Bound of the bytes that are on their way to the secondary. Default 64 MiB.
+    pub window_bytes: u64,
+    /// Bound of the requests that are on their way to the secondary. Default 4096.
+    pub window_requests: usize,
+    /// Time between two checkpoints; none: only on command. Default 1 s.
+    pub checkpoint_interval: Option<Duration>,
+    /// The secondary's disks were copied by other means: compare hashes and copy only what
+    /// differs, instead of everything.
+    pub seeded: bool,
+    /// Guests and peers beyond loopback may be served in clear text.
+    pub allow_plaintext: bool,
+}
+
+/// How a secondary is run.
+#[derive(Debug, Clone)]
+pub struct SecondaryConfig {
+    /// Name of this side, different from the peer's.
+    pub name: String,
+    /// The disks, with the same names and sizes as the primary's.
+    pub disks: Vec<DiskConfig>,
+    /// Directory of the state record and of the buffers; made with mode 0700 if it is missing.
+    pub state_dir: PathBuf,
+    /// Where the primary connects: data and control link. After a failover guests are served
+    /// here, unless `guest_listen` is given.
+    pub listen: Endpoint,
+    /// Where this side's guest connects; the manager then decides when checkpoints are taken.
+    pub guest_listen: Option<Endpoint>,
+    /// The control socket; by default `control.sock` in the state directory.
+    pub control: Option<PathBuf>,
+    /// A primary that is silent for longer is gone. Default 5 s.
+    pub peer_timeout: Duration,
+    /// Guests and peers beyond loopback may be served in clear text.
+    pub allow_plaintext: bool,
+}

@@ -1,0 +1,131 @@
+//! What both sides need to run as a process: directories, control thread, listening rules.
+
+use std::future::Future;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use brep_nbd::Endpoint;
+use serde_json::{Map, Value};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::DiskConfig;
+use crate::control::{CommandError, ControlServer, EventBus, Handler};
+use crate::{Error, ErrorKind, Result};
+
+/// How long a checkpoint command waits unless it says otherwise.
+const CHECKPOINT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Makes the state directory, and checks what can be checked of the disks' names.
+pub(crate) fn prepare(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {
+    if disks.is_empty() {
+        return Err(Error::usage("no disk given: --disk NAME=FILE"));
+    }
+    for (index, disk) in disks.iter().enumerate() {
+        let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if disk.name.is_empty() || disk.name.len() > 64 || !disk.name.chars().all(fits) {
+            return Err(Error::usage(format!(
+                "disk name {:?}: use 1 to 64 letters, digits, '-', '_' and '.'",
+                disk.name
+            )));
+        }
+        if disks[..index].iter().any(|d| d.name == disk.name) {
+            return Err(Error::usage(format!("disk {} is given twice", disk.name)));
+        }
+    }
+    let fail =
+        |e: std::io::Error| Error::failed(format!("state directory {}: {e}", state_dir.display()));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(state_dir).map_err(fail)?;
+    std::fs::set_permissions(state_dir, std::fs::Permissions::from_mode(0o700)).map_err(fail)
+}
+
+/// Clear text beyond loopback has to be asked for.
+pub(crate) fn check_plaintext(endpoints: &[&Endpoint], allowed: bool) -> Result<()> {
+    match endpoints.iter().find(|e| !allowed && !e.is_loopback()) {
+        Some(endpoint) => Err(Error::usage(format!(
+            "{endpoint}: listening beyond this host in clear text, without authentication, needs \
+             --allow-plaintext"
+        ))),
+        None => Ok(()),
+    }
+}
+
+pub(crate) fn control_path(given: &Option<PathBuf>, state_dir: &Path) -> PathBuf {
+    given.clone().unwrap_or_else(|| state_dir.join("control.sock"))
+}
+
+/// The time that a checkpoint command may take.
+pub(crate) fn checkpoint_limit(arguments: &Map<String, Value>) -> Duration {
+    let given = arguments.get("timeout-ms").and_then(Value::as_u64);
+    given.map_or(CHECKPOINT_LIMIT, Duration::from_millis)
+}
+
+/// The thread of the control socket: it answers while the data path is stuck.
+pub(crate) struct ControlThread {
+    shutdown: CancellationToken,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl ControlThread {
+    /// Binds the socket and serves it.
+    pub(crate) fn spawn(
+        path: PathBuf,
+        handler: Arc<dyn Handler>,
+        events: EventBus,
+    ) -> Result<Self> {
+        let fail = move |path: &Path, e: std::io::Error| {
+            Error::failed(format!("control socket {}: {e}", path.display()))
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|e| fail(&path, e))?;
+        let server = {
+            let _inside = runtime.enter();
+            ControlServer::bind(&path).map_err(|e| fail(&path, e))?
+        };
+        let shutdown = CancellationToken::new();
+        let token = shutdown.clone();
+        let thread = std::thread::Builder::new()
+            .name("brep-control".to_owned())
+            .spawn(move || {
+                if let Err(error) = runtime.block_on(server.serve(handler, events, token)) {
+                    tracing::error!(%error, "the control socket has failed");
+                }
+                // Whatever a command still waits for on this thread is given up.
+                runtime.shutdown_background();
+            })
+            .map_err(|e| Error::failed(format!("cannot start a thread: {e}")))?;
+        Ok(ControlThread { shutdown, thread })
+    }
+
+    /// Answers what is being executed and ends.
+    pub(crate) fn stop(self) {
+        self.shutdown.cancel();
+        if self.thread.join().is_err() {
+            tracing::error!("the control thread has panicked");
+        }
+    }
+}
+
+/// Carries out a command on the thread of the disks.
+pub(crate) async fn on_data_thread(
+    data: &tokio::runtime::Handle,
+    command: impl Future<Output = Result<Value>> + Send + 'static,
+) -> Result<Value> {
+    match data.spawn(command).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::failed("brep is going away")),
+    }
+}
+
+impl From<Error> for CommandError {
+    fn from(error: Error) -> Self {
+        match error.kind() {
+            ErrorKind::Failed => CommandError::failed(error.to_string()),
+            ErrorKind::Usage => CommandError::usage(error.to_string()),
+            ErrorKind::Refused => CommandError::refused(error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,69 @@
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::status::ErrorStatus;
+
+/// Failures kept for `query-status` and `get_error`.
+const ERRORS_MAX: usize = 32;
+
+/// The failures that no guest was told of. Repetitions are counted, not listed.
+#[derive(Debug, Default)]
+pub(crate) struct ErrorLog(Mutex<VecDeque<ErrorStatus>>);
+
+impl ErrorLog {
+    /// Adds a failure of a device operation; returns the entry as it now stands.
+    pub(crate) fn add(&self, disk: &str, error: &brep_block::Error) -> ErrorStatus {
+        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let new = ErrorStatus {
+            disk: disk.to_owned(),
+            operation: error.operation().to_string(),
+            offset: error.offset(),
+            length: error.length(),
+            errno: error.errno(),
+            message: error.to_string(),
+            count: 1,
+            first_s: now_s,
+            last_s: now_s,
+        };
+        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = log.iter().position(|e| {
+            e.disk == new.disk && e.operation == new.operation && e.errno == new.errno
+        });
+        let entry = match same.and_then(|i| log.remove(i)) {
+            // The newest place of a failure that repeats is the one to look at.
+            Some(old) => ErrorStatus { count: old.count + 1, first_s: old.first_s, ..new },
+            None => new,
+        };
+        if log.len() == ERRORS_MAX {
+            log.pop_front();
+        }
+        log.push_back(entry.clone());
+        entry
+    }
+
+    pub(crate) fn list(&self) -> Vec<ErrorStatus> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use brep_block::{Error, ErrorKind, Operation};
+
+    use super::*;
+
+    #[test]
+    fn repetitions_are_counted_and_the_log_is_bounded() {
+        let log = ErrorLog::default();
+        for disk in 0..100 {
+            let error = Error::new(Operation::Write, ErrorKind::NoSpace, "n", "full").at(disk, 1);
+            log.add(&format!("vd{disk}"), &error);
+            log.add(&format!("vd{disk}"), &error);
+        }
+        let list = log.list();
+        assert_eq!(list.len(), ERRORS_MAX);
+        let last = list.last().unwrap();
+        assert_eq!((last.disk.as_str(), last.count, last.errno), ("vd99", 2, 28));
+    }
+}

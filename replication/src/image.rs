@@ -1,0 +1,55 @@
+use std::sync::Arc;
+
+use brep_block::{BlockDevice, FlushLevel, RawFile, RawFileOptions};
+use brep_qcow2::{OpenOptions, Qcow2};
+
+use crate::config::{DiskConfig, DiskFormat};
+use crate::{Error, Result};
+
+/// A disk image that is open for writing, whatever its format.
+#[derive(Debug, Clone)]
+pub(crate) struct Image {
+    device: Arc<dyn BlockDevice>,
+    qcow2: Option<Arc<Qcow2>>,
+}
+
+impl Image {
+    /// Opens the file under the format that was named; locks it.
+    ///
+    /// # Errors
+    /// With the path, and what to do.
+    pub(crate) async fn open(config: &DiskConfig) -> Result<Self> {
+        let growable = config.format == DiskFormat::Qcow2;
+        let options = RawFileOptions {
+            name: Some(config.name.clone()),
+            cache: config.cache,
+            growable,
+            lock: true,
+            ..RawFileOptions::default()
+        };
+        let file: Arc<dyn BlockDevice> = RawFile::open(&config.path, options)?;
+        match config.format {
+            DiskFormat::Raw => Ok(Image { device: file, qcow2: None }),
+            DiskFormat::Qcow2 => {
+                let options = OpenOptions { name: config.name.clone(), ..OpenOptions::default() };
+                let image = Qcow2::open(file, options).await.map_err(|e| {
+                    Error::from(brep_block::Error::from(e)).context(config.path.display())
+                })?;
+                Ok(Image { device: Arc::clone(&image) as _, qcow2: Some(image) })
+            }
+        }
+    }
+
+    pub(crate) fn device(&self) -> &Arc<dyn BlockDevice> {
+        &self.device
+    }
+
+    /// Writes everything out; the image is not to be used afterwards.
+    pub(crate) async fn close(&self) -> Result<()> {
+        self.device.flush(FlushLevel::Durable).await?;
+        if let Some(image) = &self.qcow2 {
+            image.close().await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,197 @@
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::{Commit, Epoch, Generation, SetId};
+
+/// The version of the messages; a side that gets another refuses and says so.
+pub const LINK_VERSION: u32 = 1;
+
+/// Longest frame, in bytes.
+pub const FRAME_LEN_MAX: u32 = 1 << 20;
+
+/// A message of the link. On the wire: a big-endian u32 with the length of what follows, then a
+/// JSON object whose `type` names the message.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "type", deny_unknown_fields)]
+pub enum Message {
+    /// Primary: who I am and what I have. The first message.
+    Hello(Hello),
+    /// Secondary: who I am and what I have. The answer, unless it is [`Message::Refuse`].
+    HelloAnswer(HelloAnswer),
+    /// Either: no session, and why; the connection ends.
+    Refuse {
+        /// What the operator has to know.
+        reason: String,
+        /// The command that resolves it.
+        advice: Option<String>,
+    },
+    /// Primary: the session begins on these terms.
+    Start {
+        /// Identity of the set; a blank secondary takes it over.
+        set: SetId,
+        /// The line of writes.
+        cur: Generation,
+        /// The epoch of the first write. Above every epoch of either hello.
+        epoch: Epoch,
+        /// What the primary is going to copy.
+        copy: CopyMode,
+        /// Guest writes are acknowledged only when the secondary has them.
+        sync: bool,
+    },
+    /// Secondary: ready for data connections that present this token.
+    Started {
+        /// Binds data connections to this session.
+        token: Uuid,
+    },
+    /// Primary: the copy is complete; the next commit makes the secondary promotable.
+    CopyDone,
+    /// Primary: every write of `epoch` has been acknowledged by you; nothing is in flight.
+    Cut {
+        /// The epoch that ends.
+        epoch: Epoch,
+    },
+    /// Secondary: pre-images of the next epoch go to the next buffer; it may flow.
+    CutDone {
+        /// The epoch that has ended.
+        epoch: Epoch,
+    },
+    /// Secondary: the checkpoint is persistent.
+    Committed {
+        /// The epoch that it ends with.
+        epoch: Epoch,
+    },
+    /// Secondary: the cut was not made, and the epoch goes on.
+    CutFailed {
+        /// The epoch that goes on.
+        epoch: Epoch,
+        /// Why.
+        reason: String,
+    },
+    /// Primary: send me the hashes of these chunks.
+    HashRequest {
+        /// Index of the disk in hello's order.
+        disk: u32,
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        length: u64,
+        /// Bytes a hash; the last chunk may be shorter.
+        chunk: u32,
+    },
+    /// Secondary: the SHA-256 of each chunk, as hexadecimal digits, or why there are none.
+    HashAnswer {
+        /// As in the request.
+        disk: u32,
+        /// As in the request.
+        offset: u64,
+        /// One a chunk.
+        hashes: Vec<String>,
+        /// The read failed.
+        error: Option<String>,
+    },
+    /// Secondary: its operator asks for a checkpoint.
+    CheckpointRequest {
+        /// Echoed in the answer.
+        id: u64,
+    },
+    /// Primary: what became of it.
+    CheckpointAnswer {
+        /// Of the request.
+        id: u64,
+        /// The epoch that was committed.
+        epoch: Option<Epoch>,
+        /// Why none was.
+        error: Option<String>,
+    },
+    /// Either: I am alive.
+    Heartbeat,
+    /// Either: I am going away.
+    Stop {
+        /// Why.
+        reason: StopReason,
+    },
+}
+
+/// Why a side ends the session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StopReason {
+    /// The process ends.
+    Shutdown,
+    /// Replication is stopped by command.
+    Stopped,
+    /// The secondary has been promoted.
+    Promoted,
+    /// The session is replaced by a newer one.
+    Replaced,
+}
+
+/// What the primary is going to copy before checkpoints are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyMode {
+    /// Every byte.
+    Full,
+    /// What differs, found by comparing hashes.
+    Compare,
+}
+
+/// What either side says of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Side {
+    /// Name of the side.
+    pub name: String,
+    /// A new one for every run of the process.
+    pub run: Uuid,
+    /// Identity of the set; none: blank.
+    pub set: Option<SetId>,
+    /// The line of writes.
+    pub cur: Option<Generation>,
+    /// Where it left the one before.
+    pub fork: Option<Commit>,
+    /// The last committed checkpoint, as far as this side knows.
+    pub com: Option<Commit>,
+    /// The highest epoch that was ever used.
+    pub epoch: Epoch,
+    /// Earlier lines with their forks.
+    pub history: Vec<Commit>,
+    /// A primary, or promoted.
+    pub primary: bool,
+    /// Names and sizes of the disks, in order.
+    pub disks: Vec<DiskInfo>,
+}
+
+/// One disk, as hello tells it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DiskInfo {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+/// The primary's first message.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Hello {
+    /// Version of the messages.
+    pub version: u32,
+    /// Who speaks.
+    pub side: Side,
+}
+
+/// The secondary's answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct HelloAnswer {
+    /// Version of the messages.
+    pub version: u32,
+    /// Who speaks.
+    pub side: Side,
+    /// There is a guest on the secondary: checkpoints are the manager's.
+    pub guest: bool,
+    /// The disks hold a mixture; a full copy has to begin anew.
+    pub inconsistent: bool,
+}

@@ -1,0 +1,19 @@
+//! The link: the one connection between the two sides that carries no data, only what they have
+//! to agree on. It is reached through the secondary's NBD address by a private option.
+mod framed;
+mod message;
+
+pub use framed::{LinkReader, LinkWriter, split};
+pub use message::{
+    CopyMode, DiskInfo, FRAME_LEN_MAX, Hello, HelloAnswer, LINK_VERSION, Message, Side, StopReason,
+};
+
+use brep_nbd::proto::wire::PRIVATE_OPTION_BASE;
+
+/// The private NBD option that turns a connection into a link; its data is [`LINK_VERSION`] as a
+/// big-endian u32.
+pub const OPTION_LINK: u32 = PRIVATE_OPTION_BASE + 1;
+
+/// The private NBD option that binds a data connection to a session: 16 bytes of token, then the
+/// slot as a big-endian u32.
+pub const OPTION_BIND: u32 = PRIVATE_OPTION_BASE + 2;

@@ -1,0 +1,151 @@
+use std::ops::Range;
+use std::sync::Arc;
+
+use brep_block::{BlockDevice, LockMode, WriteFlags, ZeroFlags};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+
+use super::group::{Change, Group};
+use super::session::Session;
+use crate::link::CopyMode;
+use crate::secondary::hash_hex;
+use crate::{Error, Result};
+
+/// Bytes that are copied together, and locked meanwhile.
+const PIECE_BYTES: u64 = 1 << 20;
+
+/// Bytes of zeroes that are sent as one request.
+const ZERO_PIECE_BYTES: u64 = 32 << 20;
+
+/// Pieces that are on their way at a time: enough to fill the link, few enough that a guest's
+/// write does not wait long behind them.
+const PIECES_IN_FLIGHT: usize = 8;
+
+/// Bytes a hash when contents are compared.
+const HASH_CHUNK_BYTES: u32 = 64 << 10;
+
+/// Sends whatever differs, in ascending order, until nothing differs any more.
+///
+/// # Errors
+/// A local read failed, or the secondary refused a write: the range differs still.
+pub(super) async fn copy_differences(
+    group: &Arc<Group>,
+    session: &Session,
+    mode: CopyMode,
+) -> Result<()> {
+    for disk in 0..group.disks().len() {
+        let mut at = 0;
+        let mut pieces = FuturesUnordered::new();
+        loop {
+            let next = group.next_different(disk, at, PIECE_BYTES);
+            if let Some(range) = next {
+                // Found again only if it fails, in the next pass.
+                at = range.end;
+                pieces.push(copy_piece(group, session, disk, range, mode));
+                if pieces.len() < PIECES_IN_FLIGHT {
+                    continue;
+                }
+            }
+            match pieces.next().await {
+                Some(result) => at = at.max(result?),
+                None => break,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Copies one piece, or more if a long run of zeroes begins there. Returns its end.
+async fn copy_piece(
+    group: &Arc<Group>,
+    session: &Session,
+    disk: usize,
+    range: Range<u64>,
+    mode: CopyMode,
+) -> Result<u64> {
+    if mode == CopyMode::Compare {
+        group.clear_different(disk, &range);
+        match same_on_peer(group, session, disk, &range).await {
+            Ok(true) => return Ok(range.end),
+            Ok(false) => group.mark_different(disk, &range),
+            Err(error) => {
+                group.mark_different(disk, &range);
+                return Err(error);
+            }
+        }
+    }
+    send_range(group, disk, range).await
+}
+
+/// Reads a range under its lock and sends it in its place among the guest's writes.
+async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Result<u64> {
+    let part = &group.disks()[disk];
+    let device = part.image.device();
+    let admission = group.admit(range.end - range.start).await;
+    let status = device.block_status(range.start, device.size() - range.start).await?;
+    let zero = status.flags.zero && status.len >= range.end - range.start;
+    let range = if zero {
+        group.extend_range(disk, &range, status.len.min(ZERO_PIECE_BYTES))
+    } else {
+        range
+    };
+    let len = range.end - range.start;
+    let guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
+    // Cleared before the read: a guest's write that fails afterwards marks it again.
+    group.clear_different(disk, &range);
+    let change = if zero && still_zero(&**device, &range).await {
+        Ok(Change::Zeroes(len, ZeroFlags { may_unmap: true, ..ZeroFlags::default() }))
+    } else {
+        // At most ZERO_PIECE_BYTES, so it fits.
+        device.read(range.start, len as usize).await.map(|data| change_of(data, len))
+    };
+    let change = match change {
+        Ok(change) => change,
+        Err(error) => {
+            group.mark_different(disk, &range);
+            group.report(disk, &error);
+            return Err(error.into());
+        }
+    };
+    let begun = group.begin(disk, range.start, &change)?;
+    drop(guard);
+    group.local_done(begun.epoch, disk, range.start, len, &Ok(()));
+    group.finish_remote(begun, disk, range.start, len, admission).await;
+    Ok(range.end)
+}
+
+async fn still_zero(device: &dyn BlockDevice, range: &Range<u64>) -> bool {
+    let len = range.end - range.start;
+    matches!(
+        device.block_status(range.start, len).await,
+        Ok(status) if status.flags.zero && status.len >= len
+    )
+}
+
+fn change_of(data: bytes::Bytes, len: u64) -> Change {
+    if brep_block::is_zero(&data) {
+        Change::Zeroes(len, ZeroFlags { may_unmap: true, ..ZeroFlags::default() })
+    } else {
+        Change::Write(data, WriteFlags::default())
+    }
+}
+
+/// Compares the hashes of a range.
+///
+/// Without a lock, and right all the same: if the peer's content equals what was read here, then
+/// every write that was not in it is still on its way there, in order.
+async fn same_on_peer(
+    group: &Arc<Group>,
+    session: &Session,
+    disk: usize,
+    range: &Range<u64>,
+) -> Result<bool> {
+    let len = range.end - range.start;
+    let data = group.disks()[disk].image.device().read(range.start, len as usize).await?;
+    let mine: Vec<String> = data.chunks(HASH_CHUNK_BYTES as usize).map(hash_hex).collect();
+    let theirs = session.hashes(disk, range.start, len, HASH_CHUNK_BYTES).await?;
+    if theirs.len() != mine.len() {
+        return Err(Error::failed("the secondary sent another number of hashes than asked for"));
+    }
+    Ok(mine == theirs)
+}

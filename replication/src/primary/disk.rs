@@ -1,0 +1,113 @@
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use brep_block::{
+    BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, Result, WriteFlags, ZeroFlags,
+    detach,
+};
+use bytes::Bytes;
+
+use super::group::{Change, Group};
+use crate::config::Ack;
+
+/// The guest's disk: the local image, with every change forwarded to the secondary.
+///
+/// Reads are the local disk's alone. A change goes to both at once; it is acknowledged when the
+/// local disk has it and, with `--ack sync`, the secondary too. It fails if the local disk fails,
+/// whatever the secondary did. TRIM and zeroes are carried out as zeroing on both sides, unmapped
+/// where possible, so that both read the same.
+#[derive(Debug, Clone)]
+pub(crate) struct PrimaryDisk {
+    pub(crate) group: Arc<Group>,
+    pub(crate) index: usize,
+    pub(crate) device: Arc<dyn BlockDevice>,
+}
+
+impl PrimaryDisk {
+    fn start_change(&self, offset: u64, change: Change) -> Io<'_, ()> {
+        if let Err(error) = self.device.check_range(change.operation(), offset, change.len()) {
+            return Io::err(error);
+        }
+        if change.len() == 0 {
+            return Io::ok(());
+        }
+        Io::future(detach(self.clone().change(offset, change)))
+    }
+
+    async fn change(self, offset: u64, change: Change) -> Result<()> {
+        let len = change.len();
+        let counters = &self.group.counters;
+        counters.guest_writes.fetch_add(1, Ordering::Relaxed);
+        counters.guest_write_bytes.fetch_add(len, Ordering::Relaxed);
+        let admission = self.group.admit(len).await;
+        let locks = &self.group.disks()[self.index].locks;
+        let guard = locks.lock(offset..offset + len, LockMode::Exclusive).await;
+        let begun = self.group.begin(self.index, offset, &change)?;
+        let local = self.apply(offset, change).await;
+        self.group.local_done(begun.epoch, self.index, offset, len, &local);
+        // The order on the way to the peer is fixed; only the local leg needs the range.
+        drop(guard);
+        let group = Arc::clone(&self.group);
+        let index = self.index;
+        let finish = async move { group.finish_remote(begun, index, offset, len, admission).await };
+        match self.group.config.ack {
+            Ack::Sync => finish.await,
+            Ack::Async => {
+                // Bounded by the window: the admission goes with it.
+                tokio::spawn(finish);
+            }
+        }
+        local
+    }
+
+    async fn apply(&self, offset: u64, change: Change) -> Result<()> {
+        match change {
+            Change::Write(data, flags) => self.device.write(offset, data, flags).await,
+            Change::Zeroes(len, flags) => self.device.write_zeroes(offset, len, flags).await,
+        }
+    }
+}
+
+impl BlockDevice for PrimaryDisk {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    fn size(&self) -> u64 {
+        self.device.size()
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { growable: false, ..self.device.limits() }
+    }
+
+    fn read(&self, offset: u64, len: usize) -> Io<'_, Bytes> {
+        self.device.read(offset, len)
+    }
+
+    fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
+        self.start_change(offset, Change::Write(data, flags))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'_, ()> {
+        if flags.fast && !self.device.limits().fast_zero {
+            // Refused before anything is sent: the peer must not be zeroed if this side is not.
+            return self.device.write_zeroes(offset, len, flags);
+        }
+        // Accepted here, it must not fail later for not being fast.
+        self.start_change(offset, Change::Zeroes(len, ZeroFlags { fast: false, ..flags }))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Io<'_, ()> {
+        let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+        self.start_change(offset, Change::Zeroes(len, flags))
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus> {
+        self.device.block_status(offset, len)
+    }
+
+    fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
+        self.device.flush(level)
+    }
+}

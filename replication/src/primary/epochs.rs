@@ -1,0 +1,300 @@
+use std::collections::VecDeque;
+
+use crate::Epoch;
+
+/// The primary's epochs: which write belongs where, what is in flight, and what waits for a cut.
+///
+/// No I/O, clock or lock: calls are events, their results say what is to be done. `T` is a write
+/// that has to wait for the end of a cut before it may be sent.
+///
+/// * A write belongs to the epoch that is current when it [`begin`](Self::begin)s.
+/// * [`start_cut`](Self::start_cut) ends the current epoch. Until
+///   [`release`](Self::release), writes of the next one are held back from the link.
+/// * The cut may be sent when [`drained`](Self::drained) says that every write of the ended epoch
+///   has ended on both sides; it may not be sent at all if one of them failed.
+/// * At most one cut is outstanding, until [`committed`](Self::committed) or
+///   [`void_cut`](Self::void_cut).
+#[derive(Debug)]
+pub(crate) struct Epochs<T> {
+    current: Epoch,
+    /// The first of this session.
+    first: Epoch,
+    attached: bool,
+    cut: Option<Epoch>,
+    holding: bool,
+    held: VecDeque<T>,
+    ended: InFlight,
+    running: InFlight,
+}
+
+/// Writes that have begun and not ended, by side.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+struct InFlight {
+    local: usize,
+    remote: usize,
+    failed: bool,
+}
+
+/// What is to be done with a write on the way to the peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Route {
+    /// Send it now.
+    Send,
+    /// [`hold`](Epochs::hold) it.
+    Hold,
+    /// There is no peer: it differs.
+    Nowhere,
+}
+
+/// The outcome of waiting for the end of an epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Drained {
+    /// Some writes have not ended.
+    NotYet,
+    /// All have ended, and succeeded on both sides.
+    Clean,
+    /// All have ended, and one has failed: no cut.
+    Failed,
+}
+
+impl<T> Epochs<T> {
+    pub(crate) fn new(current: Epoch) -> Self {
+        Epochs {
+            current,
+            first: current,
+            attached: false,
+            cut: None,
+            holding: false,
+            held: VecDeque::new(),
+            ended: InFlight::default(),
+            running: InFlight::default(),
+        }
+    }
+
+    pub(crate) fn current(&self) -> Epoch {
+        self.current
+    }
+
+    pub(crate) fn is_attached(&self) -> bool {
+        self.attached
+    }
+
+    /// Whether `epoch` belongs to the session that is attached.
+    pub(crate) fn is_of_session(&self, epoch: Epoch) -> bool {
+        self.attached && epoch >= self.first
+    }
+
+    /// A session begins with `epoch`.
+    pub(crate) fn attach(&mut self, epoch: Epoch) {
+        debug_assert!(!self.attached && epoch > self.current);
+        self.current = epoch;
+        self.first = epoch;
+        self.attached = true;
+        // Writes of the time before count with their old epoch and are of no interest here.
+        self.ended = InFlight::default();
+        self.running = InFlight::default();
+    }
+
+    /// The peer is lost. Returns what was held: it differs now.
+    pub(crate) fn detach(&mut self) -> VecDeque<T> {
+        self.attached = false;
+        self.holding = false;
+        self.cut = None;
+        std::mem::take(&mut self.held)
+    }
+
+    /// A write begins.
+    pub(crate) fn begin(&mut self) -> (Epoch, Route) {
+        if !self.attached {
+            return (self.current, Route::Nowhere);
+        }
+        self.running.local += 1;
+        self.running.remote += 1;
+        let route = if self.holding { Route::Hold } else { Route::Send };
+        (self.current, route)
+    }
+
+    /// Keeps a write that [`begin`](Self::begin) told to hold.
+    pub(crate) fn hold(&mut self, write: T) {
+        self.held.push_back(write);
+    }
+
+    /// Where a write of `epoch` is counted, if it belongs to this session.
+    fn in_flight(&mut self, epoch: Epoch) -> Option<&mut InFlight> {
+        if !self.is_of_session(epoch) {
+            return None;
+        }
+        // After a void cut what is left of its epoch counts with the one that runs.
+        let ended = epoch < self.current && self.cut.is_some();
+        Some(if ended { &mut self.ended } else { &mut self.running })
+    }
+
+    /// A write has ended locally.
+    pub(crate) fn local_done(&mut self, epoch: Epoch, ok: bool) {
+        if let Some(in_flight) = self.in_flight(epoch) {
+            in_flight.local = in_flight.local.saturating_sub(1);
+            in_flight.failed |= !ok;
+        }
+    }
+
+    /// A write has ended on the peer.
+    pub(crate) fn remote_done(&mut self, epoch: Epoch, ok: bool) {
+        if let Some(in_flight) = self.in_flight(epoch) {
+            in_flight.remote = in_flight.remote.saturating_sub(1);
+            in_flight.failed |= !ok;
+        }
+    }
+
+    /// Ends the current epoch, if no cut is outstanding.
+    pub(crate) fn start_cut(&mut self) -> Option<Epoch> {
+        if !self.attached || self.cut.is_some() {
+            return None;
+        }
+        let epoch = self.current;
+        self.current = epoch.next();
+        self.ended = std::mem::take(&mut self.running);
+        self.cut = Some(epoch);
+        self.holding = true;
+        Some(epoch)
+    }
+
+    /// Everything that failed in the current epoch has been sent again.
+    pub(crate) fn repaired(&mut self) {
+        self.running.failed = false;
+    }
+
+    /// Whether the epoch that was cut has ended on both sides.
+    pub(crate) fn drained(&self) -> Drained {
+        match self.ended {
+            InFlight { local: 0, remote: 0, failed: false } => Drained::Clean,
+            InFlight { local: 0, remote: 0, failed: true } => Drained::Failed,
+            _ => Drained::NotYet,
+        }
+    }
+
+    /// The peer has made the cut: returns the writes to be sent now, in their order.
+    pub(crate) fn release(&mut self) -> VecDeque<T> {
+        self.holding = false;
+        std::mem::take(&mut self.held)
+    }
+
+    /// The cut is committed: another may be made.
+    pub(crate) fn committed(&mut self) {
+        self.cut = None;
+        self.ended = InFlight::default();
+    }
+
+    /// The cut is not made, or not committed: its epoch runs on under the next number. Returns
+    /// the writes to be sent now.
+    pub(crate) fn void_cut(&mut self) -> VecDeque<T> {
+        self.cut = None;
+        // The next cut must wait for what is still in flight of it. That one of them failed is
+        // forgotten: it differs, and is sent again before the next cut.
+        let ended = std::mem::take(&mut self.ended);
+        self.running.local += ended.local;
+        self.running.remote += ended.remote;
+        self.release()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attached() -> Epochs<u32> {
+        let mut epochs = Epochs::new(Epoch(0));
+        epochs.attach(Epoch(1));
+        epochs
+    }
+
+    #[test]
+    fn a_cut_waits_for_both_sides_of_every_write_of_its_epoch() {
+        let mut epochs = attached();
+        let (first, route) = epochs.begin();
+        assert_eq!((first, route), (Epoch(1), Route::Send));
+        assert_eq!(epochs.start_cut(), Some(Epoch(1)));
+        assert_eq!(epochs.drained(), Drained::NotYet);
+        epochs.local_done(first, true);
+        assert_eq!(epochs.drained(), Drained::NotYet);
+        epochs.remote_done(first, true);
+        assert_eq!(epochs.drained(), Drained::Clean);
+    }
+
+    #[test]
+    fn writes_after_a_cut_are_held_and_released_in_order() {
+        let mut epochs = attached();
+        epochs.start_cut();
+        for write in 0..3 {
+            assert_eq!(epochs.begin(), (Epoch(2), Route::Hold));
+            epochs.hold(write);
+        }
+        assert_eq!(epochs.drained(), Drained::Clean, "held writes are not of the ended epoch");
+        assert_eq!(epochs.release(), [0, 1, 2]);
+        assert_eq!(epochs.begin().1, Route::Send);
+    }
+
+    #[test]
+    fn a_failed_write_on_either_side_forbids_the_cut() {
+        for local in [true, false] {
+            let mut epochs = attached();
+            let (epoch, _) = epochs.begin();
+            epochs.start_cut();
+            epochs.local_done(epoch, local);
+            epochs.remote_done(epoch, !local);
+            assert_eq!(epochs.drained(), Drained::Failed);
+        }
+    }
+
+    #[test]
+    fn what_a_void_cut_leaves_in_flight_holds_the_next_cut_up() {
+        let mut epochs = attached();
+        let (epoch, _) = epochs.begin();
+        epochs.start_cut();
+        epochs.begin();
+        epochs.hold(3);
+        assert_eq!(epochs.void_cut(), [3]);
+        assert_eq!(epochs.start_cut(), Some(Epoch(2)));
+        assert_eq!(epochs.drained(), Drained::NotYet);
+        for epoch in [epoch, Epoch(2)] {
+            epochs.local_done(epoch, true);
+            epochs.remote_done(epoch, true);
+        }
+        assert_eq!(epochs.drained(), Drained::Clean);
+    }
+
+    #[test]
+    fn a_failure_that_was_repaired_does_not_forbid_the_cut() {
+        let mut epochs = attached();
+        let (epoch, _) = epochs.begin();
+        epochs.local_done(epoch, true);
+        epochs.remote_done(epoch, false);
+        epochs.repaired();
+        epochs.start_cut();
+        assert_eq!(epochs.drained(), Drained::Clean);
+    }
+
+    #[test]
+    fn at_most_one_cut_is_outstanding() {
+        let mut epochs = attached();
+        assert_eq!(epochs.start_cut(), Some(Epoch(1)));
+        epochs.release();
+        assert_eq!(epochs.start_cut(), None);
+        epochs.committed();
+        assert_eq!(epochs.start_cut(), Some(Epoch(2)));
+    }
+
+    #[test]
+    fn without_a_peer_writes_go_nowhere_and_their_ends_count_for_nothing() {
+        let mut epochs = attached();
+        let (epoch, _) = epochs.begin();
+        epochs.start_cut();
+        epochs.begin();
+        epochs.hold(7);
+        assert_eq!(epochs.detach(), [7]);
+        assert_eq!(epochs.begin().1, Route::Nowhere);
+        epochs.remote_done(epoch, false);
+        epochs.attach(Epoch(9));
+        assert_eq!(epochs.start_cut(), Some(Epoch(9)));
+        assert_eq!(epochs.drained(), Drained::Clean);
+    }
+}

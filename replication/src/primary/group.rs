@@ -1,0 +1,645 @@
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use brep_block::{Error as BlockError, ErrorKind, Io, Operation, RangeLock, WriteFlags, ZeroFlags};
+use brep_hbitmap::HBitmap;
+use brep_nbd::client::Connection;
+use bytes::Bytes;
+use serde_json::json;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::ages::{Ages, Arrival};
+use super::epochs::{Drained, Epochs, Route};
+use super::hello::{Refusal, Wish};
+use crate::config::PrimaryConfig;
+use crate::control::EventBus;
+use crate::errors::ErrorLog;
+use crate::image::Image;
+use crate::link::{DiskInfo, Side};
+use crate::state::{Phase, PrimaryRecord, Record, RecordStore};
+use crate::status::LinkState;
+use crate::{Commit, Epoch, Error, Generation, Result, SetId};
+
+/// Bytes that one bit of a map stands for, as a power of two: 64 KiB.
+const GRANULE_LOG2: u32 = 16;
+
+/// The disks of a primary, and everything that concerns all of them: epochs, window, record.
+pub(crate) struct Group {
+    pub(crate) config: PrimaryConfig,
+    pub(crate) run: Uuid,
+    pub(crate) events: EventBus,
+    pub(crate) errors: ErrorLog,
+    pub(crate) stopping: CancellationToken,
+    disks: Vec<DiskPart>,
+    core: Mutex<Core>,
+    window_bytes: Arc<Semaphore>,
+    window_requests: Arc<Semaphore>,
+    /// A write has ended that a cut may be waiting for.
+    pub(crate) ended: Notify,
+    /// The session task has something to do: a command, or a peer to be tried again.
+    pub(crate) wake: Notify,
+    /// The guest may be served.
+    pub(crate) guest_allowed: CancellationToken,
+    pub(crate) counters: Counters,
+}
+
+/// What the group has of each disk.
+#[derive(Debug)]
+pub(crate) struct DiskPart {
+    pub(crate) name: String,
+    pub(crate) file: String,
+    pub(crate) image: Image,
+    /// Serialises what overlaps, over the local leg of a write.
+    pub(crate) locks: RangeLock,
+}
+
+pub(crate) struct Core {
+    store: RecordStore,
+    epochs: Epochs<HeldWrite>,
+    /// One a disk, while a session is attached.
+    connections: Vec<Arc<Connection>>,
+    /// One a disk: not known to be equal on the peer.
+    differs: Vec<HBitmap>,
+    ages: Ages,
+    /// Nothing more may be acknowledged: the record could not be saved.
+    fatal: Option<String>,
+    pub(crate) wish: Wish,
+    pub(crate) link: LinkState,
+    pub(crate) refusal: Option<Refusal>,
+    pub(crate) reason: Option<String>,
+    pub(crate) peer: Option<String>,
+    /// A copy runs; no cuts until it has ended.
+    pub(crate) copying: bool,
+    /// The secondary's operator asks for a checkpoint, under this number.
+    pub(crate) checkpoint_for_peer: Option<u64>,
+    pub(crate) last_contact: Option<Instant>,
+    pub(crate) last_commit: Option<Instant>,
+    /// Something was written since the last cut.
+    pub(crate) dirty: bool,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) guest_writes: AtomicU64,
+    pub(crate) guest_write_bytes: AtomicU64,
+    pub(crate) replicated_writes: AtomicU64,
+    pub(crate) replicated_bytes: AtomicU64,
+    pub(crate) checkpoints: AtomicU64,
+    pub(crate) last_pause_us: AtomicU64,
+}
+
+/// A change on its way to a disk and to the peer.
+#[derive(Debug, Clone)]
+pub(crate) enum Change {
+    Write(Bytes, WriteFlags),
+    Zeroes(u64, ZeroFlags),
+}
+
+impl Change {
+    pub(crate) fn len(&self) -> u64 {
+        match self {
+            Change::Write(data, _) => data.len() as u64,
+            Change::Zeroes(len, _) => *len,
+        }
+    }
+
+    pub(crate) fn operation(&self) -> Operation {
+        match self {
+            Change::Write(..) => Operation::Write,
+            Change::Zeroes(..) => Operation::WriteZeroes,
+        }
+    }
+
+    fn submit(self, connection: &Connection, offset: u64) -> Io<'static, ()> {
+        // The secondary's stable storage is not asked for: its process is what is waited for.
+        match self {
+            Change::Write(data, _) => connection.start_write(offset, data, WriteFlags::default()),
+            Change::Zeroes(len, flags) => {
+                let flags = ZeroFlags { fua: false, fast: false, ..flags };
+                connection.start_write_zeroes(offset, len, flags)
+            }
+        }
+    }
+}
+
+/// A write of the next epoch, until the cut has been made.
+pub(crate) struct HeldWrite {
+    disk: usize,
+    offset: u64,
+    change: Change,
+    sent: oneshot::Sender<Io<'static, ()>>,
+}
+
+/// A write that has begun: what is on its way to the peer.
+pub(crate) struct Begun {
+    pub(crate) epoch: Epoch,
+    pub(crate) remote: Remote,
+}
+
+pub(crate) enum Remote {
+    Sent(Io<'static, ()>),
+    Held(oneshot::Receiver<Io<'static, ()>>),
+    Nowhere,
+}
+
+/// A request's place in the window; given back when it is dropped.
+pub(crate) struct Admission {
+    group: Arc<Group>,
+    arrival: Arrival,
+    _permits: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.group.core().ages.leave(self.arrival);
+    }
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("primary::Group").field("name", &self.config.name).finish_non_exhaustive()
+    }
+}
+
+impl Group {
+    /// Opens record and disks.
+    pub(crate) async fn open(
+        config: PrimaryConfig,
+        events: EventBus,
+        stopping: CancellationToken,
+    ) -> Result<Arc<Self>> {
+        let blank = || Record {
+            set: Some(SetId::random()),
+            cur: Some(Generation::random()),
+            ..Record::blank(&config.name, Phase::Primary(PrimaryRecord::default()))
+        };
+        let mut store = RecordStore::open(&config.state_dir, blank)?;
+        if store.record().secondary().is_some() {
+            return Err(Error::refused(format!(
+                "{}: this is the state of a secondary; start it with brep secondary",
+                config.state_dir.display()
+            )));
+        }
+        let mut disks = Vec::new();
+        for disk in &config.disks {
+            disks.push(DiskPart {
+                name: disk.name.clone(),
+                file: disk.path.display().to_string(),
+                image: Image::open(disk).await?,
+                locks: RangeLock::new(),
+            });
+        }
+        store.update(|record| {
+            record.clean = false;
+            if let Some(primary) = record.primary_mut() {
+                primary.disks =
+                    disks.iter().map(|d| (d.name.clone(), d.image.device().size())).collect();
+            }
+        })?;
+        let differs =
+            disks.iter().map(|d| new_map(d.image.device().size())).collect::<Result<Vec<_>>>()?;
+        let window_bytes = u32::try_from(config.window_bytes).unwrap_or(u32::MAX >> 4);
+        let core = Core {
+            epochs: Epochs::new(store.record().epoch),
+            store,
+            connections: Vec::new(),
+            differs,
+            ages: Ages::default(),
+            fatal: None,
+            wish: Wish { seeded: config.seeded, resync: false },
+            link: if config.peer.is_some() { LinkState::Disconnected } else { LinkState::None },
+            refusal: None,
+            reason: None,
+            peer: config.peer.as_ref().map(ToString::to_string),
+            copying: false,
+            checkpoint_for_peer: None,
+            last_contact: None,
+            last_commit: None,
+            dirty: false,
+        };
+        Ok(Arc::new(Group {
+            window_bytes: Arc::new(Semaphore::new(window_bytes as usize)),
+            window_requests: Arc::new(Semaphore::new(config.window_requests)),
+            config,
+            run: Uuid::new_v4(),
+            events,
+            errors: ErrorLog::default(),
+            stopping,
+            disks,
+            core: Mutex::new(core),
+            ended: Notify::new(),
+            wake: Notify::new(),
+            guest_allowed: CancellationToken::new(),
+            counters: Counters::default(),
+        }))
+    }
+
+    pub(crate) fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn disks(&self) -> &[DiskPart] {
+        &self.disks
+    }
+
+    pub(crate) fn record(&self) -> Record {
+        self.core().store.record().clone()
+    }
+
+    /// What hello tells of this side.
+    pub(crate) fn side(&self) -> Side {
+        let record = self.record();
+        let size = |d: &DiskPart| d.image.device().size();
+        Side {
+            name: self.config.name.clone(),
+            run: self.run,
+            set: record.set,
+            cur: record.cur,
+            fork: record.fork,
+            com: record.com,
+            epoch: record.epoch,
+            history: record.history,
+            primary: true,
+            disks: self
+                .disks
+                .iter()
+                .map(|d| DiskInfo { name: d.name.clone(), size: size(d) })
+                .collect(),
+        }
+    }
+
+    /// Waits for room in the window. Requests that come while there is no peer need none.
+    pub(crate) async fn admit(self: &Arc<Self>, len: u64) -> Admission {
+        let (arrival, attached) = {
+            let mut core = self.core();
+            (core.ages.arrive(Instant::now()), core.epochs.is_attached())
+        };
+        let mut admission = Admission { group: Arc::clone(self), arrival, _permits: None };
+        if attached {
+            // A request larger than the window goes when the window is empty.
+            let bytes = len.clamp(1, self.config.window_bytes.clamp(1, u64::from(u32::MAX >> 4)));
+            let requests = Arc::clone(&self.window_requests).acquire_owned().await;
+            let bytes = Arc::clone(&self.window_bytes).acquire_many_owned(bytes as u32).await;
+            admission._permits = requests.ok().zip(bytes.ok());
+        }
+        admission
+    }
+
+    /// A write begins: it gets its epoch, and is sent, held, or marked as different. The caller
+    /// holds its range.
+    pub(crate) fn begin(
+        &self,
+        disk: usize,
+        offset: u64,
+        change: &Change,
+    ) -> brep_block::Result<Begun> {
+        let mut core = self.core();
+        if let Some(reason) = &core.fatal {
+            let node = &self.disks[disk].name;
+            return Err(BlockError::new(change.operation(), ErrorKind::Io, node, reason.clone())
+                .at(offset, change.len()));
+        }
+        core.dirty = true;
+        let (epoch, route) = core.epochs.begin();
+        let remote = match route {
+            Route::Send => {
+                let connection = &core.connections[disk];
+                Remote::Sent(change.clone().submit(connection, offset))
+            }
+            Route::Hold => {
+                let (sent, wait) = oneshot::channel();
+                core.epochs.hold(HeldWrite { disk, offset, change: change.clone(), sent });
+                Remote::Held(wait)
+            }
+            Route::Nowhere => {
+                core.mark(disk, offset, change.len());
+                Remote::Nowhere
+            }
+        };
+        Ok(Begun { epoch, remote })
+    }
+
+    /// A write has ended on the local disk.
+    pub(crate) fn local_done(
+        &self,
+        epoch: Epoch,
+        disk: usize,
+        offset: u64,
+        len: u64,
+        result: &brep_block::Result<()>,
+    ) {
+        {
+            let mut core = self.core();
+            core.epochs.local_done(epoch, result.is_ok());
+            if result.is_err() {
+                // The peer may have what this disk has not. It is read back before the next cut.
+                core.mark(disk, offset, len);
+            }
+        }
+        if let Err(error) = result {
+            self.report(disk, error);
+        }
+        self.ended.notify_waiters();
+    }
+
+    /// Waits for a write's end on the peer, and takes note of it.
+    pub(crate) async fn finish_remote(
+        &self,
+        begun: Begun,
+        disk: usize,
+        offset: u64,
+        len: u64,
+        _admission: Admission,
+    ) {
+        let result = match begun.remote {
+            Remote::Sent(io) => io.await,
+            Remote::Held(wait) => match wait.await {
+                Ok(io) => io.await,
+                Err(_) => Err(BlockError::new(
+                    Operation::Write,
+                    ErrorKind::NotConnected,
+                    &self.disks[disk].name,
+                    "the secondary was lost",
+                )),
+            },
+            Remote::Nowhere => return,
+        };
+        match result {
+            Ok(()) => {
+                self.core().epochs.remote_done(begun.epoch, true);
+                self.counters.replicated_writes.fetch_add(1, Ordering::Relaxed);
+                self.counters.replicated_bytes.fetch_add(len, Ordering::Relaxed);
+            }
+            Err(error) => {
+                {
+                    let mut core = self.core();
+                    core.mark(disk, offset, len);
+                    core.epochs.remote_done(begun.epoch, false);
+                }
+                self.remote_failed(disk, begun.epoch, &error);
+            }
+        }
+        self.ended.notify_waiters();
+    }
+
+    fn remote_failed(&self, disk: usize, epoch: Epoch, error: &BlockError) {
+        let lost = matches!(
+            error.kind(),
+            ErrorKind::NotConnected | ErrorKind::TimedOut | ErrorKind::Shutdown
+        );
+        if lost {
+            // Before this write is acknowledged, the record says that the peer lacks it.
+            if self.core().epochs.is_of_session(epoch) {
+                self.lose_peer(&format!("a write failed: {}", error.detail()));
+            }
+        } else {
+            self.report(disk, error);
+        }
+    }
+
+    /// A failure that no guest is told of, or not only.
+    pub(crate) fn report(&self, disk: usize, error: &BlockError) {
+        let name = self.disks.get(disk).map_or("", |d| d.name.as_str());
+        let entry = self.errors.add(name, error);
+        tracing::warn!(disk = name, %error, count = entry.count, "replication error");
+        self.events.emit("BREP_ERROR", json!(entry));
+    }
+
+    /// The peer is lost: from here on this side writes alone, on a new line that is recorded
+    /// before anything more is acknowledged.
+    pub(crate) fn lose_peer(&self, reason: &str) {
+        let held = {
+            let mut core = self.core();
+            if !core.epochs.is_attached() {
+                return;
+            }
+            core.connections.iter().for_each(|c| c.kill());
+            core.connections.clear();
+            core.copying = false;
+            core.link = LinkState::Disconnected;
+            core.reason = Some(reason.to_owned());
+            core.go_alone();
+            core.epochs.detach()
+        };
+        // Dropped outside the lock: each held write wakes its owner, who marks its range.
+        drop(held);
+        self.ended.notify_waiters();
+        tracing::warn!(reason, "the secondary is lost; going on alone");
+        self.events.emit("BREP_PEER_LOST", json!({ "reason": reason }));
+    }
+
+    /// A session begins: everything is different until the copy says otherwise.
+    pub(crate) fn attach(
+        &self,
+        epoch: Epoch,
+        connections: Vec<Arc<Connection>>,
+        peer: &str,
+    ) -> Result<()> {
+        let mut core = self.core();
+        for (map, disk) in core.differs.iter_mut().zip(&self.disks) {
+            map.set(0, disk.image.device().size());
+        }
+        core.store.update(|record| {
+            record.epoch = epoch;
+            if let Some(primary) = record.primary_mut() {
+                primary.had_peer = true;
+                primary.alone = false;
+            }
+        })?;
+        core.connections = connections;
+        core.copying = true;
+        core.wish = Wish::default();
+        core.link = LinkState::Connected;
+        core.refusal = None;
+        core.reason = None;
+        core.peer = Some(peer.to_owned());
+        core.epochs.attach(epoch);
+        Ok(())
+    }
+
+    /// Ends the current epoch. None: there is no session, or a cut is outstanding.
+    pub(crate) fn start_cut(&self) -> Option<Epoch> {
+        let mut core = self.core();
+        core.dirty = false;
+        core.epochs.start_cut()
+    }
+
+    pub(crate) fn drained(&self) -> Drained {
+        self.core().epochs.drained()
+    }
+
+    /// The cut is made: the writes that were held go out, in their order, before any other.
+    pub(crate) fn release(&self) {
+        let mut core = self.core();
+        let held = core.epochs.release();
+        core.send_held(held);
+    }
+
+    /// The cut is not made, or not committed; its epoch runs on.
+    pub(crate) fn void_cut(&self) {
+        let mut core = self.core();
+        core.dirty = true;
+        let held = core.epochs.void_cut();
+        core.send_held(held);
+    }
+
+    /// The secondary has committed `epoch`.
+    pub(crate) fn committed(&self, epoch: Epoch) -> Result<()> {
+        {
+            let mut core = self.core();
+            core.epochs.committed();
+            core.last_commit = Some(Instant::now());
+            let next = core.epochs.current().next();
+            core.store.update(|record| {
+                // The next cut's epoch too: the secondary may have committed it when this side
+                // is started again.
+                record.epoch = record.epoch.max(next);
+                if let Some(cur) = record.cur {
+                    record.com = Some(Commit { cur, epoch });
+                }
+            })?;
+        }
+        self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
+        self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
+        Ok(())
+    }
+
+    /// The guest may be served, alone if there is no session.
+    pub(crate) fn allow_guest(&self, alone: bool) {
+        if self.guest_allowed.is_cancelled() {
+            return;
+        }
+        if alone {
+            self.core().go_alone();
+        }
+        self.guest_allowed.cancel();
+    }
+
+    /// The oldest request that waits for the peer.
+    pub(crate) fn oldest_request(&self) -> Option<Instant> {
+        self.core().ages.oldest()
+    }
+
+    /// Bytes that the peer is not known to have.
+    pub(crate) fn bytes_behind(&self, disk: usize) -> u64 {
+        self.core().differs.get(disk).map_or(0, HBitmap::dirty_bytes)
+    }
+
+    /// The first range of a disk, from `offset` on, that differs; at most `max` bytes.
+    pub(crate) fn next_different(
+        &self,
+        disk: usize,
+        offset: u64,
+        max: u64,
+    ) -> Option<std::ops::Range<u64>> {
+        let core = self.core();
+        let map = core.differs.get(disk)?;
+        let granule = map.granularity();
+        let area = map.next_dirty_area(offset..map.size(), max)?;
+        // Whole granules: a bit is cleared for all of it.
+        let start = area.start - area.start % granule;
+        let end = area.end.next_multiple_of(granule).min(map.size());
+        Some(start..end)
+    }
+
+    /// The range, made longer to `len` bytes as far as whole granules go.
+    pub(crate) fn extend_range(
+        &self,
+        disk: usize,
+        range: &std::ops::Range<u64>,
+        len: u64,
+    ) -> std::ops::Range<u64> {
+        let core = self.core();
+        let Some(map) = core.differs.get(disk) else { return range.clone() };
+        let end = range.start.saturating_add(len).min(map.size());
+        let end = if end == map.size() { end } else { end - end % map.granularity() };
+        range.start..end.max(range.end)
+    }
+
+    /// Marks whole granules as equal, before they are read and sent.
+    pub(crate) fn clear_different(&self, disk: usize, range: &std::ops::Range<u64>) {
+        if let Some(map) = self.core().differs.get_mut(disk) {
+            map.reset(range.start, range.end - range.start);
+        }
+    }
+
+    /// Marks a range as different.
+    pub(crate) fn mark_different(&self, disk: usize, range: &std::ops::Range<u64>) {
+        self.core().mark(disk, range.start, range.end - range.start);
+    }
+
+    /// Whether any range of any disk differs.
+    pub(crate) fn has_differences(&self) -> bool {
+        self.core().differs.iter().any(|map| !map.is_empty())
+    }
+
+    /// Everything that failed in this epoch has been sent again.
+    pub(crate) fn repaired(&self) {
+        self.core().epochs.repaired();
+    }
+
+    pub(crate) fn is_attached(&self) -> bool {
+        self.core().epochs.is_attached()
+    }
+
+    pub(crate) fn update_record(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        self.core().store.update(change)
+    }
+}
+
+impl Core {
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epochs.current()
+    }
+
+    pub(crate) fn record(&self) -> &Record {
+        self.store.record()
+    }
+
+    pub(crate) fn fatal(&self) -> Option<&str> {
+        self.fatal.as_deref()
+    }
+
+    fn mark(&mut self, disk: usize, offset: u64, len: u64) {
+        if let Some(map) = self.differs.get_mut(disk)
+            && len > 0
+        {
+            map.set(offset, len);
+        }
+    }
+
+    fn send_held(&mut self, held: std::collections::VecDeque<HeldWrite>) {
+        for write in held {
+            let io = write.change.submit(&self.connections[write.disk], write.offset);
+            // An owner that is gone does not take its write back.
+            let _ = write.sent.send(io);
+        }
+    }
+
+    /// Records that this side writes alone, on a new line if it was not alone before.
+    fn go_alone(&mut self) {
+        let last = self.epochs.current();
+        let saved = self.store.update(|record| {
+            let alone = record.primary_mut().is_some_and(|p| {
+                let was = p.alone;
+                p.alone = p.had_peer;
+                was || !p.had_peer
+            });
+            record.epoch = record.epoch.max(last);
+            if !alone {
+                record.begin_line(Generation::random(), last);
+            }
+        });
+        if let Err(error) = saved {
+            tracing::error!(%error, "cannot record that this side goes on alone");
+            self.fatal = Some(format!("no write can be acknowledged: {error}"));
+        }
+    }
+}
+
+fn new_map(size: u64) -> Result<HBitmap> {
+    HBitmap::new(size, GRANULE_LOG2).map_err(|e| Error::failed(format!("dirty map: {e}")))
+}

@@ -1,0 +1,269 @@
+use crate::link::{CopyMode, HelloAnswer, LINK_VERSION, Side};
+
+/// What the primary makes of a secondary's answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Decision {
+    /// Begin a session with this copy.
+    Start(CopyMode),
+    /// No session.
+    Refuse(Refusal),
+}
+
+/// Why there is no session, and what resolves it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) reason: String,
+    pub(crate) advice: Option<String>,
+    /// The peer has taken over: this side must not serve its guest.
+    pub(crate) superseded: bool,
+}
+
+/// What the operator has asked for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Wish {
+    /// The secondary's disks were copied by other means.
+    pub(crate) seeded: bool,
+    /// `resync --full`.
+    pub(crate) resync: bool,
+}
+
+/// Decides at hello. The first row that fits wins.
+pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
+    let peer = &answer.side;
+    if answer.version != LINK_VERSION {
+        return refuse(
+            format!("the secondary speaks link version {}, not {LINK_VERSION}", answer.version),
+            "run the same version of brep on both sides",
+        );
+    }
+    if let Some(reason) = disks_differ(me, peer) {
+        return refuse(reason, "give both sides the same disks, with the same names and sizes");
+    }
+    let copy = if wish.seeded { CopyMode::Compare } else { CopyMode::Full };
+    let Some(set) = peer.set else { return Decision::Start(copy) };
+    if me.set != Some(set) {
+        return refuse(
+            format!("the secondary {} belongs to other disks (set {set})", peer.name),
+            "connect the right pair; to give that secondary's data up, stop it, move its state \
+             directory away, and start it again",
+        );
+    }
+    if peer.primary {
+        return both_primary(me, peer);
+    }
+    if let Some(cur) = peer.cur
+        && me.cur != Some(cur)
+        && !me.history.iter().any(|fork| fork.cur == cur)
+    {
+        return refuse_superseded(
+            format!(
+                "the secondary {} follows a line of writes (cur {cur}) that this primary does not \
+                 know: this side is stale, or the secondary served another primary",
+                peer.name
+            ),
+            "find out which side has the newer data; the other one starts over with an empty \
+             state directory",
+        );
+    }
+    if let (Some(theirs), Some(mine)) = (peer.com, me.com)
+        && theirs.cur == mine.cur
+        && theirs.epoch > me.epoch
+    {
+        return refuse_superseded(
+            format!(
+                "the secondary {} has committed epoch {}, beyond epoch {} of this primary: this \
+                 side was restored from an older copy",
+                peer.name, theirs.epoch, me.epoch
+            ),
+            "bring the newer disks back, or start the secondary over with an empty state directory",
+        );
+    }
+    if answer.inconsistent || wish.resync {
+        // Nothing to roll back to is lost, or the operator has asked for it.
+        return Decision::Start(CopyMode::Full);
+    }
+    refuse(
+        format!(
+            "the secondary {} was away and lacks writes; its last checkpoint is {}",
+            peer.name,
+            peer.com.map_or_else(|| "none".to_owned(), |c| c.epoch.to_string())
+        ),
+        "brep resync --full",
+    )
+}
+
+fn disks_differ(me: &Side, peer: &Side) -> Option<String> {
+    let names =
+        |side: &Side| side.disks.iter().map(|d| d.name.as_str()).collect::<Vec<_>>().join(", ");
+    for disk in &me.disks {
+        let Some(theirs) = peer.disks.iter().find(|d| d.name == disk.name) else {
+            return Some(format!(
+                "the disks differ: {} here, {} on the secondary {}",
+                names(me),
+                names(peer),
+                peer.name
+            ));
+        };
+        if theirs.size != disk.size {
+            return Some(format!(
+                "disk {}: {} bytes here, {} on the secondary {}",
+                disk.name, disk.size, theirs.size, peer.name
+            ));
+        }
+    }
+    (me.disks.len() != peer.disks.len()).then(|| {
+        format!(
+            "the disks differ: {} here, {} on the secondary {}",
+            names(me),
+            names(peer),
+            peer.name
+        )
+    })
+}
+
+fn both_primary(me: &Side, peer: &Side) -> Decision {
+    let forked_from_mine = me.cur.is_some_and(|cur| peer.history.iter().any(|f| f.cur == cur));
+    if forked_from_mine {
+        return refuse_superseded(
+            format!("the secondary {} has been promoted: it is the disk now", peer.name),
+            "stop this side; move its state directory away and start it as the secondary of the \
+             other",
+        );
+    }
+    refuse_superseded(
+        format!(
+            "split brain: the secondary {} has been promoted, and this side went on writing alone",
+            peer.name
+        ),
+        "decide which side's writes are kept; the other one starts over as a secondary with an \
+         empty state directory",
+    )
+}
+
+fn refuse(reason: String, advice: &str) -> Decision {
+    Decision::Refuse(Refusal { reason, advice: Some(advice.to_owned()), superseded: false })
+}
+
+fn refuse_superseded(reason: String, advice: &str) -> Decision {
+    Decision::Refuse(Refusal { reason, advice: Some(advice.to_owned()), superseded: true })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::DiskInfo;
+    use crate::{Commit, Epoch, Generation, SetId};
+
+    fn pair() -> (Side, HelloAnswer) {
+        let side = Side {
+            name: "p".into(),
+            run: uuid::Uuid::new_v4(),
+            set: Some(SetId::random()),
+            cur: Some(Generation::random()),
+            fork: None,
+            com: None,
+            epoch: Epoch(9),
+            history: vec![],
+            primary: true,
+            disks: vec![DiskInfo { name: "vda".into(), size: 512 }],
+        };
+        let answer = HelloAnswer {
+            version: LINK_VERSION,
+            side: Side { name: "s".into(), primary: false, ..side.clone() },
+            guest: false,
+            inconsistent: false,
+        };
+        (side, answer)
+    }
+
+    fn refusal(decision: Decision) -> Refusal {
+        match decision {
+            Decision::Refuse(refusal) => refusal,
+            Decision::Start(copy) => panic!("started with {copy:?}"),
+        }
+    }
+
+    #[test]
+    fn a_blank_secondary_is_copied_in_full_or_compared_if_seeded() {
+        let (me, mut answer) = pair();
+        answer.side.set = None;
+        answer.side.cur = None;
+        assert_eq!(decide(&me, &answer, Wish::default()), Decision::Start(CopyMode::Full));
+        let wish = Wish { seeded: true, ..Wish::default() };
+        assert_eq!(decide(&me, &answer, wish), Decision::Start(CopyMode::Compare));
+    }
+
+    #[test]
+    fn unrelated_disks_are_refused() {
+        let (me, mut answer) = pair();
+        answer.side.set = Some(SetId::random());
+        let wish = Wish { resync: true, ..Wish::default() };
+        assert!(refusal(decide(&me, &answer, wish)).reason.contains("other disks"));
+    }
+
+    #[test]
+    fn sizes_and_names_must_be_equal() {
+        let (me, mut answer) = pair();
+        answer.side.disks[0].size = 1024;
+        assert!(refusal(decide(&me, &answer, Wish::default())).reason.contains("1024"));
+        answer.side.disks[0] = DiskInfo { name: "vdb".into(), size: 512 };
+        assert!(refusal(decide(&me, &answer, Wish::default())).reason.contains("vdb"));
+        answer.side.disks = vec![me.disks[0].clone(), DiskInfo { name: "vdc".into(), size: 512 }];
+        assert!(refusal(decide(&me, &answer, Wish::default())).reason.contains("vdc"));
+    }
+
+    #[test]
+    fn a_secondary_that_returns_is_never_continued_over_a_gap() {
+        let (me, answer) = pair();
+        let refused = refusal(decide(&me, &answer, Wish::default()));
+        assert_eq!(refused.advice.as_deref(), Some("brep resync --full"));
+        assert!(!refused.superseded);
+        let wish = Wish { resync: true, ..Wish::default() };
+        assert_eq!(decide(&me, &answer, wish), Decision::Start(CopyMode::Full));
+    }
+
+    #[test]
+    fn an_interrupted_first_copy_begins_anew() {
+        let (me, mut answer) = pair();
+        answer.inconsistent = true;
+        assert_eq!(decide(&me, &answer, Wish::default()), Decision::Start(CopyMode::Full));
+    }
+
+    #[test]
+    fn a_promoted_secondary_supersedes_its_primary() {
+        let (me, mut answer) = pair();
+        answer.side.primary = true;
+        let fork = Commit { cur: me.cur.unwrap(), epoch: Epoch(4) };
+        answer.side.cur = Some(Generation::random());
+        answer.side.history = vec![fork];
+        let wish = Wish { resync: true, ..Wish::default() };
+        let refused = refusal(decide(&me, &answer, wish));
+        assert!(refused.superseded && refused.reason.contains("promoted"));
+        // This side has gone on alone: its line is a new one that the other never saw.
+        let me = Side { cur: Some(Generation::random()), history: vec![fork], ..me };
+        let refused = refusal(decide(&me, &answer, wish));
+        assert!(refused.superseded && refused.reason.contains("split brain"));
+    }
+
+    #[test]
+    fn a_secondary_on_an_unknown_line_is_refused() {
+        let (me, mut answer) = pair();
+        answer.side.cur = Some(Generation::random());
+        let wish = Wish { resync: true, ..Wish::default() };
+        assert!(refusal(decide(&me, &answer, wish)).superseded);
+        // A line that this side left is known.
+        let fork = Commit { cur: answer.side.cur.unwrap(), epoch: Epoch(3) };
+        let me = Side { history: vec![fork], ..me };
+        assert_eq!(decide(&me, &answer, wish), Decision::Start(CopyMode::Full));
+    }
+
+    #[test]
+    fn a_primary_restored_from_an_older_copy_is_refused() {
+        let (mut me, mut answer) = pair();
+        let com = Commit { cur: me.cur.unwrap(), epoch: Epoch(5) };
+        me.com = Some(com);
+        answer.side.com = Some(Commit { epoch: Epoch(20), ..com });
+        let wish = Wish { resync: true, ..Wish::default() };
+        assert!(refusal(decide(&me, &answer, wish)).reason.contains("restored"));
+    }
+}

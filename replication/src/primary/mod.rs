@@ -1,0 +1,345 @@
+//! The primary: serves the guest and forwards its writes.
+mod ages;
+mod copy;
+mod disk;
+mod epochs;
+mod group;
+mod hello;
+mod session;
+mod status;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use brep_nbd::Endpoint;
+use brep_nbd::server::{
+    Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode, Server,
+    ServerConfig,
+};
+use futures_util::future::BoxFuture;
+use serde_json::{Map, Value, json};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use self::disk::PrimaryDisk;
+use self::group::Group;
+use self::session::{Attempt, CheckpointRequest, establish};
+use crate::config::PrimaryConfig;
+use crate::control::{ArgumentKind, ArgumentSpec, CommandError, CommandSpec, EventBus, Handler};
+use crate::daemon::{self, on_data_thread};
+use crate::link::StopReason;
+use crate::status::LinkState;
+use crate::{Error, Result};
+
+/// The time in which requests in flight have to end at a clean stop.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// Checkpoint commands that wait for their turn.
+const REQUESTS_MAX: usize = 64;
+
+/// Pauses between attempts to reach the secondary.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// Runs a primary until `shutdown` is cancelled or it is told to stop. To be called on a
+/// current-thread runtime of its own thread: that thread is the data path. The control socket is
+/// served on another thread.
+///
+/// # Errors
+/// Whatever keeps it from starting, with the file or address and what to do; and what keeps it
+/// from stopping cleanly.
+pub async fn run(config: PrimaryConfig, shutdown: CancellationToken) -> Result<()> {
+    daemon::prepare(&config.state_dir, &config.disks)?;
+    daemon::check_plaintext(&[&config.guest_listen], config.allow_plaintext)?;
+    let control = daemon::control_path(&config.control, &config.state_dir);
+    let events = EventBus::new();
+    let group = Group::open(config, events.clone(), shutdown.clone()).await?;
+
+    // Bound at once, so that an address in use is known at the start; served when it is allowed.
+    let exports = Arc::new(GuestExports(Arc::clone(&group)));
+    let server = Server::new(exports, ServerConfig::default());
+    let listener =
+        Server::bind(&group.config.guest_listen).await.map_err(|e| Error::failed(e.to_string()))?;
+    let serving = tokio::spawn({
+        let server = Arc::clone(&server);
+        let group = Arc::clone(&group);
+        async move {
+            group.guest_allowed.cancelled().await;
+            server.serve(listener).await;
+        }
+    });
+
+    let (requests, waiting) = mpsc::channel(REQUESTS_MAX);
+    let replicating = tokio::spawn(replicate(Arc::clone(&group), waiting));
+    let handler = PrimaryHandler {
+        group: Arc::clone(&group),
+        data: tokio::runtime::Handle::current(),
+        requests,
+    };
+    let control = daemon::ControlThread::spawn(control, Arc::new(handler), events)?;
+    tracing::info!(name = group.config.name, "primary ready");
+
+    shutdown.cancelled().await;
+    // Guests first: what they were told is replicated, if there is a peer.
+    server.shutdown(STOP_GRACE).await;
+    serving.abort();
+    let _ = replicating.await;
+    let result = close(&group).await;
+    control.stop();
+    result
+}
+
+async fn close(group: &Arc<Group>) -> Result<()> {
+    let mut result = Ok(());
+    for disk in group.disks() {
+        result = result.and(disk.image.close().await);
+    }
+    if result.is_ok() {
+        group.update_record(|record| record.clean = true)?;
+    }
+    result
+}
+
+/// Keeps the pair together: connects, runs the session, and tries again when it ends.
+async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointRequest>) {
+    let was_connected = group.record().primary_mut().is_some_and(|p| p.had_peer && !p.alone);
+    if !was_connected {
+        group.allow_guest(false);
+    }
+    let Some(peer) = group.config.peer.clone() else {
+        group.allow_guest(true);
+        return refuse_requests(&group, &mut requests, "no --peer was given").await;
+    };
+    let mut pause = RETRY_FIRST;
+    while !group.stopping.is_cancelled() {
+        if attempt(&group, &peer, &mut requests).await {
+            pause = RETRY_FIRST;
+        }
+        if group.stopping.is_cancelled() {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = group.wake.notified() => {}
+            () = group.stopping.cancelled() => {}
+            () = refuse_requests(&group, &mut requests, "the secondary is not connected") => {}
+        }
+        pause = (pause * 2).min(RETRY_MAX);
+    }
+}
+
+/// Tries to connect, and runs the session if that works. Returns whether it did.
+async fn attempt(
+    group: &Arc<Group>,
+    peer: &Endpoint,
+    requests: &mut mpsc::Receiver<CheckpointRequest>,
+) -> bool {
+    let connecting = tokio::select! {
+        attempt = establish(group, peer) => attempt,
+        () = group.stopping.cancelled() => return false,
+    };
+    match connecting {
+        Attempt::Session(session) => {
+            group.allow_guest(false);
+            tracing::info!(%peer, "session begun");
+            group.events.emit("BREP_CONNECTED", json!({ "peer": peer.to_string() }));
+            let stopping = group.stopping.clone();
+            let stop = async {
+                stopping.cancelled().await;
+                StopReason::Shutdown
+            };
+            let reason = session.run(requests, stop).await;
+            if group.stopping.is_cancelled() {
+                // Both sides know of a clean end; this one is not alone.
+                return true;
+            }
+            group.lose_peer(&reason);
+            true
+        }
+        Attempt::Refused(refusal) => {
+            let known = group.core().refusal.as_ref() == Some(&refusal);
+            if !known {
+                tracing::warn!(reason = refusal.reason, "no session");
+                group.events.emit("BREP_REFUSED", json!({ "reason": refusal.reason }));
+            }
+            if !refusal.superseded {
+                group.allow_guest(true);
+            }
+            let mut core = group.core();
+            core.link = LinkState::Refused;
+            core.refusal = Some(refusal);
+            false
+        }
+        Attempt::Unreachable(error) => {
+            let mut core = group.core();
+            core.link = LinkState::Disconnected;
+            core.reason = Some(error.to_string());
+            core.refusal = None;
+            false
+        }
+    }
+}
+
+/// Answers checkpoint commands while there is no session.
+async fn refuse_requests(
+    group: &Group,
+    requests: &mut mpsc::Receiver<CheckpointRequest>,
+    why: &str,
+) {
+    loop {
+        tokio::select! {
+            request = requests.recv() => match request {
+                Some(request) => {
+                    let _ = request.answer.send(Err(Error::refused(format!(
+                        "no checkpoint: {why} (see brep status)"
+                    ))));
+                }
+                None => return std::future::pending().await,
+            },
+            () = group.stopping.cancelled() => return,
+        }
+    }
+}
+
+/// What guests find.
+#[derive(Debug)]
+struct GuestExports(Arc<Group>);
+
+impl Exports for GuestExports {
+    fn list(&self) -> Vec<ExportDescription> {
+        let describe = |d: &group::DiskPart| ExportDescription {
+            name: d.name.clone(),
+            description: "replicated disk".to_owned(),
+        };
+        self.0.disks().iter().map(describe).collect()
+    }
+
+    fn open(&self, name: &str, _: &Arc<Connection>) -> std::result::Result<Export, OptionError> {
+        let disks = self.0.disks();
+        let index = match name {
+            "" if disks.len() == 1 => Some(0),
+            name => disks.iter().position(|d| d.name == name),
+        };
+        let Some(index) = index else {
+            let names: Vec<_> = disks.iter().map(|d| d.name.as_str()).collect();
+            return Err(OptionError::new(
+                OptionErrorCode::Unknown,
+                format!("no export {name:?}; there is {}", names.join(", ")),
+            ));
+        };
+        let device = Arc::clone(disks[index].image.device());
+        let disk = PrimaryDisk { group: Arc::clone(&self.0), index, device };
+        let mut export = Export::new(disks[index].name.clone(), Arc::new(disk));
+        // One device behind all connections: a flush covers what any of them was told.
+        export.multi_conn = true;
+        Ok(export)
+    }
+}
+
+/// Commands of the control socket.
+struct PrimaryHandler {
+    group: Arc<Group>,
+    data: tokio::runtime::Handle,
+    requests: mpsc::Sender<CheckpointRequest>,
+}
+
+const COMMANDS: &[CommandSpec] = &[
+    CommandSpec::new("query-status", &[]),
+    CommandSpec::new(
+        "checkpoint",
+        &[
+            ArgumentSpec::optional("wait", ArgumentKind::Enum(&["cut", "commit"])),
+            ArgumentSpec::optional("timeout-ms", ArgumentKind::Integer),
+        ],
+    ),
+    CommandSpec::new(
+        "failover",
+        &[ArgumentSpec::optional("to", ArgumentKind::Enum(&["checkpoint", "latest"]))],
+    ),
+    CommandSpec::new(
+        "replication-stop",
+        &[ArgumentSpec::optional("discard-checkpoint", ArgumentKind::Boolean)],
+    ),
+    CommandSpec::new("resync", &[ArgumentSpec::optional("full", ArgumentKind::Boolean)]),
+    CommandSpec::new("quit", &[]),
+];
+
+impl Handler for PrimaryHandler {
+    fn commands(&self) -> &'static [CommandSpec] {
+        COMMANDS
+    }
+
+    fn execute(
+        &self,
+        command: &str,
+        arguments: Map<String, Value>,
+    ) -> BoxFuture<'_, std::result::Result<Value, CommandError>> {
+        let command = command.to_owned();
+        Box::pin(async move { Ok(self.command(&command, &arguments).await?) })
+    }
+}
+
+impl PrimaryHandler {
+    async fn command(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value> {
+        match command {
+            "query-status" => Ok(json!(self.group.status())),
+            "checkpoint" => {
+                let wait_cut = arguments.get("wait").and_then(Value::as_str) == Some("cut");
+                let limit = daemon::checkpoint_limit(arguments);
+                let requests = self.requests.clone();
+                on_data_thread(&self.data, checkpoint(requests, wait_cut, limit)).await
+            }
+            "failover" => Err(Error::refused(
+                "this is the primary: it is the disk already; run brep failover on the secondary",
+            )),
+            "resync" => {
+                if arguments.get("full").and_then(Value::as_bool) != Some(true) {
+                    return Err(Error::usage("only a full resync is possible: brep resync --full"));
+                }
+                let group = Arc::clone(&self.group);
+                on_data_thread(&self.data, async move { resync(&group) }).await
+            }
+            "replication-stop" | "quit" => {
+                self.group.stopping.cancel();
+                Ok(json!({}))
+            }
+            other => Err(Error::usage(format!("unknown command {other}"))),
+        }
+    }
+}
+
+async fn checkpoint(
+    requests: mpsc::Sender<CheckpointRequest>,
+    wait_cut: bool,
+    limit: Duration,
+) -> Result<Value> {
+    let (answer, wait) = oneshot::channel();
+    requests
+        .try_send(CheckpointRequest { wait_cut, answer })
+        .map_err(|_| Error::refused("too many checkpoints are waiting already"))?;
+    match tokio::time::timeout(limit, wait).await {
+        Ok(Ok(result)) => result.map(|epoch| json!({ "epoch": epoch })),
+        Ok(Err(_)) => Err(Error::failed("the secondary was lost before the checkpoint was taken")),
+        Err(_) => Err(Error::failed(format!("no checkpoint within {limit:?}"))),
+    }
+}
+
+/// Copies everything again: now, if the secondary is connected, else when it is.
+fn resync(group: &Arc<Group>) -> Result<Value> {
+    if group.config.peer.is_none() {
+        return Err(Error::refused("no --peer was given: there is nothing to copy to"));
+    }
+    if let Some(refusal) = &group.core().refusal
+        && refusal.superseded
+    {
+        return Err(Error::refused(refusal.reason.clone()));
+    }
+    if group.is_attached() {
+        return Err(Error::refused(
+            "the secondary is connected and gets every write; a copy would change nothing",
+        ));
+    }
+    group.core().wish.resync = true;
+    group.wake.notify_one();
+    Ok(json!({}))
+}

@@ -1,0 +1,113 @@
+use std::sync::atomic::Ordering;
+
+use tokio::time::Instant;
+
+use super::group::{Core, Group};
+use crate::config::Ack;
+use crate::state::Phase;
+use crate::status::{Counters, DiskState, DiskStatus, LinkState, Progress, Role, Status};
+
+impl Group {
+    /// The state of this side; never waits for a disk or a peer.
+    pub(crate) fn status(&self) -> Status {
+        let behind: Vec<u64> = (0..self.disks().len()).map(|i| self.bytes_behind(i)).collect();
+        let core = self.core();
+        let record = core.record();
+        let state = disk_state(&core);
+        let disks = self.disks().iter().zip(behind).map(|(disk, bytes_behind)| {
+            let size = disk.image.device().size();
+            let done = size.saturating_sub(bytes_behind);
+            DiskStatus {
+                name: disk.name.clone(),
+                file: disk.file.clone(),
+                size,
+                state,
+                bytes_behind,
+                progress: core.copying.then_some(Progress { done, total: size }),
+                hidden_bytes: None,
+                guest_wrote: None,
+            }
+        });
+        let disks = disks.collect();
+        let (reason, advice) = self.explain(&core);
+        Status {
+            name: self.config.name.clone(),
+            role: Role::Primary,
+            pid: std::process::id(),
+            set: record.set.map(|s| s.to_string()),
+            cur: record.cur.map(|c| c.to_string()),
+            epoch: core.epoch().0,
+            checkpoint: record.com.map(|c| c.epoch.0),
+            checkpoint_age_ms: core.last_commit.map(elapsed_ms),
+            peer: core.peer.clone(),
+            link: core.link,
+            last_contact_ms: core.last_contact.map(elapsed_ms),
+            reason,
+            advice,
+            ack: Some(
+                match self.config.ack {
+                    Ack::Sync => "sync",
+                    Ack::Async => "async",
+                }
+                .to_owned(),
+            ),
+            durability: "process".to_owned(),
+            promotable: None,
+            latest_ok: None,
+            disks,
+            errors: self.errors.list(),
+            counters: Counters {
+                guest_writes: self.counters.guest_writes.load(Ordering::Relaxed),
+                guest_write_bytes: self.counters.guest_write_bytes.load(Ordering::Relaxed),
+                replicated_writes: self.counters.replicated_writes.load(Ordering::Relaxed),
+                replicated_bytes: self.counters.replicated_bytes.load(Ordering::Relaxed),
+                checkpoints: self.counters.checkpoints.load(Ordering::Relaxed),
+                last_pause_us: self.counters.last_pause_us.load(Ordering::Relaxed),
+                preimage_bytes: 0,
+            },
+        }
+    }
+
+    fn explain(&self, core: &Core) -> (Option<String>, Option<String>) {
+        if let Some(fatal) = core.fatal() {
+            return (Some(fatal.to_owned()), Some("make room or repair the file system of the state directory, then restart this side".to_owned()));
+        }
+        if let Some(refusal) = &core.refusal {
+            return (Some(refusal.reason.clone()), refusal.advice.clone());
+        }
+        match core.link {
+            LinkState::None => {
+                (Some("no --peer was given: writes are not replicated".to_owned()), None)
+            }
+            LinkState::Disconnected if !self.guest_allowed.is_cancelled() => (
+                Some(format!(
+                    "the guest is not served: this side was connected when it stopped, and the \
+                     secondary may have been promoted since{}",
+                    core.reason.as_ref().map_or_else(String::new, |r| format!(" ({r})"))
+                )),
+                Some("start the secondary, or make it reachable".to_owned()),
+            ),
+            LinkState::Disconnected => (
+                Some(core.reason.clone().unwrap_or_else(|| "not connected yet".to_owned())),
+                Some("start brep secondary, or make it reachable".to_owned()),
+            ),
+            LinkState::Connected if core.copying => (Some("copying".to_owned()), None),
+            LinkState::Connected | LinkState::Refused => (core.reason.clone(), None),
+        }
+    }
+}
+
+fn disk_state(core: &Core) -> DiskState {
+    let had_peer = matches!(&core.record().phase, Phase::Primary(p) if p.had_peer);
+    match core.link {
+        _ if core.fatal().is_some() => DiskState::Failed,
+        LinkState::Connected if core.copying => DiskState::Resyncing,
+        LinkState::Connected => DiskState::InSync,
+        _ if had_peer => DiskState::Disconnected,
+        _ => DiskState::Alone,
+    }
+}
+
+fn elapsed_ms(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,386 @@
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use brep_backup::{CbwOptions, Copied, CopyBeforeWrite};
+use brep_block::BlockDevice;
+use brep_qcow2::Qcow2;
+
+use super::buffers::{Buffer, BufferPool};
+use super::promoted::PromotedDisk;
+use crate::config::DiskConfig;
+use crate::gate::Gate;
+use crate::image::Image;
+use crate::state::DiskRecord;
+use crate::unavailable::Unavailable;
+use crate::view::ChainView;
+use crate::{Error, Result, SetId};
+
+/// The unit of copy-before-write: a sub-cluster of a buffer (64 KiB clusters in 32 parts).
+pub(crate) const UNIT_BYTES: u64 = 2 << 10;
+
+/// One disk of a secondary: the image that takes the primary's writes, and the buffers that keep
+/// its last checkpoint.
+#[derive(Debug)]
+pub(crate) struct ReplicaDisk {
+    pub(crate) name: String,
+    pub(crate) file: String,
+    pub(crate) size: u64,
+    pub(crate) pool: Arc<BufferPool>,
+    image: Image,
+    /// In front of this side's guest.
+    gate: Arc<Gate>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The hidden disks since the last checkpoint, the oldest first.
+    chain: Vec<Buffer>,
+    /// Empty, named by the record; the next cut switches to it.
+    next: Option<Buffer>,
+    active: Option<Buffer>,
+    replica: Option<Replica>,
+    promoted: Option<Arc<PromotedDisk>>,
+    /// Bytes in the chain that the filter's count does not contain.
+    kept_bytes: u64,
+    /// The filter's count of copied bytes that is not of the chain any more.
+    dropped_bytes: u64,
+    /// The filter's count when the newest buffer of the chain was begun.
+    copied_at_switch: u64,
+}
+
+/// The working parts while a primary may write.
+#[derive(Debug, Clone)]
+struct Replica {
+    filter: Arc<CopyBeforeWrite>,
+    view: Arc<ChainView>,
+}
+
+/// The buffers that a commit is going to name.
+#[derive(Debug)]
+pub(crate) struct Fresh {
+    next: Buffer,
+    active: Option<Buffer>,
+}
+
+impl ReplicaDisk {
+    /// Opens the image, and the buffers that the record names.
+    pub(crate) async fn open(
+        config: &DiskConfig,
+        pool: BufferPool,
+        image: Image,
+        record: Option<&DiskRecord>,
+        set: Option<SetId>,
+        seq_max: u64,
+    ) -> Result<Self> {
+        let size = image.device().size();
+        let gate = Gate::new(
+            &config.name,
+            Arc::new(Unavailable {
+                name: config.name.clone(),
+                size,
+                reason: "replication is not running",
+            }),
+        );
+        let disk = ReplicaDisk {
+            name: config.name.clone(),
+            file: config.path.display().to_string(),
+            size,
+            pool: Arc::new(pool),
+            image,
+            gate,
+            state: Mutex::new(State::default()),
+        };
+        let Some(record) = record else {
+            disk.pool.open(set, &[], seq_max).await?;
+            return Ok(disk);
+        };
+        let wanted: Vec<_> = record.buffers().collect();
+        let mut buffers = disk.pool.open(set, &wanted, seq_max).await?.into_iter();
+        {
+            let mut state = disk.state();
+            state.chain = buffers.by_ref().take(record.chain.len()).collect();
+            state.next = record.next.and_then(|_| buffers.next());
+            state.active = record.active.and_then(|_| buffers.next());
+        }
+        let top = record.top.and_then(|_| buffers.next());
+        disk.adopt_next().await?;
+        disk.note_contents().await?;
+        disk.start_replica(Copied::AllocatedInTarget)?;
+        if let Some(top) = top {
+            disk.promote_onto(Some(top)).await?;
+        }
+        Ok(disk)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// A next buffer that has been written to belongs to the chain: a cut was made and never
+    /// committed.
+    async fn adopt_next(&self) -> Result<()> {
+        let Some(next) = self.state().next.clone() else { return Ok(()) };
+        if !next.image.is_empty().await? {
+            let mut state = self.state();
+            state.next = None;
+            state.chain.push(next);
+        }
+        Ok(())
+    }
+
+    /// Looks what the buffers of an earlier run hold.
+    async fn note_contents(&self) -> Result<()> {
+        let (chain, active) = {
+            let state = self.state();
+            (state.chain.clone(), state.active.clone())
+        };
+        let mut bytes = 0;
+        for buffer in chain {
+            bytes += buffer.image.allocated_bytes().await?;
+        }
+        self.state().kept_bytes = bytes;
+        if let Some(active) = active {
+            self.gate.set_written(!active.image.is_empty().await?);
+        }
+        Ok(())
+    }
+
+    /// Builds filter and view over the chain, if there is a buffer to write to.
+    fn start_replica(&self, assume: Copied) -> Result<()> {
+        let mut state = self.state();
+        let Some(newest) = state.chain.last().or(state.next.as_ref()) else { return Ok(()) };
+        let options = CbwOptions {
+            assume,
+            discard_as_zeroes: true,
+            ..CbwOptions::new(&self.name).unit_bytes(UNIT_BYTES)
+        };
+        let base = Arc::clone(self.image.device());
+        let filter = CopyBeforeWrite::new(Arc::clone(&base), newest.device(), options)?;
+        let layers = state.chain.iter().map(Buffer::device).collect();
+        let view = ChainView::new(&self.name, layers, base, filter.locks().clone());
+        state.replica = Some(Replica { filter, view });
+        Ok(())
+    }
+
+    /// Prepares for the writes of a session: a next buffer that is empty, and an active disk if
+    /// there is a guest. The record has to name them, as [`record`](Self::record) tells, before
+    /// the first write.
+    ///
+    /// With `keep_checkpoint` pre-images are kept from the first write on; without, there is no
+    /// checkpoint to be kept until the first cut.
+    pub(crate) async fn begin_session(
+        &self,
+        set: SetId,
+        guest: bool,
+        keep_checkpoint: bool,
+    ) -> Result<()> {
+        self.adopt_next().await?;
+        if self.state().next.is_none() {
+            let next = self.pool.take(set).await?;
+            self.state().next = Some(next);
+        }
+        if guest && self.state().active.is_none() {
+            let active = self.pool.take(set).await?;
+            self.state().active = Some(active);
+        }
+        if self.state().replica.is_none() {
+            self.start_replica(Copied::Nothing)?;
+        }
+        self.filter()?.set_enabled(keep_checkpoint);
+        Ok(())
+    }
+
+    /// The device that a primary writes to.
+    pub(crate) fn filter(&self) -> Result<Arc<CopyBeforeWrite>> {
+        match &self.state().replica {
+            Some(replica) => Ok(Arc::clone(&replica.filter)),
+            None => Err(Error::refused(format!("disk {}: no session", self.name))),
+        }
+    }
+
+    /// Waits until no write of the primary is in flight.
+    pub(crate) async fn drain(&self, limit: Duration) -> Result<()> {
+        let filter = self.filter()?;
+        tokio::time::timeout(limit, filter.drain()).await.map_err(|_| {
+            Error::failed(format!("disk {}: writes did not end within {limit:?}", self.name))
+        })
+    }
+
+    /// Ends the epoch: from here on pre-images go to the next buffer. Nothing is in flight.
+    pub(crate) fn switch(&self) -> Result<()> {
+        let mut state = self.state();
+        let (Some(next), Some(replica)) = (state.next.clone(), state.replica.clone()) else {
+            return Err(Error::failed(format!("disk {}: no buffer for the next epoch", self.name)));
+        };
+        replica.filter.switch_target(next.device())?;
+        replica.filter.set_enabled(true);
+        state.next = None;
+        state.chain.push(next);
+        state.copied_at_switch = replica.filter.stats().copied_bytes;
+        replica.view.set_layers(state.chain.iter().map(Buffer::device).collect());
+        Ok(())
+    }
+
+    /// Takes the buffers that the commit is going to name.
+    pub(crate) async fn fresh(&self, set: SetId) -> Result<Fresh> {
+        let next = self.pool.take(set).await?;
+        // An active disk that nobody wrote to serves on.
+        let active = if self.guest_wrote() { Some(self.pool.take(set).await?) } else { None };
+        Ok(Fresh { next, active })
+    }
+
+    /// What the record has to say of this disk once the newest epoch's predecessor is committed.
+    pub(crate) fn record_after_commit(&self, fresh: &Fresh) -> DiskRecord {
+        let state = self.state();
+        DiskRecord {
+            chain: state.chain.last().map(Buffer::reference).into_iter().collect(),
+            next: Some(fresh.next.reference()),
+            active: fresh.active.as_ref().or(state.active.as_ref()).map(Buffer::reference),
+            ..DiskRecord::new(&self.name, self.size)
+        }
+    }
+
+    /// What the record has to say of this disk now.
+    pub(crate) fn record(&self) -> DiskRecord {
+        let state = self.state();
+        DiskRecord {
+            chain: state.chain.iter().map(Buffer::reference).collect(),
+            next: state.next.as_ref().map(Buffer::reference),
+            active: state.active.as_ref().map(Buffer::reference),
+            top: state.promoted.as_ref().and_then(|p| p.top()).map(|t| t.reference()),
+            ..DiskRecord::new(&self.name, self.size)
+        }
+    }
+
+    /// Follows the record that [`record_after_commit`](Self::record_after_commit) described, and
+    /// returns the buffers that nobody names any more. The guest is held.
+    pub(crate) async fn committed(&self, fresh: Fresh) -> Result<Vec<Buffer>> {
+        let (mut retired, view, layers) = {
+            let mut state = self.state();
+            let newest = state.chain.pop();
+            let retired = std::mem::replace(&mut state.chain, newest.into_iter().collect());
+            state.next = Some(fresh.next);
+            state.kept_bytes = 0;
+            state.dropped_bytes = state.copied_at_switch;
+            let layers: Vec<_> = state.chain.iter().map(Buffer::device).collect();
+            (retired, state.replica.as_ref().map(|r| Arc::clone(&r.view)), layers)
+        };
+        if let Some(view) = view {
+            view.set_layers(layers);
+        }
+        if let Some(active) = fresh.active {
+            let old = self.state().active.replace(active);
+            retired.extend(old);
+            self.gate.set_written(false);
+            self.show_guest().await?;
+        }
+        Ok(retired)
+    }
+
+    /// Puts the guest on the checkpoint plus its own writes, if there is an active disk.
+    pub(crate) async fn show_guest(&self) -> Result<()> {
+        let (active, view) = {
+            let state = self.state();
+            let (Some(active), Some(replica)) = (&state.active, &state.replica) else {
+                return Ok(());
+            };
+            (active.clone(), Arc::clone(&replica.view))
+        };
+        active.below.set(Some(view as Arc<dyn BlockDevice>));
+        self.gate.replace(active.device());
+        Ok(())
+    }
+
+    /// Whether this side's guest has written since the last checkpoint.
+    pub(crate) fn guest_wrote(&self) -> bool {
+        self.state().active.is_some() && self.gate.was_written()
+    }
+
+    /// Bytes of pre-images since the last checkpoint.
+    pub(crate) fn hidden_bytes(&self) -> u64 {
+        let state = self.state();
+        let copied = state.replica.as_ref().map_or(0, |r| r.filter.stats().copied_bytes);
+        state.kept_bytes + copied.saturating_sub(state.dropped_bytes)
+    }
+
+    /// Bytes written to hidden disks as pre-images since this session's parts were built.
+    pub(crate) fn preimage_bytes(&self) -> u64 {
+        self.state().replica.as_ref().map_or(0, |r| r.filter.stats().written_bytes)
+    }
+
+    /// Makes the promoted disk out of the checkpoint: a fresh top over the active disk, if any,
+    /// over the chain, over the image. Without a `top` the image itself becomes the disk.
+    pub(crate) async fn promote_onto(&self, top: Option<Buffer>) -> Result<Arc<PromotedDisk>> {
+        let base = Arc::clone(self.image.device());
+        let promoted = match top {
+            None => PromotedDisk::direct(&self.name, base),
+            Some(top) => {
+                let (active, view) = {
+                    let state = self.state();
+                    let Some(replica) = &state.replica else {
+                        return Err(Error::refused(format!("disk {}: no checkpoint", self.name)));
+                    };
+                    (state.active.clone(), Arc::clone(&replica.view))
+                };
+                let mut layers: Vec<Arc<dyn BlockDevice>> = vec![view];
+                if let Some(active) = active {
+                    active.below.set(layers.first().cloned());
+                    layers.insert(0, active.device());
+                }
+                top.below.set(layers.first().cloned());
+                PromotedDisk::merging(&self.name, base, top, layers)
+            }
+        };
+        self.state().promoted = Some(Arc::clone(&promoted));
+        self.gate.replace(Arc::clone(&promoted) as Arc<dyn BlockDevice>);
+        Ok(promoted)
+    }
+
+    pub(crate) fn promoted(&self) -> Option<Arc<PromotedDisk>> {
+        self.state().promoted.clone()
+    }
+
+    /// Gives up every buffer, after a merge or when a checkpoint is dropped by command. No record
+    /// names them any more.
+    pub(crate) async fn drop_buffers(&self) -> Result<()> {
+        let top = match self.promoted() {
+            Some(promoted) => promoted.finish().await,
+            None => None,
+        };
+        let mut buffers = {
+            let mut state = self.state();
+            state.replica = None;
+            (state.kept_bytes, state.dropped_bytes, state.copied_at_switch) = (0, 0, 0);
+            let mut buffers = std::mem::take(&mut state.chain);
+            buffers.extend(state.next.take());
+            buffers.extend(state.active.take());
+            buffers
+        };
+        buffers.extend(top);
+        for buffer in buffers {
+            buffer.below.set(None);
+            self.pool.recycle(buffer).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes everything out; buffers keep what they hold.
+    pub(crate) async fn close(&self) -> Result<()> {
+        let images: Vec<Arc<Qcow2>> = {
+            let state = self.state();
+            let top = state.promoted.as_ref().and_then(|p| p.top());
+            let named = state.chain.iter().chain(&state.next).chain(&state.active);
+            named.chain(&top).map(|b| Arc::clone(&b.image)).collect()
+        };
+        for image in images {
+            image.close().await?;
+        }
+        self.pool.close().await?;
+        self.image.close().await
+    }
+}

@@ -1,0 +1,206 @@
+use std::sync::{Arc, Weak};
+
+use brep_backup::CopyBeforeWrite;
+use brep_block::{BlockDevice, BlockStatus, FlushLevel, Io, Limits, WriteFlags, ZeroFlags};
+use brep_nbd::server::{
+    Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode, PrivateReply,
+};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use uuid::Uuid;
+
+use super::group::Group;
+use super::session::Session;
+use crate::gate::Gated;
+use crate::link::{LINK_VERSION, OPTION_BIND, OPTION_LINK};
+
+/// The exports of the address where the primary connects: replicas, for bound connections of the
+/// session; after a failover the promoted disks, if guests have no address of their own.
+#[derive(Debug)]
+pub(crate) struct PeerExports(pub(crate) Arc<Group>);
+
+/// The exports for this side's guest.
+#[derive(Debug)]
+pub(crate) struct GuestExports(pub(crate) Arc<Group>);
+
+impl Exports for PeerExports {
+    fn list(&self) -> Vec<ExportDescription> {
+        let what = if self.0.serves_guests_here() { "promoted disk" } else { "replica" };
+        describe(&self.0, what)
+    }
+
+    fn open(
+        &self,
+        name: &str,
+        connection: &Arc<Connection>,
+    ) -> std::result::Result<Export, OptionError> {
+        let disk = self.0.find_disk(name)?;
+        if self.0.serves_guests_here() {
+            return Ok(guest_export(&disk));
+        }
+        let bound = connection
+            .data()
+            .and_then(|data| data.downcast::<Weak<Session>>().ok())
+            .and_then(|session| session.upgrade());
+        let current = self.0.session();
+        match (bound, current) {
+            (Some(bound), Some(current)) if Arc::ptr_eq(&bound, &current) => {}
+            _ => {
+                return Err(OptionError::new(
+                    OptionErrorCode::Policy,
+                    format!(
+                        "{} is a replica: only its primary connects here, until `brep failover` \
+                         makes it the disk",
+                        disk.name
+                    ),
+                ));
+            }
+        }
+        let filter =
+            disk.filter().map_err(|e| OptionError::new(OptionErrorCode::Unknown, e.to_string()))?;
+        let device = ReplicaDevice { filter, group: Arc::clone(&self.0), name: disk.name.clone() };
+        Ok(Export::new(disk.name.clone(), Arc::new(device)))
+    }
+
+    fn private_option<'a>(
+        &'a self,
+        connection: &'a Arc<Connection>,
+        option: u32,
+        data: Bytes,
+    ) -> BoxFuture<'a, PrivateReply> {
+        Box::pin(async move {
+            match option {
+                OPTION_LINK => self.link(connection, &data),
+                OPTION_BIND => match self.bind(connection, &data).await {
+                    Ok(()) => PrivateReply::Ack(Bytes::new()),
+                    Err(message) => {
+                        PrivateReply::Error(OptionError::new(OptionErrorCode::Policy, message))
+                    }
+                },
+                _ => PrivateReply::Unsupported,
+            }
+        })
+    }
+}
+
+impl PeerExports {
+    fn link(&self, connection: &Arc<Connection>, data: &[u8]) -> PrivateReply {
+        if data != LINK_VERSION.to_be_bytes() {
+            return PrivateReply::Error(OptionError::new(
+                OptionErrorCode::Policy,
+                format!("this side speaks link version {LINK_VERSION}; run the same brep on both"),
+            ));
+        }
+        let group = Arc::clone(&self.0);
+        let peer = connection.peer().to_owned();
+        PrivateReply::Takeover {
+            reply: Bytes::new(),
+            then: Box::new(move |stream| Box::pin(group.serve_link(stream, peer))),
+        }
+    }
+
+    async fn bind(
+        &self,
+        connection: &Arc<Connection>,
+        data: &[u8],
+    ) -> std::result::Result<(), String> {
+        let (Some(token), Some(slot)) = (
+            data.get(..16).and_then(|t| Uuid::from_slice(t).ok()),
+            data.get(16..).and_then(|s| s.try_into().ok()).map(u32::from_be_bytes),
+        ) else {
+            return Err("a token of 16 bytes and a slot of 4 are expected".to_owned());
+        };
+        let session = self.0.session().filter(|s| s.token == token);
+        let session = session.ok_or("no session has this token")?;
+        session.bind(slot, connection).await.map_err(|e| e.to_string())?;
+        connection.set_data(Arc::new(Arc::downgrade(&session)));
+        Ok(())
+    }
+}
+
+impl Exports for GuestExports {
+    fn list(&self) -> Vec<ExportDescription> {
+        describe(&self.0, "disk of the secondary's guest")
+    }
+
+    fn open(&self, name: &str, _: &Arc<Connection>) -> std::result::Result<Export, OptionError> {
+        self.0.find_disk(name).map(|disk| guest_export(&disk))
+    }
+}
+
+fn describe(group: &Group, what: &str) -> Vec<ExportDescription> {
+    let describe = |d: &Arc<super::disk::ReplicaDisk>| ExportDescription {
+        name: d.name.clone(),
+        description: what.to_owned(),
+    };
+    group.disks().iter().map(describe).collect()
+}
+
+fn guest_export(disk: &super::disk::ReplicaDisk) -> Export {
+    let device = Gated(Arc::clone(disk.gate()));
+    // All connections use one device, and its flush covers all of them.
+    let mut export = Export::new(disk.name.clone(), Arc::new(device));
+    export.multi_conn = true;
+    export
+}
+
+/// What the primary writes to: a write that fails here is known to the record before the primary
+/// learns of it.
+#[derive(Debug)]
+struct ReplicaDevice {
+    filter: Arc<CopyBeforeWrite>,
+    group: Arc<Group>,
+    name: String,
+}
+
+impl ReplicaDevice {
+    fn watch<'a>(&'a self, len: u64, io: Io<'a, ()>) -> Io<'a, ()> {
+        match io {
+            Io::Ready(Ok(())) => {
+                self.group.count_replica_write(len);
+                Io::ok(())
+            }
+            io => Io::future(async move {
+                match io.await {
+                    Ok(()) => self.group.count_replica_write(len),
+                    Err(error) => {
+                        self.group.replica_write_failed(&self.name, &error);
+                        return Err(error);
+                    }
+                }
+                Ok(())
+            }),
+        }
+    }
+}
+
+impl BlockDevice for ReplicaDevice {
+    fn name(&self) -> &str {
+        &self.name
+    }
+    fn size(&self) -> u64 {
+        self.filter.size()
+    }
+    fn limits(&self) -> Limits {
+        self.filter.limits()
+    }
+    fn read(&self, offset: u64, len: usize) -> Io<'_, Bytes> {
+        self.filter.read(offset, len)
+    }
+    fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
+        let len = data.len() as u64;
+        self.watch(len, self.filter.write(offset, data, flags))
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'_, ()> {
+        self.watch(len, self.filter.write_zeroes(offset, len, flags))
+    }
+    fn discard(&self, offset: u64, len: u64) -> Io<'_, ()> {
+        self.watch(len, self.filter.discard(offset, len))
+    }
+    fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus> {
+        self.filter.block_status(offset, len)
+    }
+    fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
+        self.filter.flush(level)
+    }
+}

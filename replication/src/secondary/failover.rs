@@ -1,0 +1,256 @@
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde_json::json;
+
+use super::buffers::Buffer;
+use super::group::Group;
+use crate::link::StopReason;
+use crate::state::{BufferRef, DiskRecord, Promotion, Target};
+use crate::{Epoch, Error, Generation, Result};
+
+/// Pause before a merge that failed is tried again.
+const MERGE_RETRY: Duration = Duration::from_secs(5);
+
+/// What a failover did.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Report {
+    pub(crate) target: Target,
+    /// The checkpoint that the disk became, or that came before what it became.
+    pub(crate) epoch: Option<Epoch>,
+    /// Bytes by which the newest received state and the checkpoint differ at most (by units of
+    /// 2 KiB): what was given up, or kept.
+    pub(crate) differing_bytes: u64,
+    /// Milliseconds since the primary was last heard of; a primary that went on alone since then
+    /// has more.
+    pub(crate) last_contact_ms: Option<u64>,
+    /// Microseconds until the disk was served.
+    pub(crate) took_us: u64,
+    /// It had been done before.
+    pub(crate) repeated: bool,
+}
+
+impl Group {
+    /// Makes this side the disk. Served at once; merged behind.
+    ///
+    /// # Errors
+    /// Refused, with the reason, if there is nothing to be promoted to, or if it has been promoted
+    /// to something else.
+    pub(crate) async fn failover(self: &Arc<Self>, target: Target) -> Result<Report> {
+        let begun = Instant::now();
+        let _transition = self.transition.lock().await;
+        if let Some(report) = self.check_failover(target)? {
+            return Ok(report);
+        }
+        self.end_session(StopReason::Promoted).await?;
+        self.hold_guest().await?;
+        let result = self.promote(target).await;
+        self.release_guest();
+        let differing_bytes = result?;
+        let report = Report {
+            target,
+            epoch: self.record().com.map(|c| c.epoch),
+            differing_bytes,
+            last_contact_ms: self.last_contact_ms(),
+            took_us: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+            repeated: false,
+        };
+        self.core().reason = None;
+        self.events.emit("BREP_PROMOTED", json!(report));
+        self.spawn_merge();
+        Ok(report)
+    }
+
+    /// Whether it can be done; a report if it has been done already.
+    fn check_failover(&self, target: Target) -> Result<Option<Report>> {
+        let record = self.record();
+        let secondary = record.secondary().ok_or_else(|| Error::failed("not a secondary"))?;
+        if let Some(done) = &secondary.promotion {
+            if done.target != target {
+                return Err(Error::refused(format!(
+                    "this side has already been promoted to its {} state; that cannot be changed",
+                    done.target.as_str()
+                )));
+            }
+            return Ok(Some(Report {
+                target,
+                epoch: record.com.map(|c| c.epoch),
+                differing_bytes: done.dropped_bytes,
+                last_contact_ms: self.last_contact_ms(),
+                took_us: 0,
+                repeated: true,
+            }));
+        }
+        if secondary.inconsistent || record.com.is_none() {
+            return Err(Error::refused(
+                "there is no complete checkpoint yet: the first full copy has not ended \
+                 (inconsistent). Let the primary finish it; nothing was changed",
+            ));
+        }
+        if target == Target::Latest {
+            if self.disks().iter().any(|d| d.guest_wrote()) {
+                return Err(Error::refused(
+                    "this side's guest has written since the checkpoint; its view and the latest \
+                     state are different disks. Use --to checkpoint",
+                ));
+            }
+            if !secondary.latest_ok {
+                return Err(Error::refused(
+                    "what was received since the checkpoint is not known to be complete \
+                     (asynchronous, interrupted, or in the middle of a copy). Use --to checkpoint",
+                ));
+            }
+        }
+        Ok(None)
+    }
+
+    pub(crate) fn last_contact_ms(&self) -> Option<u64> {
+        let since = self.core().last_contact?;
+        u64::try_from(since.elapsed().as_millis()).ok()
+    }
+
+    /// Writes the record first, then serves. Returns the bytes that differ.
+    async fn promote(self: &Arc<Self>, target: Target) -> Result<u64> {
+        let record = self.record();
+        let set = record.set.ok_or_else(|| Error::failed("no set"))?;
+        let last = record.com.map_or(record.epoch, |c| c.epoch);
+        let differing_bytes = self.disks().iter().map(|d| d.hidden_bytes()).sum();
+        let mut tops: Vec<Option<Buffer>> = Vec::new();
+        for disk in self.disks() {
+            tops.push(match target {
+                Target::Checkpoint => Some(disk.pool.take(set).await?),
+                Target::Latest => None,
+            });
+        }
+        let references: Vec<_> = tops.iter().map(|t| t.as_ref().map(Buffer::reference)).collect();
+        self.update_record(|record| {
+            record.begin_line(Generation::random(), last);
+            let mut references = references.iter();
+            self.record_disks(record, |disk| {
+                promoted_record(disk.record(), references.next().copied().flatten())
+            });
+            if let Some(secondary) = record.secondary_mut() {
+                secondary.latest_ok = false;
+                secondary.promotion = Some(Promotion {
+                    target,
+                    merged: target == Target::Latest,
+                    dropped_bytes: differing_bytes,
+                });
+            }
+        })?;
+        for (disk, top) in self.disks().iter().zip(tops) {
+            disk.promote_onto(top).await?;
+        }
+        Ok(differing_bytes)
+    }
+
+    /// Merges in the background, until it has ended or the process does.
+    pub(crate) fn spawn_merge(self: &Arc<Self>) {
+        let group = Arc::clone(self);
+        tokio::spawn(async move {
+            let stopping = group.stopping.clone();
+            let merging = async {
+                while let Err(error) = group.merge().await {
+                    tracing::error!(%error, "the merge has failed and will be tried again");
+                    group.core().reason = Some(format!("the merge fails: {error}"));
+                    group.events.emit("BREP_MERGE_FAILED", json!({ "error": error.to_string() }));
+                    tokio::time::sleep(MERGE_RETRY).await;
+                }
+            };
+            tokio::select! {
+                () = merging => {}
+                () = stopping.cancelled() => {}
+            }
+        });
+    }
+
+    async fn merge(self: &Arc<Self>) -> Result<()> {
+        for disk in self.disks() {
+            if let Some(promoted) = disk.promoted() {
+                promoted.merge().await?;
+            }
+        }
+        // The record gives the buffers up before anything is done to them.
+        self.update_record(|record| {
+            self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
+            if let Some(promotion) = record.secondary_mut().and_then(|s| s.promotion.as_mut()) {
+                promotion.merged = true;
+            }
+        })?;
+        for disk in self.disks() {
+            disk.drop_buffers().await?;
+        }
+        self.core().reason = None;
+        self.events.emit("BREP_MERGED", json!({}));
+        Ok(())
+    }
+
+    /// Goes on with a failover that an earlier run began.
+    pub(crate) async fn resume_promotion(self: &Arc<Self>) -> Result<()> {
+        let record = self.record();
+        let Some(promotion) = record.secondary().and_then(|s| s.promotion.clone()) else {
+            return Ok(());
+        };
+        if promotion.merged {
+            for disk in self.disks() {
+                disk.promote_onto(None).await?;
+            }
+        } else {
+            self.spawn_merge();
+        }
+        Ok(())
+    }
+
+    /// Ends replication for good and gives the checkpoint up: the disks stay what was received.
+    ///
+    /// # Errors
+    /// Refused without `discard` if there is a checkpoint to lose.
+    pub(crate) async fn stop(self: &Arc<Self>, discard: bool) -> Result<()> {
+        let _transition = self.transition.lock().await;
+        let record = self.record();
+        let secondary = record.secondary().ok_or_else(|| Error::failed("not a secondary"))?;
+        if let Some(promotion) = &secondary.promotion {
+            if !promotion.merged {
+                tracing::info!("the merge goes on when this side is started again");
+            }
+            return Ok(());
+        }
+        let bytes: u64 = self.disks().iter().map(|d| d.hidden_bytes()).sum();
+        let kept =
+            record.com.is_some() && (bytes > 0 || self.disks().iter().any(|d| d.guest_wrote()));
+        if kept && !discard {
+            return Err(Error::refused(format!(
+                "the buffers hold the last checkpoint ({bytes} bytes of pre-images); `brep stop \
+                 --discard-checkpoint` drops them and leaves the disks as last received. To keep \
+                 the checkpoint, end the process with SIGTERM instead"
+            )));
+        }
+        self.end_session(StopReason::Stopped).await?;
+        if discard {
+            self.update_record(|record| {
+                self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
+                record.com = None;
+                if let Some(secondary) = record.secondary_mut() {
+                    secondary.inconsistent = true;
+                    secondary.latest_ok = false;
+                }
+            })?;
+            self.hold_guest().await?;
+            for disk in self.disks() {
+                disk.drop_buffers().await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A promoted disk's record: the buffers that make the checkpoint, and the new top; for the
+/// latest state, no buffers at all.
+fn promoted_record(now: DiskRecord, top: Option<BufferRef>) -> DiskRecord {
+    match top {
+        Some(_) => DiskRecord { top, next: None, ..now },
+        None => DiskRecord::new(&now.name, now.size),
+    }
+}

@@ -1,0 +1,424 @@
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use brep_nbd::server::{OptionError, OptionErrorCode};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use super::buffers::{Buffer, BufferPool};
+use super::disk::{Fresh, ReplicaDisk};
+use super::session::Session;
+use crate::config::{DiskConfig, SecondaryConfig};
+use crate::control::EventBus;
+use crate::errors::ErrorLog;
+use crate::image::Image;
+use crate::link::{DiskInfo, Side, StopReason};
+use crate::state::{DiskRecord, Phase, Record, RecordStore, SecondaryRecord};
+use crate::status::LinkState;
+use crate::{Commit, Epoch, Error, Result};
+
+/// The time in which the guest's requests have to end when it is moved to a new active disk.
+const GUEST_HOLD_LIMIT: Duration = Duration::from_secs(30);
+
+/// The disks of a secondary, and everything that concerns all of them: record, session, commits.
+pub(crate) struct Group {
+    pub(crate) config: SecondaryConfig,
+    pub(crate) run: Uuid,
+    pub(crate) events: EventBus,
+    pub(crate) errors: ErrorLog,
+    pub(crate) stopping: CancellationToken,
+    disks: Vec<Arc<ReplicaDisk>>,
+    core: Mutex<Core>,
+    /// Held while a hello is decided, a failover runs, or replication is stopped.
+    pub(crate) transition: tokio::sync::Mutex<()>,
+    pub(crate) counters: Counters,
+}
+
+pub(crate) struct Core {
+    store: RecordStore,
+    pub(crate) session: Option<Arc<Session>>,
+    pub(crate) link: LinkState,
+    pub(crate) reason: Option<String>,
+    pub(crate) peer: Option<String>,
+    pub(crate) last_contact: Option<Instant>,
+    pub(crate) last_commit: Option<Instant>,
+    pub(crate) receiving: Epoch,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) writes: AtomicU64,
+    pub(crate) write_bytes: AtomicU64,
+    pub(crate) checkpoints: AtomicU64,
+    pub(crate) last_pause_us: AtomicU64,
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("secondary::Group").field("name", &self.config.name).finish_non_exhaustive()
+    }
+}
+
+impl Core {
+    pub(crate) fn session_is_sync(&self) -> Option<bool> {
+        self.session.as_ref().map(|s| s.sync)
+    }
+}
+
+impl Group {
+    /// Opens record, disks and buffers. Changes nothing but the record's first version.
+    pub(crate) async fn open(
+        config: SecondaryConfig,
+        events: EventBus,
+        stopping: CancellationToken,
+    ) -> Result<Arc<Self>> {
+        let blank = || {
+            let disks = SecondaryRecord { inconsistent: true, ..SecondaryRecord::default() };
+            Record::blank(&config.name, Phase::Secondary(disks))
+        };
+        let mut store = RecordStore::open(&config.state_dir, blank)?;
+        let Some(secondary) = store.record().secondary().cloned() else {
+            return Err(Error::refused(format!(
+                "{}: this is the state of a primary; give the secondary a directory of its own",
+                config.state_dir.display()
+            )));
+        };
+        let mut disks = Vec::new();
+        for disk in &config.disks {
+            let known = secondary.disks.iter().find(|d| d.name == disk.name);
+            disks.push(Arc::new(open_disk(&config, disk, known, store.record()).await?));
+        }
+        check_known_disks(&secondary, &config)?;
+        store.update(|r| r.clean = false)?;
+        let core = Core {
+            receiving: store.record().epoch,
+            store,
+            session: None,
+            link: LinkState::Disconnected,
+            reason: None,
+            peer: None,
+            last_contact: None,
+            last_commit: None,
+        };
+        Ok(Arc::new(Group {
+            config,
+            run: Uuid::new_v4(),
+            events,
+            errors: ErrorLog::default(),
+            stopping,
+            disks,
+            core: Mutex::new(core),
+            transition: tokio::sync::Mutex::new(()),
+            counters: Counters::default(),
+        }))
+    }
+
+    pub(crate) fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn disks(&self) -> &[Arc<ReplicaDisk>] {
+        &self.disks
+    }
+
+    pub(crate) fn has_guest(&self) -> bool {
+        self.config.guest_listen.is_some()
+    }
+
+    /// The disk of an export name; the empty name is the only disk's.
+    pub(crate) fn find_disk(
+        &self,
+        name: &str,
+    ) -> std::result::Result<Arc<ReplicaDisk>, OptionError> {
+        let only = (name.is_empty() && self.disks.len() == 1).then(|| &self.disks[0]);
+        only.or_else(|| self.disks.iter().find(|d| d.name == name)).cloned().ok_or_else(|| {
+            let names: Vec<_> = self.disks.iter().map(|d| d.name.as_str()).collect();
+            OptionError::new(
+                OptionErrorCode::Unknown,
+                format!("no export {name:?}; there is {}", names.join(", ")),
+            )
+        })
+    }
+
+    pub(crate) fn record(&self) -> Record {
+        self.core().store.record().clone()
+    }
+
+    pub(crate) fn update_record(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        self.core().store.update(change)
+    }
+
+    pub(crate) fn is_promoted(&self) -> bool {
+        self.core().store.record().is_primary()
+    }
+
+    /// Promoted, and guests have no address of their own.
+    pub(crate) fn serves_guests_here(&self) -> bool {
+        !self.has_guest() && self.is_promoted()
+    }
+
+    pub(crate) fn session(&self) -> Option<Arc<Session>> {
+        self.core().session.clone()
+    }
+
+    /// What hello tells of this side.
+    pub(crate) fn side(&self) -> Side {
+        let record = self.record();
+        Side {
+            name: self.config.name.clone(),
+            run: self.run,
+            set: record.set,
+            cur: record.cur,
+            fork: record.fork,
+            com: record.com,
+            epoch: record.epoch,
+            primary: record.is_primary(),
+            history: record.history,
+            disks: self
+                .disks
+                .iter()
+                .map(|d| DiskInfo { name: d.name.clone(), size: d.size })
+                .collect(),
+        }
+    }
+
+    /// Ends the present session, if any: afterwards nothing that it started goes on.
+    pub(crate) async fn end_session(&self, reason: StopReason) -> Result<()> {
+        let Some(session) = self.core().session.take() else { return Ok(()) };
+        session.close(reason).await
+    }
+
+    /// Begins a session on the primary's terms: buffers, record, and then its token counts.
+    pub(crate) async fn begin_session(&self, terms: &Terms, session: &Arc<Session>) -> Result<()> {
+        self.end_session(StopReason::Replaced).await?;
+        let keep_checkpoint = {
+            let record = self.record();
+            let whole = record.secondary().is_some_and(|s| !s.inconsistent);
+            whole && record.com.is_some()
+        };
+        for disk in &self.disks {
+            disk.begin_session(terms.set, self.has_guest(), keep_checkpoint).await?;
+        }
+        self.update_record(|record| {
+            record.set = Some(terms.set);
+            if record.cur != Some(terms.cur) {
+                record.begin_line(terms.cur, terms.fork_epoch);
+            }
+            record.epoch = record.epoch.max(terms.epoch);
+            self.record_disks(record, |disk| disk.record());
+            if let Some(secondary) = record.secondary_mut() {
+                secondary.inconsistent = !keep_checkpoint;
+                // Until a commit says otherwise: a copy begins, or writes that may be missing.
+                secondary.latest_ok = false;
+            }
+        })?;
+        if keep_checkpoint {
+            for disk in &self.disks {
+                disk.show_guest().await?;
+            }
+        }
+        let mut core = self.core();
+        core.receiving = terms.epoch;
+        core.session = Some(Arc::clone(session));
+        Ok(())
+    }
+
+    /// Puts what `describe` says of each disk into the record.
+    pub(crate) fn record_disks(
+        &self,
+        record: &mut Record,
+        mut describe: impl FnMut(&ReplicaDisk) -> DiskRecord,
+    ) {
+        let disks = self.disks.iter().map(|d| describe(d)).collect();
+        let seq = self.disks.iter().map(|d| d.pool.seq()).max().unwrap_or(0);
+        if let Some(secondary) = record.secondary_mut() {
+            secondary.disks = disks;
+            secondary.buffer_seq = secondary.buffer_seq.max(seq);
+        }
+    }
+
+    /// Ends `epoch` on all disks at once. Nothing of the primary is in flight, as it says; this
+    /// checks it.
+    pub(crate) async fn cut(&self, session: &Session, epoch: Epoch) -> Result<()> {
+        let begun = Instant::now();
+        for disk in &self.disks {
+            disk.drain(self.config.peer_timeout).await?;
+        }
+        // From here to the end there is no await: no write can come between two disks.
+        for disk in &self.disks {
+            disk.switch()?;
+        }
+        session.forget_failed_writes();
+        self.core().receiving = epoch.next();
+        let pause_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.counters.last_pause_us.store(pause_us, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Commits `epoch`: one record names the new chain, and the older buffers are given up.
+    pub(crate) async fn commit(self: &Arc<Self>, session: &Session, epoch: Epoch) -> Result<()> {
+        if self.has_guest() {
+            self.hold_guest().await?;
+        }
+        let retired = self.commit_held(session, epoch).await;
+        self.release_guest();
+        let retired = retired?;
+        self.core().last_commit = Some(Instant::now());
+        self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
+        self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
+        let group = Arc::clone(self);
+        tokio::spawn(async move { group.recycle(retired).await });
+        Ok(())
+    }
+
+    async fn commit_held(
+        &self,
+        session: &Session,
+        epoch: Epoch,
+    ) -> Result<Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>> {
+        let Some(set) = self.core().store.record().set else {
+            return Err(Error::failed("no set: the session was never begun"));
+        };
+        let mut fresh: Vec<Fresh> = Vec::new();
+        for disk in &self.disks {
+            fresh.push(disk.fresh(set).await?);
+        }
+        let disks = self.disks.iter().zip(&fresh).map(|(d, f)| d.record_after_commit(f)).collect();
+        let seq = self.disks.iter().map(|d| d.pool.seq()).max().unwrap_or(0);
+        // A write may fail while this is saved; it then finds the record saved and clears the
+        // flag again, for both run on the thread of the disks.
+        let latest_ok = session.is_complete();
+        self.update_record(|record| {
+            if let Some(cur) = record.cur {
+                record.com = Some(Commit { cur, epoch });
+            }
+            record.epoch = record.epoch.max(epoch.next());
+            if let Some(secondary) = record.secondary_mut() {
+                secondary.inconsistent = false;
+                secondary.latest_ok = latest_ok;
+                secondary.disks = disks;
+                secondary.buffer_seq = secondary.buffer_seq.max(seq);
+            }
+        })?;
+        let mut retired = Vec::new();
+        for (disk, fresh) in self.disks.iter().zip(fresh) {
+            retired.push((Arc::clone(disk), disk.committed(fresh).await?));
+            // The first commit is also the first time that there is something to show.
+            disk.show_guest().await?;
+        }
+        Ok(retired)
+    }
+
+    async fn recycle(&self, retired: Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>) {
+        for (disk, buffers) in retired {
+            for buffer in buffers {
+                if let Err(error) = disk.pool.recycle(buffer).await {
+                    // The buffer is lost as a spare; a new one will be made.
+                    tracing::warn!(disk = disk.name, %error, "a retired buffer was not emptied");
+                }
+            }
+        }
+    }
+
+    pub(crate) async fn hold_guest(&self) -> Result<()> {
+        for disk in &self.disks {
+            if let Err(error) = disk.gate().hold(GUEST_HOLD_LIMIT).await {
+                self.release_guest();
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn release_guest(&self) {
+        for disk in &self.disks {
+            disk.gate().open();
+        }
+    }
+
+    pub(crate) fn count_replica_write(&self, len: u64) {
+        self.counters.writes.fetch_add(1, Ordering::Relaxed);
+        self.counters.write_bytes.fetch_add(len, Ordering::Relaxed);
+    }
+
+    /// A write of the primary has failed. The record knows it before the primary does.
+    pub(crate) fn replica_write_failed(&self, disk: &str, error: &brep_block::Error) {
+        if let Some(session) = self.session() {
+            session.note_failed_write();
+        }
+        let entry = self.errors.add(disk, error);
+        self.events.emit("BREP_ERROR", json!(entry));
+        let saved = self.update_record(|record| {
+            if let Some(secondary) = record.secondary_mut() {
+                secondary.latest_ok = false;
+            }
+        });
+        if let Err(error) = saved {
+            tracing::error!(%error, "the state record was not saved; ending the session");
+            if let Some(session) = self.session() {
+                session.ending.cancel();
+            }
+        }
+    }
+
+    /// Writes everything out. Buffers keep what they hold.
+    pub(crate) async fn close(&self) -> Result<()> {
+        let mut result = Ok(());
+        for disk in &self.disks {
+            result = result.and(disk.close().await);
+        }
+        if result.is_ok() {
+            self.update_record(|r| r.clean = true)?;
+        }
+        result
+    }
+}
+
+/// The terms on which a primary begins a session.
+#[derive(Debug)]
+pub(crate) struct Terms {
+    pub(crate) set: crate::SetId,
+    pub(crate) cur: crate::Generation,
+    pub(crate) epoch: Epoch,
+    /// The last epoch of this side's old line, if the primary is on another.
+    pub(crate) fork_epoch: Epoch,
+}
+
+async fn open_disk(
+    config: &SecondaryConfig,
+    disk: &DiskConfig,
+    known: Option<&DiskRecord>,
+    record: &Record,
+) -> Result<ReplicaDisk> {
+    let image = Image::open(disk).await?;
+    let size = image.device().size();
+    if let Some(known) = known
+        && known.size != size
+    {
+        return Err(Error::refused(format!(
+            "disk {}: {} is {size} bytes long, but it was {} when it was last used; nothing was \
+             changed. Bring the right file back, or move the state directory away and start over",
+            disk.name,
+            disk.path.display(),
+            known.size
+        )));
+    }
+    let pool = BufferPool::new(&config.state_dir, &disk.name, size);
+    let seq_max = record.secondary().map_or(0, |s| s.buffer_seq);
+    ReplicaDisk::open(disk, pool, image, known, record.set, seq_max).await
+}
+
+/// Every disk of the record must be given: a group is promoted as a whole.
+fn check_known_disks(secondary: &SecondaryRecord, config: &SecondaryConfig) -> Result<()> {
+    for known in &secondary.disks {
+        if !config.disks.iter().any(|d| d.name == known.name) {
+            return Err(Error::refused(format!(
+                "disk {}: the state record knows it, but it was not given; add --disk {}=FILE",
+                known.name, known.name
+            )));
+        }
+    }
+    Ok(())
+}

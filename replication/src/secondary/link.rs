@@ -1,0 +1,250 @@
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use brep_nbd::server::TakenStream;
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+
+use super::group::{Group, Terms};
+use super::session::Session;
+use crate::link::{HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, StopReason, split};
+use crate::status::LinkState;
+use crate::{Epoch, Error, Result};
+
+/// Most bytes that one hash request may cover, and most hashes in an answer.
+const HASH_BYTES_MAX: u64 = 64 << 20;
+const HASHES_MAX: u64 = 4096;
+
+impl Group {
+    /// Serves one link from its first byte to its end.
+    pub(crate) async fn serve_link(self: Arc<Self>, stream: TakenStream, peer: String) {
+        let (reader, writer) = split(stream, &[]);
+        match self.greet(reader, writer, &peer).await {
+            Ok(()) => {}
+            Err(error) => tracing::info!(peer, %error, "link ended"),
+        }
+    }
+
+    async fn greet(
+        self: &Arc<Self>,
+        mut reader: LinkReader<TakenStream>,
+        mut writer: LinkWriter<TakenStream>,
+        peer: &str,
+    ) -> Result<()> {
+        let limit = self.config.peer_timeout;
+        let Message::Hello(hello) = reader.receive_within(limit).await? else {
+            return Err(Error::failed("the first message was no hello"));
+        };
+        // One at a time, and none during a failover.
+        let transition = self.transition.lock().await;
+        let side = self.side();
+        if hello.version != LINK_VERSION {
+            let reason = format!("this side speaks link version {LINK_VERSION}");
+            return writer.send(&Message::Refuse { reason, advice: None }, limit).await;
+        }
+        let inconsistent = self.record().secondary().is_none_or(|s| s.inconsistent);
+        let answer =
+            HelloAnswer { version: LINK_VERSION, side, guest: self.has_guest(), inconsistent };
+        writer.send(&Message::HelloAnswer(answer), limit).await?;
+        let start = match reader.receive_within(limit).await? {
+            Message::Start { .. } if self.is_promoted() => {
+                let reason = "this side has been promoted".to_owned();
+                return writer.send(&Message::Refuse { reason, advice: None }, limit).await;
+            }
+            Message::Start { set, cur, epoch, copy: _, sync } => (set, cur, epoch, sync),
+            Message::Refuse { reason, advice: _ } => {
+                let mut core = self.core();
+                core.link = LinkState::Refused;
+                core.peer = Some(peer.to_owned());
+                core.reason = Some(format!("the primary refused: {reason}"));
+                return Err(Error::refused(reason));
+            }
+            other => return Err(Error::failed(format!("unexpected message {other:?}"))),
+        };
+        let (set, cur, epoch, sync) = start;
+        let record = self.record();
+        if record.set.is_some_and(|s| s != set) || epoch <= record.epoch {
+            let reason = "the terms do not fit what this side said in its hello".to_owned();
+            return writer.send(&Message::Refuse { reason, advice: None }, limit).await;
+        }
+        let (session, outbox) = Session::new(sync);
+        let terms = Terms { set, cur, epoch, fork_epoch: record.epoch };
+        if let Err(error) = self.begin_session(&terms, &session).await {
+            let reason = format!("the secondary cannot begin: {error}");
+            tracing::error!(%error, "cannot begin a session");
+            self.core().reason = Some(reason.clone());
+            writer.send(&Message::Refuse { reason, advice: None }, limit).await?;
+            return Err(error);
+        }
+        writer.send(&Message::Started { token: session.token }, limit).await?;
+        drop(transition);
+        {
+            let mut core = self.core();
+            core.link = LinkState::Connected;
+            core.reason = None;
+            core.peer = Some(format!("{} ({peer})", hello.side.name));
+            core.last_contact = Some(Instant::now());
+        }
+        tracing::info!(peer = hello.side.name, %epoch, "session begun");
+        self.events.emit("BREP_CONNECTED", serde_json::json!({ "peer": hello.side.name }));
+        let ended = self.run_session(&session, reader, writer, outbox).await;
+        self.session_ended(&session, ended).await
+    }
+
+    async fn run_session(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        reader: LinkReader<TakenStream>,
+        writer: LinkWriter<TakenStream>,
+        outbox: mpsc::Receiver<Message>,
+    ) -> Result<StopReason> {
+        // The writer is a task of its own: heartbeats go on while a commit is being written.
+        let limit = self.config.peer_timeout;
+        let writing = tokio::spawn(write_link(writer, outbox, limit));
+        let result = tokio::select! {
+            result = self.read_link(session, reader) => result,
+            () = session.ending.cancelled() => Err(Error::failed("the session was ended here")),
+        };
+        // What is queued (a stop, an answer) may still go out; the task ends with the outbox.
+        let abort = writing.abort_handle();
+        if !session.ending.is_cancelled() {
+            abort.abort();
+        } else {
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                abort.abort();
+            });
+        }
+        result
+    }
+
+    async fn read_link(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        mut reader: LinkReader<TakenStream>,
+    ) -> Result<StopReason> {
+        loop {
+            let message = reader.receive_within(self.config.peer_timeout).await?;
+            self.core().last_contact = Some(Instant::now());
+            match message {
+                Message::Heartbeat | Message::CopyDone => {}
+                Message::Cut { epoch } => self.handle_cut(session, epoch).await?,
+                Message::HashRequest { disk, offset, length, chunk } => {
+                    let answer = self.hash(disk, offset, length, chunk).await;
+                    session.send(answer).await?;
+                }
+                Message::CheckpointAnswer { id, epoch, error } => {
+                    let result = match (epoch, error) {
+                        (Some(epoch), None) => Ok(epoch),
+                        (_, error) => Err(Error::refused(error.unwrap_or_default())),
+                    };
+                    session.answer(id, result);
+                }
+                Message::Stop { reason } => return Ok(reason),
+                other => return Err(Error::failed(format!("unexpected message {other:?}"))),
+            }
+        }
+    }
+
+    async fn handle_cut(self: &Arc<Self>, session: &Arc<Session>, epoch: Epoch) -> Result<()> {
+        if epoch < self.core().receiving {
+            return Err(Error::failed(format!("a cut of epoch {epoch}, which has ended")));
+        }
+        if let Err(error) = self.cut(session, epoch).await {
+            let reason = error.to_string();
+            return session.send(Message::CutFailed { epoch, reason }).await;
+        }
+        session.send(Message::CutDone { epoch }).await?;
+        self.commit(session, epoch).await?;
+        session.send(Message::Committed { epoch }).await
+    }
+
+    async fn session_ended(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        ended: Result<StopReason>,
+    ) -> Result<()> {
+        let mine = {
+            let mut core = self.core();
+            let mine = core.session.as_ref().is_some_and(|s| Arc::ptr_eq(s, session));
+            if mine {
+                core.session = None;
+                core.link = LinkState::Disconnected;
+                core.reason = Some(match &ended {
+                    Ok(StopReason::Stopped) => "the primary stopped replication".to_owned(),
+                    Ok(_) => "the primary went away".to_owned(),
+                    Err(error) => format!("the primary is lost: {error}"),
+                });
+            }
+            mine
+        };
+        if mine {
+            session.close(StopReason::Shutdown).await?;
+            self.events.emit("BREP_DISCONNECTED", serde_json::json!({}));
+        }
+        ended.map(|_| ())
+    }
+
+    /// Hashes chunks of a replica as it is now.
+    async fn hash(&self, disk: u32, offset: u64, length: u64, chunk: u32) -> Message {
+        let result = self.hash_chunks(disk, offset, length, chunk).await;
+        let (hashes, error) = match result {
+            Ok(hashes) => (hashes, None),
+            Err(error) => (Vec::new(), Some(error.to_string())),
+        };
+        Message::HashAnswer { disk, offset, hashes, error }
+    }
+
+    async fn hash_chunks(
+        &self,
+        disk: u32,
+        offset: u64,
+        length: u64,
+        chunk: u32,
+    ) -> Result<Vec<String>> {
+        let disk = self.disks().get(disk as usize).ok_or_else(|| Error::usage("no such disk"))?;
+        let chunk = u64::from(chunk);
+        let fits = offset <= disk.size && length <= disk.size - offset;
+        if !fits || chunk < 512 || length > HASH_BYTES_MAX || length.div_ceil(chunk) > HASHES_MAX {
+            return Err(Error::usage("a hash request out of bounds"));
+        }
+        let filter = disk.filter()?;
+        let mut hashes = Vec::new();
+        let mut at = offset;
+        while at < offset + length {
+            let len = chunk.min(offset + length - at);
+            let data = brep_block::BlockDevice::read(&*filter, at, len as usize).await?;
+            hashes.push(hash_hex(&data));
+            at += len;
+            tokio::task::yield_now().await;
+        }
+        Ok(hashes)
+    }
+}
+
+/// The SHA-256 of `data` in hexadecimal digits.
+pub(crate) fn hash_hex(data: &[u8]) -> String {
+    Sha256::digest(data).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Sends what is queued, and a heartbeat when there is nothing to send.
+pub(crate) async fn write_link<S>(
+    mut writer: LinkWriter<S>,
+    mut outbox: mpsc::Receiver<Message>,
+    limit: Duration,
+) where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite,
+{
+    let pause = limit / 4;
+    loop {
+        let message = match tokio::time::timeout(pause, outbox.recv()).await {
+            Ok(Some(message)) => message,
+            Ok(None) => return,
+            Err(_) => Message::Heartbeat,
+        };
+        if writer.send(&message, limit).await.is_err() {
+            // The reader notices: nothing will come from the other side either.
+            return;
+        }
+    }
+}

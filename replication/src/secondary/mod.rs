@@ -1,0 +1,175 @@
+//! The secondary: receives the writes of a primary, keeps what they overwrite since the last
+//! checkpoint, and can become the disk.
+mod buffers;
+mod disk;
+mod exports;
+mod failover;
+mod group;
+mod link;
+mod promoted;
+mod session;
+mod status;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use brep_nbd::Endpoint;
+use brep_nbd::server::{Exports, Server, ServerConfig};
+use futures_util::future::BoxFuture;
+use serde_json::{Map, Value, json};
+use tokio_util::sync::CancellationToken;
+
+use self::exports::{GuestExports, PeerExports};
+use self::group::Group;
+use crate::config::SecondaryConfig;
+use crate::control::{ArgumentKind, ArgumentSpec, CommandError, CommandSpec, EventBus, Handler};
+use crate::daemon::{self, on_data_thread};
+use crate::link::StopReason;
+use crate::state::Target;
+use crate::{Error, Result};
+
+pub(crate) use link::{hash_hex, write_link};
+
+/// The time in which requests in flight have to end at a clean stop.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// Runs a secondary until `shutdown` is cancelled or it is told to stop. To be called on a
+/// current-thread runtime of its own thread: that thread is the data path. The control socket is
+/// served on another thread.
+///
+/// # Errors
+/// Whatever keeps it from starting, with the file or address and what to do; and what keeps it
+/// from stopping cleanly.
+pub async fn run(config: SecondaryConfig, shutdown: CancellationToken) -> Result<()> {
+    daemon::prepare(&config.state_dir, &config.disks)?;
+    let mut addresses = vec![&config.listen];
+    addresses.extend(&config.guest_listen);
+    daemon::check_plaintext(&addresses, config.allow_plaintext)?;
+    let control = daemon::control_path(&config.control, &config.state_dir);
+    let events = EventBus::new();
+    let group = Group::open(config, events.clone(), shutdown.clone()).await?;
+
+    let mut servers = Vec::new();
+    let listen = group.config.listen.clone();
+    servers.push(serve(&listen, Arc::new(PeerExports(Arc::clone(&group)))).await?);
+    if let Some(guest) = group.config.guest_listen.clone() {
+        servers.push(serve(&guest, Arc::new(GuestExports(Arc::clone(&group)))).await?);
+    }
+    group.resume_promotion().await?;
+    let handler =
+        SecondaryHandler { group: Arc::clone(&group), data: tokio::runtime::Handle::current() };
+    let control = daemon::ControlThread::spawn(control, Arc::new(handler), events)?;
+    tracing::info!(name = group.config.name, "secondary ready");
+
+    shutdown.cancelled().await;
+    let mut result = group.end_session(StopReason::Shutdown).await;
+    for server in servers {
+        server.shutdown(STOP_GRACE).await;
+    }
+    result = result.and(group.close().await);
+    control.stop();
+    result
+}
+
+async fn serve(endpoint: &Endpoint, exports: Arc<dyn Exports>) -> Result<Arc<Server>> {
+    let server = Server::new(exports, ServerConfig::default());
+    let listener = Server::bind(endpoint).await.map_err(|e| Error::failed(e.to_string()))?;
+    let serving = Arc::clone(&server);
+    tokio::spawn(async move { serving.serve(listener).await });
+    Ok(server)
+}
+
+/// Commands of the control socket.
+struct SecondaryHandler {
+    group: Arc<Group>,
+    data: tokio::runtime::Handle,
+}
+
+const COMMANDS: &[CommandSpec] = &[
+    CommandSpec::new("query-status", &[]),
+    CommandSpec::new(
+        "checkpoint",
+        &[
+            ArgumentSpec::optional("wait", ArgumentKind::Enum(&["cut", "commit"])),
+            ArgumentSpec::optional("timeout-ms", ArgumentKind::Integer),
+        ],
+    ),
+    CommandSpec::new(
+        "failover",
+        &[ArgumentSpec::optional("to", ArgumentKind::Enum(&["checkpoint", "latest"]))],
+    ),
+    CommandSpec::new(
+        "replication-stop",
+        &[ArgumentSpec::optional("discard-checkpoint", ArgumentKind::Boolean)],
+    ),
+    CommandSpec::new("resync", &[ArgumentSpec::optional("full", ArgumentKind::Boolean)]),
+    CommandSpec::new("quit", &[]),
+];
+
+impl Handler for SecondaryHandler {
+    fn commands(&self) -> &'static [CommandSpec] {
+        COMMANDS
+    }
+
+    fn execute(
+        &self,
+        command: &str,
+        arguments: Map<String, Value>,
+    ) -> BoxFuture<'_, std::result::Result<Value, CommandError>> {
+        let command = command.to_owned();
+        Box::pin(async move { Ok(self.command(&command, &arguments).await?) })
+    }
+}
+
+impl SecondaryHandler {
+    async fn command(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value> {
+        let group = Arc::clone(&self.group);
+        let text = |name: &str| arguments.get(name).and_then(Value::as_str).map(str::to_owned);
+        let flag = |name: &str| arguments.get(name).and_then(Value::as_bool).unwrap_or(false);
+        match command {
+            "query-status" => Ok(json!(group.status())),
+            "checkpoint" => {
+                let limit = daemon::checkpoint_limit(arguments);
+                on_data_thread(&self.data, async move { checkpoint(&group, limit).await }).await
+            }
+            "failover" => {
+                let target = match text("to").as_deref() {
+                    Some("latest") => Target::Latest,
+                    _ => Target::Checkpoint,
+                };
+                on_data_thread(&self.data, async move {
+                    group.failover(target).await.map(|report| json!(report))
+                })
+                .await
+            }
+            "replication-stop" => {
+                let discard = flag("discard-checkpoint");
+                on_data_thread(&self.data, async move {
+                    group.stop(discard).await?;
+                    group.stopping.cancel();
+                    Ok(json!({}))
+                })
+                .await
+            }
+            "resync" => Err(Error::refused(
+                "this is the secondary; a resync copies from the primary: run `brep resync \
+                 --full` there",
+            )),
+            "quit" => {
+                group.stopping.cancel();
+                Ok(json!({}))
+            }
+            other => Err(Error::usage(format!("unknown command {other}"))),
+        }
+    }
+}
+
+async fn checkpoint(group: &Arc<Group>, limit: Duration) -> Result<Value> {
+    let Some(session) = group.session() else {
+        return Err(Error::refused(
+            "no primary is connected; a checkpoint is taken by both sides together",
+        ));
+    };
+    let epoch = session.request_checkpoint(limit).await?;
+    Ok(json!({ "epoch": epoch }))
+}

@@ -1,0 +1,295 @@
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use brep_block::{
+    BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, Operation, RangeLock, Result,
+    WriteFlags, ZeroFlags, detach,
+};
+use bytes::Bytes;
+
+use super::buffers::Buffer;
+use crate::status::Progress;
+
+/// Bytes that the merge copies, and locks, at a time.
+const MERGE_STEP_BYTES: u64 = 1 << 20;
+
+/// A promoted disk: served at once, merged behind.
+///
+/// All writes go to a fresh top layer, so nothing below it changes: neither a pre-image nor an
+/// earlier write of this side's guest. The merge copies, in ascending order, whatever any layer
+/// has into the image. It never changes its sources, so it can begin again after any crash: a
+/// write to a range that has been merged goes to the top *and* to the image. When all is merged,
+/// the image alone is the disk.
+#[derive(Debug)]
+pub(crate) struct PromotedDisk {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    name: String,
+    base: Arc<dyn BlockDevice>,
+    locks: RangeLock,
+    /// Everything below this byte is in the image.
+    merged: AtomicU64,
+    stack: Mutex<Option<Stack>>,
+}
+
+/// What lies over the image until the merge has ended.
+#[derive(Debug, Clone)]
+struct Stack {
+    /// Takes all writes; its backing is what lies below.
+    top: Buffer,
+    /// The layers below it, the upper first, each of which tells what it has.
+    below: Vec<Arc<dyn BlockDevice>>,
+}
+
+impl Stack {
+    /// The state of the first bytes of a range; `allocated`: some layer over the image has them.
+    async fn status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let mut status = self.top.device().block_status(offset, len).await?;
+        for layer in &self.below {
+            if status.flags.allocated {
+                break;
+            }
+            let lower = layer.block_status(offset, status.len.min(len)).await?;
+            status = BlockStatus { len: lower.len.min(status.len), flags: lower.flags };
+        }
+        Ok(status)
+    }
+}
+
+/// A change of contents.
+#[derive(Debug, Clone)]
+enum Change {
+    Write(Bytes, WriteFlags),
+    Zeroes(u64, ZeroFlags),
+}
+
+impl Change {
+    fn len(&self) -> u64 {
+        match self {
+            Change::Write(data, _) => data.len() as u64,
+            Change::Zeroes(len, _) => *len,
+        }
+    }
+
+    fn operation(&self) -> Operation {
+        match self {
+            Change::Write(..) => Operation::Write,
+            Change::Zeroes(..) => Operation::WriteZeroes,
+        }
+    }
+
+    /// The first `len` bytes of it.
+    fn head(&self, len: u64) -> Change {
+        match self {
+            // A prefix of data that is in memory: `len` fits.
+            Change::Write(data, flags) => Change::Write(data.slice(..len as usize), *flags),
+            Change::Zeroes(_, flags) => Change::Zeroes(len, *flags),
+        }
+    }
+
+    async fn apply(self, device: &dyn BlockDevice, offset: u64) -> Result<()> {
+        match self {
+            Change::Write(data, flags) => device.write(offset, data, flags).await,
+            Change::Zeroes(len, flags) => device.write_zeroes(offset, len, flags).await,
+        }
+    }
+}
+
+impl PromotedDisk {
+    /// The image is the disk.
+    pub(crate) fn direct(name: &str, base: Arc<dyn BlockDevice>) -> Arc<Self> {
+        Self::new(name, base, None)
+    }
+
+    /// `top`, whose backing shows the checkpoint, is the disk until the merge has ended. `below`
+    /// are the layers between it and the image, the upper first.
+    pub(crate) fn merging(
+        name: &str,
+        base: Arc<dyn BlockDevice>,
+        top: Buffer,
+        below: Vec<Arc<dyn BlockDevice>>,
+    ) -> Arc<Self> {
+        Self::new(name, base, Some(Stack { top, below }))
+    }
+
+    fn new(name: &str, base: Arc<dyn BlockDevice>, stack: Option<Stack>) -> Arc<Self> {
+        Arc::new(PromotedDisk {
+            shared: Arc::new(Shared {
+                name: name.to_owned(),
+                base,
+                locks: RangeLock::new(),
+                merged: AtomicU64::new(0),
+                stack: Mutex::new(stack),
+            }),
+        })
+    }
+
+    /// The top layer, until the merge has ended.
+    pub(crate) fn top(&self) -> Option<Buffer> {
+        self.shared.stack().map(|s| s.top)
+    }
+
+    /// How much of the disk is in the image; none when the merge has ended.
+    pub(crate) fn progress(&self) -> Option<Progress> {
+        self.shared.stack().map(|_| Progress {
+            done: self.shared.merged.load(Ordering::Acquire),
+            total: self.shared.base.size(),
+        })
+    }
+
+    /// Copies what the layers have into the image; may end at any point and begin again.
+    ///
+    /// # Errors
+    /// A layer could not be read or the image not be written; the disk is served on as before.
+    pub(crate) async fn merge(&self) -> Result<()> {
+        let Some(stack) = self.shared.stack() else { return Ok(()) };
+        let size = self.shared.base.size();
+        let mut offset = 0;
+        while offset < size {
+            offset = self.shared.merge_step(&stack, offset, size).await?;
+            tokio::task::yield_now().await;
+        }
+        self.shared.base.flush(FlushLevel::Durable).await
+    }
+
+    /// From now on the image alone is the disk: the merge has ended, and the record says so.
+    /// Returns the top layer, which nobody reads any more.
+    pub(crate) async fn finish(&self) -> Option<Buffer> {
+        let _all = self.shared.locks.lock(0..u64::MAX, LockMode::Exclusive).await;
+        let mut stack = self.shared.stack.lock().unwrap_or_else(PoisonError::into_inner);
+        stack.take().map(|s| s.top)
+    }
+
+    fn start_change(&self, offset: u64, change: Change) -> Io<'_, ()> {
+        let me: &dyn BlockDevice = self;
+        if let Err(error) = me.check_range(change.operation(), offset, change.len()) {
+            return Io::err(error);
+        }
+        Io::future(detach(Arc::clone(&self.shared).change(offset, change)))
+    }
+}
+
+impl Shared {
+    fn stack(&self) -> Option<Stack> {
+        self.stack.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Merges from `offset` on, under a lock, and returns the end of what is merged.
+    async fn merge_step(&self, stack: &Stack, offset: u64, size: u64) -> Result<u64> {
+        // A long range that no layer has is passed over in one go. What was found without the
+        // lock is looked up again under it: a guest may have written in between.
+        let probe = stack.status(offset, size - offset).await?;
+        let len = if probe.flags.allocated { probe.len.min(MERGE_STEP_BYTES) } else { probe.len };
+        let end = offset + len;
+        let _guard = self.locks.lock(offset..end, LockMode::Exclusive).await;
+        let mut at = offset;
+        while at < end {
+            let status = stack.status(at, end - at).await?;
+            let mut part = status.len.min(end - at);
+            if status.flags.allocated {
+                part = part.min(MERGE_STEP_BYTES);
+                self.merge_part(stack, at, part, status.flags.zero).await?;
+            }
+            at += part;
+        }
+        // Before the lock is released: a write that comes next has to know.
+        self.merged.store(end, Ordering::Release);
+        Ok(end)
+    }
+
+    async fn merge_part(&self, stack: &Stack, offset: u64, len: u64, zero: bool) -> Result<()> {
+        if zero {
+            let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+            return self.base.write_zeroes(offset, len, flags).await;
+        }
+        // At most MERGE_STEP_BYTES, so it fits.
+        let data = stack.top.device().read(offset, len as usize).await?;
+        self.base.write(offset, data, WriteFlags::default()).await
+    }
+
+    async fn change(self: Arc<Self>, offset: u64, change: Change) -> Result<()> {
+        let len = change.len();
+        let _guard = self.locks.lock(offset..offset + len, LockMode::Exclusive).await;
+        let Some(stack) = self.stack() else { return change.apply(&*self.base, offset).await };
+        // The merge cannot pass this range while it is locked.
+        let merged = self.merged.load(Ordering::Acquire).saturating_sub(offset).min(len);
+        let head = (merged > 0).then(|| change.head(merged));
+        change.apply(&*stack.top.device(), offset).await?;
+        match head {
+            Some(head) => head.apply(&*self.base, offset).await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl BlockDevice for PromotedDisk {
+    fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    fn size(&self) -> u64 {
+        self.shared.base.size()
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { growable: false, ..self.shared.base.limits() }
+    }
+
+    /// Holds its range, so that the layers stay until the read has ended.
+    fn read(&self, offset: u64, len: usize) -> Io<'_, Bytes> {
+        let me: &dyn BlockDevice = self;
+        if let Err(error) = me.check_range(Operation::Read, offset, len as u64) {
+            return Io::err(error);
+        }
+        let range = offset..offset + len as u64;
+        Io::future(async move {
+            let _guard = self.shared.locks.lock(range, LockMode::Shared).await;
+            match self.shared.stack() {
+                Some(stack) => stack.top.device().read(offset, len).await,
+                None => self.shared.base.read(offset, len).await,
+            }
+        })
+    }
+
+    fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
+        self.start_change(offset, Change::Write(data, flags))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'_, ()> {
+        self.start_change(offset, Change::Zeroes(len, flags))
+    }
+
+    /// Carried out as zeroing, so that a later secondary reads the same.
+    fn discard(&self, offset: u64, len: u64) -> Io<'_, ()> {
+        let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+        self.start_change(offset, Change::Zeroes(len, flags))
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus> {
+        let me: &dyn BlockDevice = self;
+        if let Err(error) = me.check_range(Operation::BlockStatus, offset, len) {
+            return Io::err(error);
+        }
+        Io::future(async move {
+            let _guard = self.shared.locks.lock(offset..offset + len, LockMode::Shared).await;
+            match self.shared.stack() {
+                Some(stack) => stack.top.device().block_status(offset, len).await,
+                None => self.shared.base.block_status(offset, len).await,
+            }
+        })
+    }
+
+    fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
+        Io::future(async move {
+            // The layers stay while this holds a range, however small.
+            let _guard = self.shared.locks.lock(0..1, LockMode::Shared).await;
+            if let Some(stack) = self.shared.stack() {
+                stack.top.image.flush(level).await?;
+            }
+            self.shared.base.flush(level).await
+        })
+    }
+}

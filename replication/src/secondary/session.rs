@@ -1,0 +1,167 @@
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use brep_nbd::server::Connection;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::link::{Message, StopReason};
+use crate::{Epoch, Error, Result};
+
+/// Messages that wait to be sent; more than any exchange of the link has at a time.
+const OUTBOX_LEN: usize = 64;
+
+/// Data connections of a session: one a disk now, and room for several.
+const SLOTS_MAX: u32 = 1024;
+
+/// The time in which the writes of a session that ends have to end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+
+/// One primary's stay: its link, and the data connections that its token binds.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) token: Uuid,
+    pub(crate) sync: bool,
+    /// The link task ends when this is cancelled.
+    pub(crate) ending: CancellationToken,
+    outbox: mpsc::Sender<Message>,
+    slots: Mutex<Slots>,
+    /// A replica write has failed since the last cut.
+    write_failed: AtomicBool,
+    requests: Mutex<HashMap<u64, oneshot::Sender<Result<Epoch>>>>,
+    request_id: AtomicU64,
+}
+
+/// The data connections. None are bound once the session is closed.
+#[derive(Debug, Default)]
+struct Slots {
+    closed: bool,
+    bound: HashMap<u32, Arc<Connection>>,
+}
+
+impl Session {
+    pub(crate) fn new(sync: bool) -> (Arc<Self>, mpsc::Receiver<Message>) {
+        let (outbox, messages) = mpsc::channel(OUTBOX_LEN);
+        let session = Session {
+            token: Uuid::new_v4(),
+            sync,
+            ending: CancellationToken::new(),
+            outbox,
+            slots: Mutex::new(Slots::default()),
+            write_failed: AtomicBool::new(false),
+            requests: Mutex::new(HashMap::new()),
+            request_id: AtomicU64::new(0),
+        };
+        (Arc::new(session), messages)
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Binds a data connection to a slot. An older holder is closed first, and everything that it
+    /// has started has ended before this returns: no late write of it is applied afterwards.
+    pub(crate) async fn bind(&self, slot: u32, connection: &Arc<Connection>) -> Result<()> {
+        if slot >= SLOTS_MAX {
+            return Err(Error::usage(format!("slot {slot}: there are {SLOTS_MAX}")));
+        }
+        let mut drained: Option<Arc<Connection>> = None;
+        loop {
+            let holder = {
+                let mut slots = self.slots();
+                if slots.closed {
+                    return Err(Error::refused("the session has ended"));
+                }
+                match slots.bound.get(&slot) {
+                    Some(holder) if !drained.as_ref().is_some_and(|d| Arc::ptr_eq(d, holder)) => {
+                        Arc::clone(holder)
+                    }
+                    _ => {
+                        slots.bound.insert(slot, Arc::clone(connection));
+                        return Ok(());
+                    }
+                }
+            };
+            // The holder keeps the slot meanwhile, so that the end of the session waits for it too.
+            close_and_drain(&holder).await?;
+            drained = Some(holder);
+        }
+    }
+
+    /// Closes every data connection and waits until nothing that they started goes on.
+    pub(crate) async fn close(&self, reason: StopReason) -> Result<()> {
+        // Best effort: the primary may be gone.
+        let _ = self.outbox.try_send(Message::Stop { reason });
+        let bound = {
+            let mut slots = self.slots();
+            slots.closed = true;
+            std::mem::take(&mut slots.bound)
+        };
+        for connection in bound.values() {
+            connection.close();
+        }
+        let mut result = Ok(());
+        for connection in bound.values() {
+            result = result.and(close_and_drain(connection).await);
+        }
+        self.ending.cancel();
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        result
+    }
+
+    /// Queues a message for the primary.
+    pub(crate) async fn send(&self, message: Message) -> Result<()> {
+        let gone = || Error::failed("the link to the primary is gone");
+        self.outbox.send(message).await.map_err(|_| gone())
+    }
+
+    /// Asks the primary for a checkpoint and waits for its answer.
+    pub(crate) async fn request_checkpoint(&self, limit: Duration) -> Result<Epoch> {
+        let id = self.request_id.fetch_add(1, Ordering::Relaxed);
+        let (answer, wait) = oneshot::channel();
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).insert(id, answer);
+        self.send(Message::CheckpointRequest { id }).await?;
+        let result = tokio::time::timeout(limit, wait).await;
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        match result {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(Error::failed("the session ended before the checkpoint was taken")),
+            Err(_) => Err(Error::failed(format!("no checkpoint within {limit:?}"))),
+        }
+    }
+
+    /// The primary has answered a request.
+    pub(crate) fn answer(&self, id: u64, result: Result<Epoch>) {
+        let waiting = self.requests.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        if let Some(waiting) = waiting {
+            let _ = waiting.send(result);
+        }
+    }
+
+    pub(crate) fn note_failed_write(&self) {
+        self.write_failed.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn forget_failed_writes(&self) {
+        self.write_failed.store(false, Ordering::Release);
+    }
+
+    /// Whether everything that the primary acknowledged while in contact is here.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.sync && !self.write_failed.load(Ordering::Acquire)
+    }
+}
+
+async fn close_and_drain(connection: &Arc<Connection>) -> Result<()> {
+    connection.close();
+    tokio::time::timeout(DRAIN_LIMIT, connection.closed()).await.map_err(|_| {
+        Error::failed(format!(
+            "writes of an older data connection ({}) have not ended for {DRAIN_LIMIT:?}; the disk \
+             may be stuck",
+            connection.peer()
+        ))
+    })
+}

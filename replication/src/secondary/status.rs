@@ -1,0 +1,107 @@
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use super::disk::ReplicaDisk;
+use super::group::Group;
+use crate::state::{Record, SecondaryRecord};
+use crate::status::{Counters, DiskState, DiskStatus, LinkState, Role, Status};
+
+impl Group {
+    /// The state of this side; never waits for a disk or a peer.
+    pub(crate) fn status(&self) -> Status {
+        let record = self.record();
+        let secondary = record.secondary().cloned().unwrap_or_default();
+        let core = self.core();
+        let (reason, advice) = explain(&record, &secondary, core.link, core.reason.clone());
+        let promoted = secondary.promotion.is_some();
+        Status {
+            name: self.config.name.clone(),
+            role: if promoted { Role::Promoted } else { Role::Secondary },
+            pid: std::process::id(),
+            set: record.set.map(|s| s.to_string()),
+            cur: record.cur.map(|c| c.to_string()),
+            epoch: core.receiving.0,
+            checkpoint: record.com.map(|c| c.epoch.0),
+            checkpoint_age_ms: core.last_commit.map(elapsed_ms),
+            peer: core.peer.clone(),
+            link: core.link,
+            last_contact_ms: core.last_contact.map(elapsed_ms),
+            reason,
+            advice,
+            ack: core.session_is_sync().map(|s| if s { "sync" } else { "async" }.to_owned()),
+            durability: "process".to_owned(),
+            promotable: Some(promoted || (!secondary.inconsistent && record.com.is_some())),
+            latest_ok: Some(secondary.latest_ok),
+            disks: self.disks().iter().map(|d| disk_status(d, &secondary, core.link)).collect(),
+            errors: self.errors.list(),
+            counters: Counters {
+                replicated_writes: self.counters.writes.load(Ordering::Relaxed),
+                replicated_bytes: self.counters.write_bytes.load(Ordering::Relaxed),
+                checkpoints: self.counters.checkpoints.load(Ordering::Relaxed),
+                last_pause_us: self.counters.last_pause_us.load(Ordering::Relaxed),
+                preimage_bytes: self.disks().iter().map(|d| d.preimage_bytes()).sum(),
+                ..Counters::default()
+            },
+        }
+    }
+}
+
+fn elapsed_ms(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+fn disk_status(disk: &ReplicaDisk, secondary: &SecondaryRecord, link: LinkState) -> DiskStatus {
+    let progress = disk.promoted().and_then(|p| p.progress());
+    let state = match (&secondary.promotion, secondary.inconsistent, link) {
+        (Some(_), ..) if progress.is_some() => DiskState::Promoting,
+        (Some(_), ..) => DiskState::Promoted,
+        (None, true, LinkState::Connected) => DiskState::Resyncing,
+        (None, true, _) => DiskState::Inconsistent,
+        (None, false, LinkState::Connected) => DiskState::InSync,
+        (None, false, _) => DiskState::Disconnected,
+    };
+    DiskStatus {
+        name: disk.name.clone(),
+        file: disk.file.clone(),
+        size: disk.size,
+        state,
+        bytes_behind: 0,
+        progress,
+        hidden_bytes: Some(disk.hidden_bytes()),
+        guest_wrote: Some(disk.guest_wrote()),
+    }
+}
+
+/// Why the state is not healthy, and what gets out of it.
+fn explain(
+    record: &Record,
+    secondary: &SecondaryRecord,
+    link: LinkState,
+    reason: Option<String>,
+) -> (Option<String>, Option<String>) {
+    if secondary.promotion.is_some() {
+        return (reason, None);
+    }
+    if link == LinkState::Connected {
+        return (reason, None);
+    }
+    let (state, advice) = match (record.com, secondary.inconsistent) {
+        (Some(com), false) => (
+            format!("holds checkpoint {}", com.epoch),
+            "if the primary is gone for good: brep failover; if it returns: brep resync --full \
+             on the primary",
+        ),
+        _ if record.set.is_none() => {
+            ("no primary has ever connected".to_owned(), "start brep primary with --peer")
+        }
+        _ => (
+            "no complete copy yet, cannot be promoted".to_owned(),
+            "let the primary connect again: the copy begins anew",
+        ),
+    };
+    let reason = match reason {
+        Some(reason) => format!("{reason}; {state}"),
+        None => state,
+    };
+    (Some(reason), Some(advice.to_owned()))
+}

@@ -1,0 +1,11 @@
+//! What a side remembers: the record, its file, and what each transition makes of it.
+//!
+//! Every function here that changes a [`Record`] only computes; [`RecordStore::save`] is the one
+//! place that makes it persistent.
+mod record;
+mod store;
+
+pub use record::{
+    BufferRef, DiskRecord, Phase, PrimaryRecord, Promotion, Record, SecondaryRecord, Target,
+};
+pub use store::RecordStore;

@@ -1,0 +1,216 @@
+use serde::{Deserialize, Serialize};
+
+use crate::{Commit, Epoch, Generation, SetId};
+
+/// What a side remembers between two runs. One per group of disks; a change is one atomic write.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Record {
+    /// Name of the side that wrote it.
+    pub name: String,
+    /// Identity of the set of disks; none on a side that never met a peer.
+    pub set: Option<SetId>,
+    /// The line of writes.
+    pub cur: Option<Generation>,
+    /// Where this line left the one before: that line and its last epoch in common.
+    pub fork: Option<Commit>,
+    /// The last committed checkpoint.
+    pub com: Option<Commit>,
+    /// No epoch up to this one is used again.
+    pub epoch: Epoch,
+    /// Earlier lines with their forks, the newest last; bounded by [`Record::HISTORY_MAX`].
+    pub history: Vec<Commit>,
+    /// The role, and what belongs to it.
+    pub phase: Phase,
+    /// The last run ended by itself.
+    pub clean: bool,
+}
+
+/// The role, and what belongs to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "role")]
+pub enum Phase {
+    /// A primary.
+    Primary(PrimaryRecord),
+    /// A secondary, blank, replicating, or promoted.
+    Secondary(SecondaryRecord),
+}
+
+/// What a primary remembers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct PrimaryRecord {
+    /// A secondary has been connected at some time.
+    pub had_peer: bool,
+    /// This primary has declared its peer lost and goes on alone: a restart may serve the guest
+    /// at once, and the secondary lacks something.
+    pub alone: bool,
+    /// Names and sizes of the disks.
+    pub disks: Vec<(String, u64)>,
+}
+
+/// What a secondary remembers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SecondaryRecord {
+    /// A first full copy, or one that gave the checkpoint up, is going on: the disks hold a
+    /// mixture, and there is nothing to be promoted to.
+    pub inconsistent: bool,
+    /// Everything that was acknowledged to the guest while the sides were in contact is here:
+    /// `failover --to latest` is possible.
+    pub latest_ok: bool,
+    /// A failover has begun, or is done.
+    pub promotion: Option<Promotion>,
+    /// The disks with their buffers.
+    pub disks: Vec<DiskRecord>,
+    /// No buffer with a sequence number up to this one is created again.
+    pub buffer_seq: u64,
+}
+
+/// One disk of a secondary, with the buffers that make its checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DiskRecord {
+    /// Name of the disk.
+    pub name: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// The hidden disks that make the last checkpoint, the oldest first. The view at the
+    /// checkpoint is the first that has a range, else the secondary disk.
+    pub chain: Vec<BufferRef>,
+    /// The hidden disk that the next cut switches to; empty when it was named.
+    pub next: Option<BufferRef>,
+    /// Where this side's guest writes.
+    pub active: Option<BufferRef>,
+    /// The layer that takes all writes since the promotion.
+    pub top: Option<BufferRef>,
+}
+
+/// A buffer: a file in the state directory that carries the same sequence number in its tag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct BufferRef {
+    /// Its sequence number, never used twice.
+    pub seq: u64,
+}
+
+/// A failover.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Promotion {
+    /// What the disks became.
+    pub target: Target,
+    /// The merge has ended: the disk files alone are the disks.
+    pub merged: bool,
+    /// Bytes by which `latest` and the checkpoint differed, as far as the pre-images tell.
+    pub dropped_bytes: u64,
+}
+
+/// What a failover makes of the disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// The last committed checkpoint, plus what this side's guest wrote since.
+    Checkpoint,
+    /// Everything that was received.
+    Latest,
+}
+
+impl Target {
+    /// The word that commands and records use.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Target::Checkpoint => "checkpoint",
+            Target::Latest => "latest",
+        }
+    }
+}
+
+impl Record {
+    /// Most lines that the history keeps.
+    pub const HISTORY_MAX: usize = 64;
+
+    /// The record of a side that has never met anybody.
+    #[must_use]
+    pub fn blank(name: &str, phase: Phase) -> Self {
+        Record {
+            name: name.to_owned(),
+            set: None,
+            cur: None,
+            fork: None,
+            com: None,
+            epoch: Epoch(0),
+            history: Vec::new(),
+            phase,
+            clean: false,
+        }
+    }
+
+    /// Begins a new line of writes that leaves the present one after `last`.
+    pub fn begin_line(&mut self, cur: Generation, last: Epoch) {
+        if let Some(old) = self.cur {
+            let fork = Commit { cur: old, epoch: last };
+            self.history.push(fork);
+            if self.history.len() > Self::HISTORY_MAX {
+                self.history.remove(0);
+            }
+            self.fork = Some(fork);
+        }
+        self.cur = Some(cur);
+    }
+
+    /// The role of this side, as hello tells it: P for a primary or a promoted secondary.
+    #[must_use]
+    pub fn is_primary(&self) -> bool {
+        match &self.phase {
+            Phase::Primary(_) => true,
+            Phase::Secondary(s) => s.promotion.is_some(),
+        }
+    }
+
+    /// The secondary's part.
+    #[must_use]
+    pub fn secondary(&self) -> Option<&SecondaryRecord> {
+        match &self.phase {
+            Phase::Secondary(s) => Some(s),
+            Phase::Primary(_) => None,
+        }
+    }
+
+    /// The secondary's part, to be changed.
+    pub fn secondary_mut(&mut self) -> Option<&mut SecondaryRecord> {
+        match &mut self.phase {
+            Phase::Secondary(s) => Some(s),
+            Phase::Primary(_) => None,
+        }
+    }
+
+    /// The primary's part, to be changed.
+    pub fn primary_mut(&mut self) -> Option<&mut PrimaryRecord> {
+        match &mut self.phase {
+            Phase::Primary(p) => Some(p),
+            Phase::Secondary(_) => None,
+        }
+    }
+}
+
+impl DiskRecord {
+    /// A disk that has no buffers yet.
+    #[must_use]
+    pub fn new(name: &str, size: u64) -> Self {
+        DiskRecord {
+            name: name.to_owned(),
+            size,
+            chain: Vec::new(),
+            next: None,
+            active: None,
+            top: None,
+        }
+    }
+
+    /// Every buffer that this record needs.
+    pub fn buffers(&self) -> impl Iterator<Item = BufferRef> + '_ {
+        self.chain.iter().copied().chain(self.next).chain(self.active).chain(self.top)
+    }
+}

@@ -1,0 +1,258 @@
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::Record;
+use crate::{Error, Result};
+
+const MAGIC: &[u8; 8] = b"BREPREC\0";
+const FORMAT_VERSION: u32 = 1;
+const HEADER_LEN: usize = 32;
+const SLOT_LEN: usize = 256 << 10;
+const PAYLOAD_MAX: usize = SLOT_LEN - HEADER_LEN;
+
+/// The file that holds a [`Record`]: two slots, of which the newest valid one counts.
+///
+/// Slot `i` begins at byte `i * 262144`. All integers are big-endian.
+///
+/// | offset | size | field |
+/// |---|---|---|
+/// | 0 | 8 | magic `BREPREC\0` |
+/// | 8 | 4 | format version, 1 |
+/// | 12 | 4 | length of the payload in bytes |
+/// | 16 | 8 | sequence number, from 1; the highest valid one wins |
+/// | 24 | 4 | CRC-32 of bytes 0 to 23 and of the payload |
+/// | 28 | 4 | zero |
+/// | 32 | … | payload: the record as a JSON object |
+///
+/// A save writes the slot that does not hold the newest record, with one call; so a process that
+/// is killed at any moment leaves the old record or the new one.
+/// A save reaches the page cache; surviving a power loss is not promised yet. The file is locked
+/// (`flock`) while it is open: one state directory serves one process.
+#[derive(Debug)]
+pub struct RecordStore {
+    path: PathBuf,
+    file: File,
+    seq: u64,
+    record: Record,
+    /// A save failed: what the file holds is unknown, and nothing more may be promised.
+    broken: bool,
+}
+
+impl RecordStore {
+    /// Opens the record in `dir`, or makes a first one with `blank`.
+    ///
+    /// # Errors
+    /// The file cannot be read, or neither slot is valid although the file exists.
+    pub fn open(dir: &Path, blank: impl FnOnce() -> Record) -> Result<Self> {
+        let path = dir.join("state");
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|e| Error::failed(format!("{}: cannot open: {e}", path.display())))?;
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
+            |_| {
+                Error::refused(format!(
+                    "{}: another brep runs on this state directory; stop it first",
+                    path.display()
+                ))
+            },
+        )?;
+        let len = file.metadata().map_err(|e| io_error(&path, "read", &e))?.len();
+        if len == 0 {
+            let mut store = RecordStore { path, file, seq: 0, record: blank(), broken: false };
+            let record = store.record.clone();
+            store.save(record)?;
+            return Ok(store);
+        }
+        let newest = (0..2)
+            .filter_map(|slot| read_slot(&file, slot).transpose())
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(|e| io_error(&path, "read", &e))?
+            .into_iter()
+            .max_by_key(|(seq, _)| *seq);
+        let Some((seq, record)) = newest else {
+            return Err(Error::refused(format!(
+                "{}: not a valid state record (damaged, or of another program); nothing was \
+                 changed. If this side is to start over, move the state directory away",
+                path.display()
+            )));
+        };
+        Ok(RecordStore { path, file, seq, record, broken: false })
+    }
+
+    /// The record as last saved.
+    #[must_use]
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Makes `record` the one that counts.
+    ///
+    /// # Errors
+    /// The write failed, now or earlier; then the old record counts, or the new one: nothing may
+    /// be reported as done.
+    pub fn save(&mut self, record: Record) -> Result<()> {
+        if self.broken {
+            return Err(Error::failed(format!(
+                "{}: an earlier write of the state record failed; restart brep when the file \
+                 system works again",
+                self.path.display()
+            )));
+        }
+        let payload = serde_json::to_vec(&record)
+            .map_err(|e| Error::failed(format!("{}: {e}", self.path.display())))?;
+        if payload.len() > PAYLOAD_MAX {
+            return Err(Error::failed(format!(
+                "{}: the record needs {} bytes, more than the {PAYLOAD_MAX} that fit",
+                self.path.display(),
+                payload.len()
+            )));
+        }
+        let seq = self.seq + 1;
+        let slot = encode_slot(seq, &payload);
+        if let Err(error) = self.file.write_all_at(&slot, (seq % 2) * SLOT_LEN as u64) {
+            self.broken = true;
+            return Err(io_error(&self.path, "write", &error));
+        }
+        self.seq = seq;
+        self.record = record;
+        Ok(())
+    }
+
+    /// Changes the record and saves it.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save); then [`record`](Self::record) is unchanged.
+    pub fn update(&mut self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        let mut record = self.record.clone();
+        change(&mut record);
+        if record == self.record {
+            return Ok(());
+        }
+        self.save(record)
+    }
+}
+
+fn io_error(path: &Path, what: &str, error: &io::Error) -> Error {
+    Error::failed(format!("{}: cannot {what} the state record: {error}", path.display()))
+}
+
+fn encode_slot(seq: u64, payload: &[u8]) -> Vec<u8> {
+    let mut slot = Vec::with_capacity(HEADER_LEN + payload.len());
+    slot.extend_from_slice(MAGIC);
+    slot.extend_from_slice(&FORMAT_VERSION.to_be_bytes());
+    slot.extend_from_slice(&(payload.len() as u32).to_be_bytes());
+    slot.extend_from_slice(&seq.to_be_bytes());
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&slot);
+    crc.update(payload);
+    slot.extend_from_slice(&crc.finalize().to_be_bytes());
+    slot.extend_from_slice(&[0; 4]);
+    slot.extend_from_slice(payload);
+    slot
+}
+
+/// Reads a slot; `None` if it is not valid.
+fn read_slot(file: &File, slot: u64) -> io::Result<Option<(u64, Record)>> {
+    let base = slot * SLOT_LEN as u64;
+    let Some(header) = read_exact(file, base, HEADER_LEN)? else { return Ok(None) };
+    let be32 = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().expect("4 bytes"));
+    if &header[..8] != MAGIC || be32(8) != FORMAT_VERSION {
+        return Ok(None);
+    }
+    let len = be32(12) as usize;
+    let seq = u64::from_be_bytes(header[16..24].try_into().expect("8 bytes"));
+    if len > PAYLOAD_MAX || seq % 2 != slot {
+        return Ok(None);
+    }
+    let Some(payload) = read_exact(file, base + HEADER_LEN as u64, len)? else { return Ok(None) };
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&header[..24]);
+    crc.update(&payload);
+    if crc.finalize() != be32(24) {
+        return Ok(None);
+    }
+    Ok(serde_json::from_slice(&payload).ok().map(|record| (seq, record)))
+}
+
+/// Reads `len` bytes, or nothing if the file is shorter.
+fn read_exact(file: &File, offset: u64, len: usize) -> io::Result<Option<Vec<u8>>> {
+    let mut data = vec![0; len];
+    match file.read_exact_at(&mut data, offset) {
+        Ok(()) => Ok(Some(data)),
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::{Phase, PrimaryRecord};
+    use crate::{Epoch, Generation};
+
+    fn blank() -> Record {
+        Record::blank("a", Phase::Primary(PrimaryRecord::default()))
+    }
+
+    fn with_epoch(epoch: u64) -> Record {
+        Record { epoch: Epoch(epoch), cur: Some(Generation::random()), ..blank() }
+    }
+
+    #[test]
+    fn the_newest_record_is_found_again() {
+        let dir = tempfile::tempdir().unwrap();
+        for epoch in 1..5 {
+            let mut store = RecordStore::open(dir.path(), blank).unwrap();
+            assert_eq!(store.record().epoch, Epoch(epoch - 1));
+            store.save(with_epoch(epoch)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_torn_write_leaves_the_record_before_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = RecordStore::open(dir.path(), blank).unwrap();
+        store.save(with_epoch(7)).unwrap();
+        let old = store.record().clone();
+        let whole = std::fs::read(dir.path().join("state")).unwrap();
+        store.save(with_epoch(8)).unwrap();
+        let newest = std::fs::read(dir.path().join("state")).unwrap();
+        let base = (store.seq % 2) as usize * SLOT_LEN;
+        for cut in [0, 1, 20, 31, 40, 100] {
+            // The first `cut` bytes of the new slot were written over what was there before.
+            let mut torn = whole.clone();
+            torn.resize(newest.len().max(whole.len()), 0);
+            torn[base..base + cut].copy_from_slice(&newest[base..base + cut]);
+            std::fs::write(dir.path().join("state"), &torn).unwrap();
+            let reopened = RecordStore::open(dir.path(), blank).unwrap();
+            assert_eq!(*reopened.record(), old, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn a_foreign_file_is_refused_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("state"), b"something else").unwrap();
+        let error = RecordStore::open(dir.path(), blank).unwrap_err();
+        assert_eq!(error.exit_code(), 3);
+        assert_eq!(std::fs::read(dir.path().join("state")).unwrap(), b"something else");
+    }
+
+    #[test]
+    fn after_a_failed_write_nothing_is_promised() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = RecordStore::open(dir.path(), blank).unwrap();
+        store.file = File::open(dir.path().join("state")).unwrap(); // read-only: writes fail
+        assert!(store.save(with_epoch(1)).is_err());
+        store.file = File::options().write(true).open(dir.path().join("state")).unwrap();
+        assert!(store.save(with_epoch(2)).is_err(), "the failure must be sticky");
+        assert_eq!(store.record().epoch, Epoch(0));
+    }
+}

@@ -1,0 +1,173 @@
+//! What `query-status` answers: the state of a side, for people and programs.
+
+use serde::{Deserialize, Serialize};
+
+/// The state of one side of a pair.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Status {
+    /// Name of this side.
+    pub name: String,
+    /// What this side is now.
+    pub role: Role,
+    /// The process id of the daemon.
+    pub pid: u32,
+    /// Identity of the set of disks; absent on a blank secondary.
+    pub set: Option<String>,
+    /// The line of writes that this side is on.
+    pub cur: Option<String>,
+    /// The running epoch (primary), or the one being received (secondary).
+    pub epoch: u64,
+    /// The last committed checkpoint's epoch.
+    pub checkpoint: Option<u64>,
+    /// Milliseconds since that checkpoint was committed, as far as this process knows.
+    pub checkpoint_age_ms: Option<u64>,
+    /// The address of the other side, as far as it is known.
+    pub peer: Option<String>,
+    /// What the connection to the other side is doing.
+    pub link: LinkState,
+    /// Milliseconds since the other side was last heard of.
+    pub last_contact_ms: Option<u64>,
+    /// Why the state is not healthy; absent if it is.
+    pub reason: Option<String>,
+    /// The command that gets out of a state that is not healthy.
+    pub advice: Option<String>,
+    /// `sync` or `async` (primary).
+    pub ack: Option<String>,
+    /// `process` or `power`.
+    pub durability: String,
+    /// True if the secondary can be promoted to its last checkpoint (secondary).
+    pub promotable: Option<bool>,
+    /// True if `failover --to latest` is possible (secondary).
+    pub latest_ok: Option<bool>,
+    /// One entry a disk.
+    pub disks: Vec<DiskStatus>,
+    /// Failures that no guest was told of, the newest last; at most 32.
+    pub errors: Vec<ErrorStatus>,
+    /// Totals since the process started.
+    pub counters: Counters,
+}
+
+/// What a side is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Serves the guest and forwards its writes.
+    Primary,
+    /// Receives the writes of a primary.
+    Secondary,
+    /// Was a secondary and has taken over.
+    Promoted,
+}
+
+/// What the connection to the other side is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkState {
+    /// No peer is configured.
+    None,
+    /// Nobody is connected; being tried or waited for.
+    Disconnected,
+    /// The other side was reached and refused, or was refused.
+    Refused,
+    /// Connected.
+    Connected,
+}
+
+/// The state of a disk as an operator sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskState {
+    /// Both sides have the same writes.
+    InSync,
+    /// Contents are being copied.
+    Resyncing,
+    /// The peer is not there and lacks `bytes-behind`.
+    Disconnected,
+    /// Cannot be promoted: there is no complete copy yet.
+    Inconsistent,
+    /// Taken over and served; the merge runs behind.
+    Promoting,
+    /// Taken over; the disk file alone is the disk.
+    Promoted,
+    /// No peer is configured, or none was ever seen.
+    Alone,
+    /// Something was not understood; see the reason.
+    Failed,
+}
+
+/// One disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DiskStatus {
+    /// Its name.
+    pub name: String,
+    /// The file that holds it.
+    pub file: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// Its state.
+    pub state: DiskState,
+    /// Bytes that the peer is not known to have (primary), by granules.
+    pub bytes_behind: u64,
+    /// Bytes copied, and to be copied, by a resync or merge that runs.
+    pub progress: Option<Progress>,
+    /// Bytes of pre-images kept since the last checkpoint (secondary).
+    pub hidden_bytes: Option<u64>,
+    /// True if the secondary's guest has written since the last checkpoint.
+    pub guest_wrote: Option<bool>,
+}
+
+/// How far a background activity has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Progress {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+}
+
+/// A failure that no guest was told of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ErrorStatus {
+    /// Name of the disk; empty if it concerns the group.
+    pub disk: String,
+    /// What was being done.
+    pub operation: String,
+    /// First byte.
+    pub offset: u64,
+    /// Number of bytes.
+    pub length: u64,
+    /// Linux error number.
+    pub errno: i32,
+    /// In words.
+    pub message: String,
+    /// How often it was seen.
+    pub count: u64,
+    /// Seconds since the epoch, first and last time.
+    pub first_s: u64,
+    /// See `first_s`.
+    pub last_s: u64,
+}
+
+/// Totals since the process started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Counters {
+    /// Guest writes, zeroes and trims.
+    pub guest_writes: u64,
+    /// Bytes of them.
+    pub guest_write_bytes: u64,
+    /// Writes forwarded and confirmed (primary) or received and done (secondary).
+    pub replicated_writes: u64,
+    /// Bytes of them.
+    pub replicated_bytes: u64,
+    /// Checkpoints committed.
+    pub checkpoints: u64,
+    /// How long forwarding was held for the last cut, in microseconds.
+    pub last_pause_us: u64,
+    /// Bytes of pre-images written (secondary).
+    pub preimage_bytes: u64,
+}
