@@ -33,11 +33,7 @@ fn malformed_options() -> Vec<(&'static str, Vec<u8>, Expect)> {
     let claims = |export: u32| [&export.to_be_bytes()[..], &[0; 6]].concat();
     vec![
         ("wrong option magic", wrong_magic, Dropped),
-        (
-            "an option longer than 32 MiB",
-            option_header(OptionCode(99), (32 << 20) + 1),
-            Dropped,
-        ),
+        ("an option longer than 32 MiB", option_header(OptionCode(99), (32 << 20) + 1), Dropped),
         (
             "an export name longer than 4096",
             option(OptionCode::EXPORT_NAME, long.as_bytes()),
@@ -88,11 +84,7 @@ fn malformed_options() -> Vec<(&'static str, Vec<u8>, Expect)> {
             Refused(ReplyType::ERR_INVALID),
         ),
         ("STARTTLS", option(OptionCode::STARTTLS, &[]), Refused(ReplyType::ERR_UNSUP)),
-        (
-            "STARTTLS with data",
-            option(OptionCode::STARTTLS, b"x"),
-            Refused(ReplyType::ERR_INVALID),
-        ),
+        ("STARTTLS with data", option(OptionCode::STARTTLS, b"x"), Refused(ReplyType::ERR_INVALID)),
         ("PEEK_EXPORT", option(OptionCode::PEEK_EXPORT, &[]), Refused(ReplyType::ERR_UNSUP)),
         (
             "EXTENDED_HEADERS",

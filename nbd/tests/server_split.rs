@@ -1,0 +1,200 @@
+//! Input that comes in pieces, cut at every byte: to the state machines, and over a socket.
+
+mod server_support;
+
+use brep_block::Memory;
+use brep_nbd::proto::server::{
+    Action, Agreed, Decoder, ExportDescription, ExportInfo, Handshake, OptionError, Step, check,
+};
+use brep_nbd::proto::wire::{Command, OptionCode};
+use bytes::{Bytes, BytesMut};
+use proptest::prelude::*;
+use server_support::{Fixture, info_data, meta_data, option_bytes, request, request_bytes, within};
+
+/// A handshake with every option in it.
+fn script() -> Vec<u8> {
+    [
+        vec![0, 0, 0, 3],
+        option_bytes(OptionCode(99), &[1; 30]),
+        option_bytes(OptionCode::STARTTLS, &[]),
+        option_bytes(OptionCode::STRUCTURED_REPLY, &[]),
+        option_bytes(OptionCode::LIST, &[]),
+        option_bytes(OptionCode(0x6272_6507), b"private"),
+        option_bytes(OptionCode::INFO, &info_data("nobody", &[])),
+        option_bytes(OptionCode::LIST_META_CONTEXT, &meta_data("disk", &[])),
+        option_bytes(OptionCode::SET_META_CONTEXT, &meta_data("disk", &["base:allocation"])),
+        option_bytes(OptionCode::GO, &info_data("disk", &[0, 1, 2, 3])),
+    ]
+    .concat()
+}
+
+fn export() -> ExportInfo {
+    ExportInfo {
+        canonical_name: "disk".to_owned(),
+        description: String::new(),
+        size: 1 << 20,
+        read_only: false,
+        multi_conn: true,
+        block_size: 1,
+        preferred_size: 4096,
+    }
+}
+
+/// Feeds pieces to a handshake; returns all output, and the agreement or the end.
+fn drive<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> (Vec<u8>, Option<Box<Agreed>>, usize) {
+    let mut handshake = Handshake::new();
+    let mut input = BytesMut::new();
+    let mut output = Vec::new();
+    for piece in pieces {
+        input.extend_from_slice(piece);
+        loop {
+            let step = handshake.step(&mut input);
+            output.extend(handshake.take_output());
+            match step {
+                Step::Input(missing) => {
+                    assert!(missing > 0);
+                    break;
+                }
+                Step::List => {
+                    let (name, description) = ("disk".to_owned(), String::new());
+                    handshake.listed(&[ExportDescription { name, description }]);
+                }
+                Step::Open(name) if name == "disk" => handshake.opened(Ok(export())),
+                Step::Open(name) => handshake.opened(Err(OptionError::unknown_export(&name))),
+                Step::Private { data, .. } => handshake.answered(Ok(data)),
+                Step::Transmission(agreed) => return (output, Some(agreed), input.len()),
+                _ => return (output, None, input.len()),
+            }
+        }
+    }
+    (output, None, input.len())
+}
+
+#[test]
+fn a_handshake_cut_anywhere_gives_the_same_answers() {
+    let script = script();
+    let (output, agreed, rest) = drive([&script[..]]);
+    let agreed = agreed.expect("an agreement");
+    assert!(agreed.structured && agreed.base_allocation_id.is_some() && agreed.block_size_agreed);
+    assert_eq!(rest, 0);
+    for cut in 0..=script.len() {
+        let (head, tail) = script.split_at(cut);
+        assert_eq!(drive([head, tail]), (output.clone(), Some(agreed.clone()), 0), "cut at {cut}");
+    }
+    assert_eq!(drive(script.chunks(1)), (output, Some(agreed), 0), "byte by byte");
+}
+
+#[test]
+fn a_handshake_takes_nothing_of_what_follows_it() {
+    let mut bytes = script();
+    bytes.extend([9; 100]);
+    assert_eq!(drive([&bytes[..]]).2, 100);
+}
+
+fn requests() -> Vec<u8> {
+    [
+        request_bytes(request(Command::WRITE, 1, 10, 5), b"hello"),
+        request_bytes(request(Command::READ, 2, 10, 5), &[]),
+        request_bytes(request(Command::WRITE, 3, 0, 0), &[]),
+        request_bytes(request(Command::FLUSH, 4, 0, 0), &[]),
+        request_bytes(request(Command::WRITE, 5, 20, 300), &[7; 300]),
+    ]
+    .concat()
+}
+
+fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Action> {
+    let agreed = Agreed {
+        export: export(),
+        structured: false,
+        base_allocation_id: None,
+        block_size_agreed: false,
+    };
+    let mut decoder = Decoder::new();
+    let mut input = BytesMut::new();
+    let mut actions = Vec::new();
+    for piece in pieces {
+        input.extend_from_slice(piece);
+        while decoder.header(&mut input).expect("a request").is_some() {
+            let Some(request) = decoder.request(&mut input) else { break };
+            actions.push(check(request, &agreed).expect("a good request"));
+        }
+    }
+    assert!(decoder.is_between_requests(&input));
+    actions
+}
+
+#[test]
+fn requests_cut_anywhere_are_the_same_requests() {
+    let bytes = requests();
+    let actions = decode([&bytes[..]]);
+    assert_eq!(actions.len(), 5);
+    let write = Action::Write { offset: 10, data: Bytes::from_static(b"hello"), fua: false };
+    assert_eq!(actions[0], write);
+    for cut in 0..=bytes.len() {
+        let (head, tail) = bytes.split_at(cut);
+        assert_eq!(decode([head, tail]), actions, "cut at {cut}");
+    }
+    assert_eq!(decode(bytes.chunks(1)), actions, "byte by byte");
+}
+
+#[tokio::test]
+async fn a_conversation_cut_anywhere_has_the_same_answers_over_a_socket() {
+    let fixture = Fixture::device(Memory::new("memory", 1 << 20)).await;
+    let bytes = [
+        vec![0, 0, 0, 3],
+        option_bytes(OptionCode(99), &[1; 5]),
+        option_bytes(OptionCode::GO, &info_data("disk", &[])),
+        request_bytes(request(Command::WRITE, 1, 10, 5), b"hello"),
+        request_bytes(request(Command::READ, 2, 10, 5), &[]),
+        request_bytes(request(Command::DISC, 3, 0, 0), &[]),
+    ]
+    .concat();
+    let mut expected: Option<Vec<u8>> = None;
+    for cut in 0..bytes.len() {
+        let mut raw = fixture.connect().await;
+        raw.send(&bytes[..cut]).await;
+        // The server has to see the first piece alone.
+        tokio::task::yield_now().await;
+        raw.send(&bytes[cut..]).await;
+        let mut answers = Vec::new();
+        within(tokio::io::AsyncReadExt::read_to_end(&mut raw.stream, &mut answers)).await.unwrap();
+        let expected = expected.get_or_insert_with(|| answers.clone());
+        assert!(answers.ends_with(b"hello"));
+        assert_eq!(*expected, answers, "cut at {cut}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_input_makes_a_handshake_panic_or_keep_much(
+        mut bytes in proptest::collection::vec(any::<u8>(), 0..200),
+        valid in 0_usize..300,
+    ) {
+        // Mostly valid, so that the end of the script is reached, too.
+        let script = script();
+        let mut input = script[..valid.min(script.len())].to_vec();
+        input.append(&mut bytes);
+        let (output, _, rest) = drive(input.chunks(7));
+        prop_assert!(output.len() < 4096 && rest <= input.len());
+    }
+
+    #[test]
+    fn a_changed_byte_in_a_handshake_never_panics(position in 0_usize..300, value in any::<u8>()) {
+        let mut script = script();
+        let index = position % script.len();
+        script[index] = value;
+        drive([&script[..]]);
+    }
+
+    #[test]
+    fn no_input_makes_the_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let mut decoder = Decoder::new();
+        let mut input = BytesMut::from(&bytes[..]);
+        while let Ok(Some(_)) = decoder.header(&mut input) {
+            if decoder.request(&mut input).is_none() {
+                break;
+            }
+        }
+        prop_assert!(input.len() <= bytes.len());
+    }
+}
