@@ -10,7 +10,7 @@ use crate::filter::Shared;
 const PIECE_BYTES_MAX: u64 = 1 << 20;
 /// From this length on it pays to ask for the block status before reading.
 const STATUS_BYTES_MIN: u64 = 256 << 10;
-/// Most zeroes written by one call.
+/// Most zeroes asked for or written by one call: a multiple of every unit.
 const ZERO_BYTES_MAX: u64 = 1 << 30;
 
 /// Copies what is still to copy of some units; the caller holds them exclusively. On failure
@@ -79,12 +79,11 @@ async fn copy_run(shared: &Shared, epoch: &Epoch, run: Range<u64>) -> Result<()>
 
 /// How many bytes, in whole units, the source knows to be zero without reading them.
 async fn known_zeroes(shared: &Shared, at: u64, left: u64) -> u64 {
-    match shared.source.block_status(at, left).await {
-        Ok(status) if status.flags.zero && status.len >= left => left.min(ZERO_BYTES_MAX),
-        Ok(status) if status.flags.zero => {
-            let len = status.len.min(ZERO_BYTES_MAX);
-            len - len % shared.unit.bytes()
-        }
+    // Asked in bounded steps too: the cost of an answer may grow with the question.
+    let asked = left.min(ZERO_BYTES_MAX);
+    match shared.source.block_status(at, asked).await {
+        Ok(status) if status.flags.zero && status.len >= asked => asked,
+        Ok(status) if status.flags.zero => status.len - status.len % shared.unit.bytes(),
         // The status is only a hint: reading tells.
         _ => 0,
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use brep_block::{
     BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, LockMode, Operation,
-    RangeGuard, RangeLock, Result, WriteFlags, ZeroFlags,
+    RangeGuard, RangeLock, Result, WriteFlags, ZeroFlags, start,
 };
 use bytes::Bytes;
 use tokio::sync::Notify;
@@ -14,7 +14,6 @@ use crate::copy::copy_units;
 use crate::counters::Counters;
 use crate::epoch::{Epoch, Unit};
 use crate::options::{CbwOptions, CbwStats, Copied, OnCopyError};
-use crate::start::start;
 
 /// A device that copies what is about to be overwritten.
 ///

@@ -3,8 +3,8 @@ mod copy;
 mod counters;
 mod epoch;
 mod filter;
+mod inline;
 mod options;
-mod start;
 mod unit_set;
 mod view;
 

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use crate::epoch::{Epoch, Side};
 use crate::filter::{CopyBeforeWrite, Shared, read_aligned};
-use crate::start::inline;
+use crate::inline::inline;
 
 /// The source of a [`CopyBeforeWrite`] filter as it was at the last checkpoint, read-only.
 ///

@@ -1,7 +1,7 @@
 //! A device for tests: memory that logs, fails, waits, and knows what was written to it.
-#![allow(dead_code)]
+#![allow(dead_code, unreachable_pub)]
 
-use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -26,8 +26,8 @@ pub struct Probe {
     log: Mutex<Vec<Op>>,
     fail: Mutex<Option<Rule>>,
     gate: Mutex<Option<(Rule, Arc<Semaphore>)>>,
-    /// Granules of 512 bytes that were written since the start.
-    allocated: Mutex<BTreeSet<u64>>,
+    /// What was written since the start.
+    allocated: Mutex<Vec<Range<u64>>>,
     yields_max: u64,
     seed: AtomicU64,
     limits: Limits,
@@ -160,8 +160,7 @@ impl Probe {
     }
 
     fn allocate(&self, offset: u64, len: u64) {
-        let granules = offset / 512..(offset + len).div_ceil(512);
-        self.allocated.lock().unwrap().extend(granules);
+        self.allocated.lock().unwrap().push(offset..offset + len);
     }
 }
 
@@ -216,14 +215,12 @@ impl BlockDevice for Probe {
 
     fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus> {
         let status = now(self.memory.block_status(offset, len)).map(|status| {
-            let set = self.allocated.lock().unwrap();
-            let allocated = set.contains(&(offset / 512));
-            let mut end = offset / 512;
-            while end * 512 < offset + status.len && set.contains(&end) == allocated {
-                end += 1;
-            }
+            let ranges = self.allocated.lock().unwrap();
+            let allocated = ranges.iter().any(|range| range.contains(&offset));
+            let bounds = ranges.iter().flat_map(|range| [range.start, range.end]);
+            let end = bounds.filter(|&bound| bound > offset).min().unwrap_or(u64::MAX);
             BlockStatus {
-                len: status.len.min(end * 512 - offset),
+                len: status.len.min(end - offset),
                 flags: StatusFlags { allocated, ..status.flags },
             }
         });
