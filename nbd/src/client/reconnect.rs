@@ -181,12 +181,26 @@ impl Client {
         }
     }
 
+    /// The export may have grown since it was opened: its new part is not ours.
+    fn check_range(&self, request: RequestRange) -> Result<()> {
+        let RequestRange { operation, offset, len } = request;
+        let opened = self.shared.state.borrow().opened;
+        let Some(Opened { size, .. }) = opened else { return Ok(()) };
+        if len == 0 || (offset <= size && len <= size - offset) {
+            return Ok(());
+        }
+        (self as &dyn BlockDevice).check_range(operation, offset, len)
+    }
+
     /// Sends a request over the connection that there is, or as the policy says.
     fn run<T: Send + 'static>(
         &self,
         request: RequestRange,
         start: impl Fn(&Connection) -> Io<'static, T> + Send + Sync + 'static,
     ) -> Io<'_, T> {
+        if let Err(error) = self.check_range(request) {
+            return Io::err(error);
+        }
         let waits = !self.shared.policy.delay.is_zero();
         let connection = match &self.shared.state.borrow().status {
             Status::Connected(connection) => Arc::clone(connection),
