@@ -108,10 +108,6 @@ impl BlockCache {
         self.clock += 1;
         self.blocks.insert(index, (block, self.clock));
     }
-
-    pub(crate) fn clear(&mut self) {
-        self.blocks.clear();
-    }
 }
 
 /// Clusters whose refcount is 1 already and that wait to be used.

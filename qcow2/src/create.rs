@@ -78,7 +78,7 @@ impl CreateOptions {
         if !(9..=21).contains(&self.cluster_bits) {
             return Err(FormatError::UnsupportedClusterSize(self.cluster_bits));
         }
-        if self.size % 512 != 0 {
+        if !self.size.is_multiple_of(512) {
             return bad("the size must be a multiple of 512 bytes");
         }
         if self.refcount_order > 6 {

@@ -91,14 +91,6 @@ impl Entry {
         (if self.zero != 0 { word | ZERO } else { word }, 0)
     }
 
-    /// Sub-clusters whose content comes from this layer.
-    pub(crate) fn present(&self, g: &Geometry) -> u32 {
-        match self.host {
-            Host::Compressed { .. } => g.all_subclusters(),
-            _ => self.alloc | self.zero,
-        }
-    }
-
     /// The host cluster, if this entry may write to it in place.
     pub(crate) fn own_host(&self) -> Option<u64> {
         match self.host {

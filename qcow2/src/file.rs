@@ -113,7 +113,7 @@ impl File {
     }
 
     fn is_aligned(&self, offset: u64, len: u64) -> bool {
-        self.align == 1 || (offset % self.align == 0 && len % self.align == 0)
+        self.align == 1 || (offset | len).is_multiple_of(self.align)
     }
 
     pub(crate) async fn flush(&self, level: FlushLevel) -> Result<()> {

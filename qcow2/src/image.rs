@@ -37,7 +37,6 @@ pub(crate) struct Image {
     /// Order what reaches stable storage too, not only what reaches the file.
     pub(crate) ordered: bool,
     pub(crate) snapshots: Vec<Snapshot>,
-    pub(crate) snapshot_table_len: u64,
     /// Virtual size in bytes.
     pub(crate) size: AtomicU64,
     pub(crate) header: Mutex<Header>,
@@ -110,7 +109,6 @@ pub(crate) struct Parts {
     pub(crate) ordered: bool,
     pub(crate) header: Header,
     pub(crate) snapshots: Vec<Snapshot>,
-    pub(crate) snapshot_table_len: u64,
     pub(crate) map: Map,
     pub(crate) alloc: Allocator,
     pub(crate) regions: Regions,
@@ -127,7 +125,6 @@ impl Image {
             read_only: parts.read_only,
             ordered: parts.ordered,
             snapshots: parts.snapshots,
-            snapshot_table_len: parts.snapshot_table_len,
             size: AtomicU64::new(parts.header.size),
             header: Mutex::new(parts.header),
             header_io: AsyncMutex::new(()),

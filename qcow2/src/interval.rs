@@ -89,6 +89,7 @@ impl IntervalSet {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn contains(&self, value: u64) -> bool {
         self.spans.range(..=value).next_back().is_some_and(|(_, &end)| end > value)
     }

@@ -55,10 +55,6 @@ impl L2Table {
         L2Table { offset, words: Mutex::new(words) }
     }
 
-    pub(crate) fn entry(&self, g: &Geometry, index: usize) -> Decoded {
-        decode_at(g, &lock(&self.words), index)
-    }
-
     /// Calls `visit` for the entries from `index` on, until it says `false`.
     pub(crate) fn visit(
         &self,

@@ -119,7 +119,6 @@ pub(crate) async fn open(
         ordered: options.ordered,
         header,
         snapshots,
-        snapshot_table_len,
         map: Map::new(l1, cache_tables),
         alloc,
         regions,

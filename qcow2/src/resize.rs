@@ -23,7 +23,7 @@ impl Image {
         if size < old {
             return unsupported("an image cannot shrink");
         }
-        if size % 512 != 0 {
+        if !size.is_multiple_of(512) {
             let what = "the size must be a multiple of 512 bytes";
             return Err(self.error(Operation::Truncate, ErrorKind::InvalidInput, what));
         }
