@@ -1,0 +1,75 @@
+use brep_nbd::{Endpoint, NbdUri};
+
+use crate::exit::Failure;
+
+/// The place that a URI names, for options whose exports are named by the disks.
+pub(crate) fn endpoint_without_export(option: &str, uri: NbdUri) -> Result<Endpoint, Failure> {
+    if !uri.export.is_empty() {
+        return Err(Failure::usage(format!(
+            "{option} {uri}: no export name here, the exports are the names of the disks"
+        )));
+    }
+    without_tls(option, uri).map(|uri| uri.endpoint)
+}
+
+/// Refuses a URI that demands TLS, which this version does not have.
+pub(crate) fn without_tls(option: &str, uri: NbdUri) -> Result<NbdUri, Failure> {
+    if uri.tls.is_some() {
+        return Err(Failure::usage(format!(
+            "{option} {uri}: this version has no TLS yet; use nbd:// inside a trusted network, \
+             or a tunnel"
+        )));
+    }
+    Ok(uri)
+}
+
+/// Refuses to listen where others can read along, unless that was said to be wanted.
+pub(crate) fn check_plaintext(
+    option: &str,
+    endpoint: &Endpoint,
+    allowed: bool,
+) -> Result<(), Failure> {
+    if endpoint.is_loopback() || allowed {
+        return Ok(());
+    }
+    Err(Failure::usage(format!(
+        "{option} {endpoint}: listening beyond loopback without TLS lets anyone in the network \
+         read and write the disks; --allow-plaintext does it all the same"
+    )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit;
+
+    fn uri(text: &str) -> NbdUri {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn listening_beyond_loopback_needs_consent() {
+        for (text, open) in [
+            ("nbd://127.0.0.1:1", false),
+            ("nbd://[::1]", false),
+            ("nbd://localhost", false),
+            ("nbd+unix:///?socket=/a", false),
+            ("nbd://0.0.0.0", true),
+            ("nbd://[::]", true),
+            ("nbd://192.0.2.1", true),
+            ("nbd://example.org", true),
+        ] {
+            let endpoint = endpoint_without_export("--listen", uri(text)).unwrap();
+            assert_eq!(check_plaintext("--listen", &endpoint, false).is_err(), open, "{text}");
+            assert!(check_plaintext("--listen", &endpoint, true).is_ok(), "{text}");
+        }
+    }
+
+    #[test]
+    fn export_names_and_tls_are_refused_as_usage() {
+        for text in ["nbd://h/vda", "nbds://h", "nbd+unix:///x?socket=/a"] {
+            let failure = endpoint_without_export("--listen", uri(text)).unwrap_err();
+            assert_eq!(failure.code, exit::USAGE, "{text}");
+        }
+    }
+}

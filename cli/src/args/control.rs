@@ -1,0 +1,98 @@
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use crate::units::parse_duration;
+
+/// Which instance to talk to, and how.
+#[derive(Debug, Args)]
+pub(crate) struct ControlArgs {
+    /// Control socket of the instance [default: the one instance that runs]
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) control: Option<PathBuf>,
+
+    /// How long to wait for the answer
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = parse_duration)]
+    pub(crate) timeout: Duration,
+
+    /// Print the answer as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Show the state of an instance
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+
+    /// Show it again and again
+    #[arg(long, value_name = "INTERVAL", num_args = 0..=1, default_missing_value = "1s",
+        value_parser = parse_duration)]
+    pub(crate) watch: Option<Duration>,
+}
+
+/// Take a checkpoint now
+#[derive(Debug, Args)]
+pub(crate) struct CheckpointArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+
+    /// What to wait for: until the epoch is cut, or until it is committed
+    #[arg(long, value_name = "MOMENT", default_value = "commit")]
+    pub(crate) wait: Wait,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Wait {
+    Cut,
+    Commit,
+}
+
+/// Make a secondary the one that serves the disks
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A failover to the checkpoint is possible whenever there is one. A failover to the latest write is
+possible after unbroken synchronous replication; it loses nothing that was acknowledged while the
+two sides were in contact. See `brep status` for which is offered.")]
+pub(crate) struct FailoverArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+
+    /// What the disks become: the last checkpoint, or everything that was received
+    #[arg(long, value_name = "TARGET", default_value = "checkpoint")]
+    pub(crate) to: Target,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Target {
+    Checkpoint,
+    Latest,
+}
+
+/// Stop an instance; its buffers are kept
+#[derive(Debug, Args)]
+#[command(after_help = "\
+SIGTERM and SIGINT stop an instance cleanly too, and never drop anything. A secondary that holds
+the pre-images of a checkpoint is stopped this way, or with --discard-checkpoint, which drops
+them: the replica then is what was received last, and there is no checkpoint to go back to.")]
+pub(crate) struct StopArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+
+    /// Drop the pre-images of the last checkpoint
+    #[arg(long)]
+    pub(crate) discard_checkpoint: bool,
+}
+
+/// Bring a secondary that was away back into sync
+#[derive(Debug, Args)]
+pub(crate) struct ResyncArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+
+    /// Copy everything
+    #[arg(long)]
+    pub(crate) full: bool,
+}

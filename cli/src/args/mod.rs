@@ -1,0 +1,70 @@
+//! What can be typed, and what it means.
+mod address;
+mod control;
+mod disk;
+mod image;
+mod nbd;
+mod pair;
+
+pub(crate) use address::{check_plaintext, endpoint_without_export, without_tls};
+pub(crate) use control::{
+    CheckpointArgs, ControlArgs, FailoverArgs, ResyncArgs, StatusArgs, StopArgs, Target, Wait,
+};
+pub(crate) use disk::{format_by_name, unknown_format};
+pub(crate) use image::{
+    CheckArgs, CompareArgs, CreateArgs, ImageArgs, ImageCommand, InfoArgs, Repair,
+};
+pub(crate) use nbd::{NbdArgs, NbdCommand, NbdInfoArgs, ServeArgs};
+pub(crate) use pair::{PrimaryArgs, SecondaryArgs};
+
+use clap::{ArgAction, Args, Parser, Subcommand};
+
+/// Block replication with continuous checkpoints, for virtual machine disks
+///
+/// A primary serves disks over NBD and forwards every write to a secondary, which keeps what the
+/// writes overwrite. At any time the secondary can take over: from the last checkpoint, or from
+/// the last write that was received.
+#[derive(Debug, Parser)]
+#[command(
+    name = "brep",
+    version,
+    max_term_width = 100,
+    after_help = "\
+Two commands make a pair:
+  brep secondary --disk vda=replica.raw --state-dir state-b --listen nbd://127.0.0.1:10809
+  brep primary --disk vda=disk.raw --state-dir state-a --peer nbd://127.0.0.1:10809 \\
+      --guest-listen 'nbd+unix:///?socket=vda.sock'
+
+`brep demo` shows one at work. Exit codes: 0 done, 1 failed, 2 usage, 3 refused because of the
+state. Log messages go to stderr; BREP_LOG (for example brep=debug) chooses which."
+)]
+pub(crate) struct Cli {
+    /// Log more; twice, even more
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    pub(crate) verbose: u8,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Primary(Box<PrimaryArgs>),
+    Secondary(Box<SecondaryArgs>),
+    Status(StatusArgs),
+    Checkpoint(CheckpointArgs),
+    Failover(FailoverArgs),
+    Stop(StopArgs),
+    Resync(ResyncArgs),
+    Image(ImageArgs),
+    Nbd(NbdArgs),
+    Demo(DemoArgs),
+}
+
+/// Show a pair at work: replicate, checkpoint, kill, fail over, compare
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Keep the disks, state and logs of the demo in this new directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keep: Option<std::path::PathBuf>,
+}

@@ -1,0 +1,246 @@
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use brep_nbd::NbdUri;
+use brep_replication::config::{Ack, DiskConfig, PrimaryConfig, SecondaryConfig};
+use clap::{Args, ValueEnum};
+
+use super::address::{check_plaintext, endpoint_without_export};
+use super::disk::DiskArg;
+use crate::exit::Failure;
+use crate::units::{Interval, parse_duration, parse_interval, parse_size};
+
+/// What both sides of a pair take.
+#[derive(Debug, Args)]
+pub(crate) struct SideArgs {
+    /// A disk of the group: NAME=FILE[,format=raw|qcow2][,cache=writeback|none]
+    ///
+    /// May be given several times: all disks are cut and committed together. NAME is the name of
+    /// the export and the same on both sides. The format is taken from .raw, .img or .qcow2, and
+    /// has to be given for any other name. A comma in FILE is written twice.
+    #[arg(long = "disk", value_name = "NAME=FILE", required = true)]
+    disks: Vec<DiskArg>,
+
+    /// Directory for the state record and the buffers; made with mode 0700 if it is missing
+    #[arg(long, value_name = "DIR")]
+    state_dir: PathBuf,
+
+    /// Control socket [default: STATE_DIR/control.sock]
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
+
+    /// Name of this side, different from the peer's [default: the host name]
+    #[arg(long)]
+    name: Option<String>,
+
+    /// How long the other side may be silent before it counts as lost
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
+    peer_timeout: Duration,
+
+    /// What a checkpoint survives: the end of a process (process)
+    #[arg(long, value_name = "LEVEL", default_value = "process")]
+    durability: Durability,
+
+    /// Listen beyond loopback although nothing is encrypted
+    #[arg(long)]
+    allow_plaintext: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Durability {
+    Process,
+    #[value(hide = true)]
+    Power,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnPeerLost {
+    Degrade,
+    #[value(hide = true)]
+    Suspend,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum AckArg {
+    /// The secondary has it too
+    Sync,
+    /// It is on its way to the secondary
+    Async,
+}
+
+/// Serve disks to guests and replicate what they write
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  brep primary --disk vda=disk.raw --state-dir state-a --peer nbd://127.0.0.1:10809 \\
+      --guest-listen 'nbd+unix:///?socket=vda.sock'
+  qemu-io -f raw -c 'write -P 1 0 1M' 'nbd+unix:///vda?socket=vda.sock'")]
+pub(crate) struct PrimaryArgs {
+    #[command(flatten)]
+    side: SideArgs,
+
+    /// Where the secondary listens; without it the primary runs alone
+    #[arg(long, value_name = "URI")]
+    peer: Option<NbdUri>,
+
+    /// Where guests connect; exports are the names of the disks
+    #[arg(long, value_name = "URI")]
+    guest_listen: NbdUri,
+
+    /// When a guest write is acknowledged
+    #[arg(long, default_value = "sync")]
+    ack: AckArg,
+
+    /// Bytes that may be on their way to the secondary
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_size)]
+    window_bytes: u64,
+
+    /// Requests that may be on their way to the secondary
+    #[arg(long, value_name = "COUNT", default_value = "4096",
+        value_parser = clap::value_parser!(u32).range(1..=65536))]
+    window_requests: u32,
+
+    /// Time between two checkpoints, or off: only on command
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = parse_interval)]
+    checkpoint_interval: Interval,
+
+    /// What to do when the secondary is lost: go on alone (degrade)
+    #[arg(long, value_name = "POLICY", default_value = "degrade")]
+    on_peer_lost: OnPeerLost,
+
+    /// The secondary's disks are copies already: compare hashes, copy only what differs
+    #[arg(long)]
+    seeded: bool,
+}
+
+/// Receive the writes of a primary and keep what they overwrite, ready to take over
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  brep secondary --disk vda=replica.qcow2 --state-dir state-b --listen nbd://127.0.0.1:10809
+  brep failover --control state-b/control.sock")]
+pub(crate) struct SecondaryArgs {
+    #[command(flatten)]
+    side: SideArgs,
+
+    /// Where the primary connects; after a failover, guests
+    #[arg(long, value_name = "URI")]
+    listen: NbdUri,
+
+    /// Where this side's own guest connects; a manager then decides about checkpoints
+    #[arg(long, value_name = "URI")]
+    guest_listen: Option<NbdUri>,
+}
+
+impl PrimaryArgs {
+    /// What was typed, as what it means.
+    pub(crate) fn resolve(self) -> Result<PrimaryConfig, Failure> {
+        if self.on_peer_lost == OnPeerLost::Suspend {
+            return Err(Failure::usage(
+                "--on-peer-lost suspend is not available in this version; degrade is: the guest \
+                 goes on, and what the secondary lacks is counted",
+            ));
+        }
+        if self.window_bytes < 1 << 20 {
+            return Err(Failure::usage("--window-bytes: at least 1M"));
+        }
+        let side = self.side.resolve()?;
+        let peer = self.peer.map(|uri| endpoint_without_export("--peer", uri)).transpose()?;
+        let guest_listen = endpoint_without_export("--guest-listen", self.guest_listen)?;
+        check_plaintext("--guest-listen", &guest_listen, side.allow_plaintext)?;
+        Ok(PrimaryConfig {
+            name: side.name,
+            disks: side.disks,
+            state_dir: side.state_dir,
+            peer,
+            guest_listen,
+            control: side.control,
+            ack: match self.ack {
+                AckArg::Sync => Ack::Sync,
+                AckArg::Async => Ack::Async,
+            },
+            peer_timeout: side.peer_timeout,
+            window_bytes: self.window_bytes,
+            window_requests: self.window_requests as usize,
+            checkpoint_interval: self.checkpoint_interval.0,
+            seeded: self.seeded,
+            allow_plaintext: side.allow_plaintext,
+        })
+    }
+}
+
+impl SecondaryArgs {
+    /// What was typed, as what it means.
+    pub(crate) fn resolve(self) -> Result<SecondaryConfig, Failure> {
+        let side = self.side.resolve()?;
+        let listen = endpoint_without_export("--listen", self.listen)?;
+        check_plaintext("--listen", &listen, side.allow_plaintext)?;
+        let guest_listen = self
+            .guest_listen
+            .map(|uri| endpoint_without_export("--guest-listen", uri))
+            .transpose()?;
+        if let Some(endpoint) = &guest_listen {
+            check_plaintext("--guest-listen", endpoint, side.allow_plaintext)?;
+            if *endpoint == listen {
+                return Err(Failure::usage("--listen and --guest-listen must differ"));
+            }
+        }
+        Ok(SecondaryConfig {
+            name: side.name,
+            disks: side.disks,
+            state_dir: side.state_dir,
+            listen,
+            guest_listen,
+            control: side.control,
+            peer_timeout: side.peer_timeout,
+            allow_plaintext: side.allow_plaintext,
+        })
+    }
+}
+
+struct Side {
+    name: String,
+    disks: Vec<DiskConfig>,
+    state_dir: PathBuf,
+    control: Option<PathBuf>,
+    peer_timeout: Duration,
+    allow_plaintext: bool,
+}
+
+impl SideArgs {
+    fn resolve(self) -> Result<Side, Failure> {
+        if self.durability == Durability::Power {
+            return Err(Failure::usage(
+                "--durability power is not available in this version: a checkpoint survives the \
+                 end of any process, not yet the loss of power",
+            ));
+        }
+        let (mut names, mut files) = (HashSet::new(), HashSet::new());
+        for disk in &self.disks {
+            if !names.insert(&disk.name) {
+                return Err(Failure::usage(format!("--disk {}: the name is taken", disk.name)));
+            }
+            let file = std::fs::canonicalize(&disk.file).unwrap_or_else(|_| disk.file.clone());
+            if !files.insert(file) {
+                let file = disk.file.display();
+                return Err(Failure::usage(format!("--disk {}: {file} given twice", disk.name)));
+            }
+        }
+        let name = match self.name {
+            Some(name) => name,
+            None => rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        };
+        if !(1..=64).contains(&name.len()) || name.chars().any(char::is_control) {
+            return Err(Failure::usage("--name: 1 to 64 bytes, no control characters"));
+        }
+        Ok(Side {
+            name,
+            disks: self.disks.into_iter().map(DiskArg::into_config).collect(),
+            state_dir: std::path::absolute(self.state_dir)?,
+            control: self.control.map(std::path::absolute).transpose()?,
+            peer_timeout: self.peer_timeout,
+            allow_plaintext: self.allow_plaintext,
+        })
+    }
+}

@@ -1,0 +1,134 @@
+//! The commands that ask a running instance for something.
+use std::time::{Duration, Instant};
+
+use brep_replication::control::{ClientError, ControlClient};
+use serde_json::{Value, json};
+
+use crate::args::{CheckpointArgs, ControlArgs, FailoverArgs, ResyncArgs, StopArgs, Target, Wait};
+use crate::exit::{Failure, OK, Outcome};
+use crate::instances::Registry;
+use crate::{output, units};
+
+/// How much longer than the instance a command waits for the answer.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Connects to the instance that was named, or to the only one.
+pub(crate) fn connect(args: &ControlArgs) -> Result<ControlClient, Failure> {
+    let path = match &args.control {
+        Some(path) => path.clone(),
+        None => Registry::of_user().the_only_one()?,
+    };
+    Ok(ControlClient::connect(&path, args.timeout)?)
+}
+
+pub(crate) fn checkpoint(args: &CheckpointArgs) -> Outcome {
+    let wait = match args.wait {
+        Wait::Cut => "cut",
+        Wait::Commit => "commit",
+    };
+    let limit = u64::try_from(args.control.timeout.as_millis()).unwrap_or(u64::MAX);
+    let mut client = connect(&args.control)?;
+    // The instance gives up at its limit, and says why; this side waits a little longer.
+    client.set_timeout(args.control.timeout + GRACE);
+    let answer = client.execute("checkpoint", json!({ "wait": wait, "timeout-ms": limit }))?;
+    let done = if args.wait == Wait::Cut { "cut" } else { "committed" };
+    report(&args.control, &answer, || match number(&answer, "epoch") {
+        Some(epoch) => format!("checkpoint {epoch} {done}"),
+        None => format!("checkpoint {done}"),
+    })
+}
+
+pub(crate) fn failover(args: &FailoverArgs) -> Outcome {
+    let target = match args.to {
+        Target::Checkpoint => "checkpoint",
+        Target::Latest => "latest",
+    };
+    let answer = ask(&args.control, "failover", json!({ "to": target }))?;
+    report(&args.control, &answer, || promotion(args.to, &answer))
+}
+
+/// What a failover has done, and what may be missing.
+fn promotion(target: Target, answer: &Value) -> String {
+    let mut text = match (target, number(answer, "epoch")) {
+        (Target::Latest, _) => String::from("promoted to the last write that was received"),
+        (Target::Checkpoint, Some(epoch)) => format!("promoted to checkpoint {epoch}"),
+        (Target::Checkpoint, None) => String::from("promoted to the last checkpoint"),
+    };
+    if answer.get("repeated").and_then(Value::as_bool) == Some(true) {
+        text.push_str(" (it had been before)");
+    } else if let Some(us) = number(answer, "took-us") {
+        text.push_str(&format!(" in {}", units::duration(Duration::from_micros(us))));
+    }
+    if let Some(differing) = number(answer, "differing-bytes").map(units::bytes) {
+        let fate = if target == Target::Latest { "was kept" } else { "was given up" };
+        text.push_str(&format!("\nwritten since the checkpoint, at most {differing}: {fate}"));
+    }
+    if let Some(ms) = number(answer, "last-contact-ms") {
+        let ago = units::duration(Duration::from_millis(ms));
+        text.push_str(&format!(
+            "\nlast contact with the primary {ago} ago; if it went on alone since, it has more"
+        ));
+    }
+    text.push_str("\nguests are served; the merge goes on in the background, see `brep status`");
+    text
+}
+
+pub(crate) fn stop(args: &StopArgs) -> Outcome {
+    let arguments = json!({ "discard-checkpoint": args.discard_checkpoint });
+    let mut client = connect(&args.control)?;
+    let stopped = client.execute("replication-stop", arguments)?;
+    // The answer to this one may lose the race against the end of the process.
+    match client.execute("quit", Value::Null) {
+        Ok(_) | Err(ClientError::Closed { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    wait_for_end(client, args.control.timeout)?;
+    report(&args.control, &stopped, || "stopped".into())
+}
+
+/// Waits until the instance has closed its control socket, which it does last.
+fn wait_for_end(mut client: ControlClient, timeout: Duration) -> Result<(), Failure> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        match client.next_event(remaining) {
+            Err(ClientError::Closed { .. }) => return Ok(()),
+            Ok(None) => {
+                return Err(Failure::failed(format!(
+                    "it was asked to stop, and is not done after {timeout:?}"
+                )));
+            }
+            Ok(Some(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
+    if !args.full {
+        return Err(Failure::usage(
+            "this version knows the full resync only, which copies everything: brep resync --full",
+        ));
+    }
+    let answer = ask(&args.control, "resync", json!({ "full": true }))?;
+    report(&args.control, &answer, || {
+        "resync started; `brep status --watch` shows how far it is".into()
+    })
+}
+
+fn ask(args: &ControlArgs, command: &str, arguments: Value) -> Result<Value, Failure> {
+    Ok(connect(args)?.execute(command, arguments)?)
+}
+
+fn report(args: &ControlArgs, answer: &Value, text: impl FnOnce() -> String) -> Outcome {
+    if args.json {
+        output::json(answer)?;
+    } else {
+        output::line(&text())?;
+    }
+    Ok(OK)
+}
+
+fn number(answer: &Value, key: &str) -> Option<u64> {
+    answer.get(key).and_then(Value::as_u64)
+}

@@ -1,0 +1,8 @@
+//! What the commands do.
+pub(crate) mod control;
+pub(crate) mod demo;
+pub(crate) mod image;
+pub(crate) mod nbd;
+pub(crate) mod pair;
+mod runtime;
+pub(crate) mod status;

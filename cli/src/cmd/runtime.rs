@@ -1,0 +1,85 @@
+//! Threads, runtimes and signals of commands that run until they are told to end.
+use std::future::Future;
+
+use anyhow::Context;
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::exit::{FAILED, Failure};
+
+/// A runtime that stays in the thread that drives it.
+pub(crate) fn current_thread() -> Result<Runtime, Failure> {
+    Ok(Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?)
+}
+
+/// Runs `serve` in a thread of its own until it ends, and cancels its token when SIGTERM or
+/// SIGINT arrives: then it ends cleanly. A second signal ends the process at once.
+pub(crate) fn until_signal<F, Fut, E>(thread: &str, serve: F) -> Result<(), Failure>
+where
+    F: FnOnce(CancellationToken) -> Fut + Send + 'static,
+    Fut: Future<Output = Result<(), E>>,
+    E: Send + 'static,
+    Failure: From<E>,
+{
+    let runtime = current_thread()?;
+    // Before anything is served: from here on no signal may end the process uncleanly.
+    let mut signals = {
+        let _guard = runtime.enter();
+        Signals::new()?
+    };
+    let shutdown = CancellationToken::new();
+    let (ended, mut end) = tokio::sync::oneshot::channel();
+    let token = shutdown.clone();
+    let data = std::thread::Builder::new()
+        .name(thread.to_owned())
+        .spawn(move || {
+            let result = current_thread().and_then(|data| Ok(data.block_on(serve(token))?));
+            // The receiver lives until this thread has been joined.
+            let _ = ended.send(());
+            result
+        })
+        .context("cannot start a thread")?;
+    runtime.block_on(async {
+        tokio::select! {
+            _ = &mut end => return,
+            name = signals.next() => {
+                tracing::info!("{name}: stopping; a second one ends the process at once");
+                shutdown.cancel();
+            }
+        }
+        tokio::select! {
+            _ = &mut end => {}
+            name = signals.next() => {
+                tracing::warn!("{name} once more: ending without a clean stop");
+                std::process::exit(i32::from(FAILED));
+            }
+        }
+    });
+    match data.join() {
+        Ok(result) => result,
+        Err(_) => Err(Failure::failed("the data thread has panicked; see the log")),
+    }
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, Failure> {
+        let listen = |kind| signal(kind).context("cannot wait for signals");
+        Ok(Signals {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

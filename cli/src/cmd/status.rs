@@ -1,0 +1,270 @@
+//! `brep status`: one screen for people, one object for programs.
+use std::fmt::Write as _;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use brep_replication::status::{DiskState, DiskStatus, LinkState, Role, Status};
+use serde_json::Value;
+
+use super::control::connect;
+use crate::args::StatusArgs;
+use crate::exit::{Failure, OK, Outcome};
+use crate::output::{Cell, Colour, Paint, Table};
+use crate::{output, units};
+
+pub(crate) fn run(args: &StatusArgs) -> Outcome {
+    let mut client = connect(&args.control)?;
+    let Some(interval) = args.watch else {
+        show(&client.execute("query-status", Value::Null)?, args)?;
+        return Ok(OK);
+    };
+    loop {
+        let answer = client.execute("query-status", Value::Null)?;
+        if !args.control.json && std::io::stdout().is_terminal() {
+            output::line("\x1b[H\x1b[2J")?;
+        }
+        show(&answer, args)?;
+        std::thread::sleep(interval);
+    }
+}
+
+fn show(answer: &Value, args: &StatusArgs) -> Result<(), Failure> {
+    match (args.control.json, args.watch) {
+        (true, None) => output::json(answer),
+        (true, Some(_)) => output::line(&answer.to_string()),
+        (false, _) => {
+            let status: Status = serde_json::from_value(answer.clone()).map_err(|error| {
+                Failure::failed(format!("the instance is of another version ({error}): use --json"))
+            })?;
+            output::line(render(&status, Paint::for_stdout()).trim_end())
+        }
+    }
+}
+
+/// One screen: who and where, how far, each disk, what happened, what to do.
+fn render(status: &Status, paint: Paint) -> String {
+    let mut text = String::new();
+    // Writing to a string cannot fail, here and below.
+    let _ = writeln!(text, "{}", headline(status, paint));
+    let _ = writeln!(text, "{}\n", progress(status));
+    text.push_str(&disks(status).render(paint));
+    let _ = write!(text, "\n{}", counters(status));
+    for error in &status.errors {
+        let disk = if error.disk.is_empty() { "group" } else { &error.disk };
+        let times =
+            if error.count > 1 { format!(" ({} times)", error.count) } else { String::new() };
+        let _ =
+            write!(text, "\n{} {disk}: {}{times}", paint.apply(Colour::Red, "!"), error.message);
+    }
+    if let Some(reason) = &status.reason {
+        let _ = write!(text, "\n{} {reason}", paint.apply(Colour::Yellow, "why:"));
+    }
+    if let Some(advice) = &status.advice {
+        let _ = write!(text, "\n{} {advice}", paint.apply(Colour::Bold, "do: "));
+    }
+    text.push('\n');
+    text
+}
+
+fn headline(status: &Status, paint: Paint) -> String {
+    let role = match status.role {
+        Role::Primary => "primary",
+        Role::Secondary => "secondary",
+        Role::Promoted => "promoted",
+    };
+    let peer = status.peer.as_deref().unwrap_or("the peer");
+    let link = match status.link {
+        LinkState::None => paint.apply(Colour::Yellow, "no peer"),
+        LinkState::Disconnected => paint.apply(Colour::Yellow, &format!("not connected to {peer}")),
+        LinkState::Refused => paint.apply(Colour::Red, &format!("refused by {peer}")),
+        LinkState::Connected => paint.apply(Colour::Green, &format!("connected to {peer}")),
+    };
+    let mut line = format!("{} · {role} · {link}", paint.apply(Colour::Bold, &status.name));
+    match status.last_contact_ms {
+        Some(contact) if status.link != LinkState::Connected => {
+            let _ = write!(line, ", last heard of {} ago", millis(contact));
+        }
+        _ => {}
+    }
+    line
+}
+
+fn progress(status: &Status) -> String {
+    let mut parts = Vec::new();
+    parts.push(match (status.checkpoint, status.checkpoint_age_ms) {
+        (Some(epoch), Some(age)) => format!("checkpoint {epoch}, {} old", millis(age)),
+        (Some(epoch), None) => format!("checkpoint {epoch}"),
+        (None, _) => "no checkpoint yet".into(),
+    });
+    parts.push(format!("epoch {}", status.epoch));
+    if let Some(ack) = &status.ack {
+        parts.push(format!("ack {ack}"));
+    }
+    parts.push(format!("durability {}", status.durability));
+    match (status.promotable, status.latest_ok) {
+        (Some(true), Some(true)) => parts.push("can fail over to checkpoint or latest".into()),
+        (Some(true), _) => parts.push("can fail over to checkpoint".into()),
+        (Some(false), _) => parts.push("cannot fail over".into()),
+        (None, _) => {}
+    }
+    parts.join(" · ")
+}
+
+fn disks(status: &Status) -> Table {
+    let mut table = Table::new(vec![
+        Cell::left("DISK"),
+        Cell::left("STATE"),
+        Cell::right("SIZE"),
+        Cell::right("BEHIND"),
+        Cell::right("PRE-IMAGES"),
+        Cell::left("FILE"),
+    ]);
+    for disk in &status.disks {
+        let (state, colour) = state(disk);
+        let hidden = disk.hidden_bytes.map_or("–".into(), units::bytes);
+        table.row(vec![
+            Cell::left(&disk.name),
+            Cell::left(state).colour(colour),
+            Cell::right(units::bytes(disk.size)),
+            Cell::right(if status.role == Role::Secondary {
+                "–".into()
+            } else {
+                units::bytes(disk.bytes_behind)
+            }),
+            Cell::right(hidden),
+            Cell::left(&disk.file),
+        ]);
+    }
+    table
+}
+
+fn state(disk: &DiskStatus) -> (String, Colour) {
+    let percent = || match disk.progress {
+        Some(progress) if progress.total > 0 => {
+            format!(" {} %", u128::from(progress.done) * 100 / u128::from(progress.total))
+        }
+        _ => String::new(),
+    };
+    match disk.state {
+        DiskState::InSync => ("in sync".into(), Colour::Green),
+        DiskState::Resyncing => (format!("resyncing{}", percent()), Colour::Yellow),
+        DiskState::Disconnected => ("disconnected".into(), Colour::Yellow),
+        DiskState::Inconsistent => (format!("inconsistent{}", percent()), Colour::Red),
+        DiskState::Promoting => (format!("promoted, merging{}", percent()), Colour::Yellow),
+        DiskState::Promoted => ("promoted".into(), Colour::Green),
+        DiskState::Alone => ("alone".into(), Colour::Yellow),
+        DiskState::Failed => ("failed".into(), Colour::Red),
+    }
+}
+
+fn counters(status: &Status) -> String {
+    let counters = &status.counters;
+    let mut text = String::new();
+    let writes = |count, bytes| format!("{} writes, {}", units::count(count), units::bytes(bytes));
+    if status.role != Role::Secondary || counters.guest_writes > 0 {
+        let guest = writes(counters.guest_writes, counters.guest_write_bytes);
+        let _ = writeln!(text, "by the guest   {guest}");
+    }
+    let replicated = writes(counters.replicated_writes, counters.replicated_bytes);
+    let _ = writeln!(text, "replicated     {replicated}");
+    let _ = write!(text, "checkpoints    {}", units::count(counters.checkpoints));
+    if counters.last_pause_us > 0 {
+        let pause = units::duration(Duration::from_micros(counters.last_pause_us));
+        let _ = write!(text, ", the last one paused forwarding for {pause}");
+    }
+    if counters.preimage_bytes > 0 {
+        let kept = units::bytes(counters.preimage_bytes);
+        let _ = write!(text, "\npre-images     {kept} written");
+    }
+    text
+}
+
+fn millis(count: u64) -> String {
+    units::duration(Duration::from_millis(count))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use brep_replication::status::{Counters, Progress};
+
+    fn disk() -> DiskStatus {
+        DiskStatus {
+            name: "vda".into(),
+            file: "/d/vda.raw".into(),
+            size: 10 << 30,
+            state: DiskState::InSync,
+            bytes_behind: 0,
+            progress: None,
+            hidden_bytes: None,
+            guest_wrote: None,
+        }
+    }
+
+    fn status() -> Status {
+        Status {
+            name: "host-a".into(),
+            role: Role::Primary,
+            pid: 7,
+            set: None,
+            cur: None,
+            epoch: 42,
+            checkpoint: Some(41),
+            checkpoint_age_ms: Some(400),
+            peer: Some("127.0.0.1:10809".into()),
+            link: LinkState::Connected,
+            last_contact_ms: Some(3),
+            reason: None,
+            advice: None,
+            ack: Some("sync".into()),
+            durability: "process".into(),
+            promotable: None,
+            latest_ok: None,
+            disks: vec![disk()],
+            errors: Vec::new(),
+            counters: Counters { guest_writes: 1234, last_pause_us: 340, ..Counters::default() },
+        }
+    }
+
+    #[test]
+    fn a_healthy_primary_is_one_screen() {
+        let text = render(&status(), Paint::plain());
+        assert!(text.starts_with("host-a · primary · connected to 127.0.0.1:10809\n"), "{text}");
+        assert!(text.contains("checkpoint 41, 400.0 ms old · epoch 42 · ack sync"), "{text}");
+        assert!(
+            text.contains("vda    in sync   10 GiB      0 B            –   /d/vda.raw"),
+            "{text}"
+        );
+        assert!(text.contains("1\u{a0}234 writes"), "{text}");
+        assert!(!text.contains("why:") && !text.contains("do:"), "{text}");
+    }
+
+    #[test]
+    fn trouble_comes_with_its_reason_and_the_way_out() {
+        let mut status = status();
+        status.link = LinkState::Disconnected;
+        status.last_contact_ms = Some(5_200);
+        status.reason = Some("the secondary did not answer within 5 s".into());
+        status.advice = Some("brep resync --full".into());
+        status.disks[0].state = DiskState::Disconnected;
+        status.disks[0].bytes_behind = 3 << 20;
+        let text = render(&status, Paint::plain());
+        assert!(
+            text.contains("not connected to 127.0.0.1:10809, last heard of 5.2 s ago"),
+            "{text}"
+        );
+        assert!(text.contains("disconnected") && text.contains("3 MiB"), "{text}");
+        assert!(text.contains("why: the secondary did not answer"), "{text}");
+        assert!(text.contains("do:  brep resync --full"), "{text}");
+    }
+
+    #[test]
+    fn a_merge_shows_how_far_it_is() {
+        let mut merging = disk();
+        merging.state = DiskState::Promoting;
+        merging.progress = Some(Progress { done: 1 << 20, total: 4 << 20 });
+        assert_eq!(state(&merging).0, "promoted, merging 25 %");
+        merging.progress = Some(Progress { done: 0, total: 0 });
+        assert_eq!(state(&merging).0, "promoted, merging");
+    }
+}

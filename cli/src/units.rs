@@ -1,0 +1,174 @@
+//! Sizes, durations and counts, as people write and read them.
+use std::time::Duration;
+
+/// Parses a size in bytes: `4096`, `64K`, `10G`, `1GiB`. Suffixes are powers of 1024.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let allowed = "a size is a whole number with an optional K, M, G, T, P or E (powers of 1024), \
+                   as in 64M or 10G";
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, suffix) = text.split_at(digits);
+    let number: u64 = match number.parse() {
+        Ok(number) => number,
+        Err(_) if digits > 0 => return Err(format!("{text} is too large: at most 16E - 1")),
+        Err(_) => return Err(allowed.into()),
+    };
+    let suffix = suffix.to_ascii_lowercase();
+    let suffix = suffix.strip_suffix("ib").unwrap_or(&suffix);
+    let shift = match suffix {
+        "" | "b" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        "p" => 50,
+        "e" => 60,
+        _ => return Err(allowed.into()),
+    };
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is too large: at most 16E - 1"))
+}
+
+/// Parses a duration with its unit: `500ms`, `5s`, `1m30s`. Zero is refused.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    const LONGEST: Duration = Duration::from_secs(24 * 3600);
+    let allowed = "a duration is a number with its unit, as in 500ms, 5s or 2m";
+    match humantime::parse_duration(text) {
+        // `humantime` takes a bare 0, which has no unit.
+        Ok(_) if text.bytes().all(|byte| byte.is_ascii_digit()) => Err(allowed.into()),
+        Ok(duration) if duration.is_zero() => Err("must be longer than nothing".into()),
+        Ok(duration) if duration > LONGEST => Err("at most 24h".into()),
+        Ok(duration) => Ok(duration),
+        Err(_) => Err(allowed.into()),
+    }
+}
+
+/// A duration, or none for the word `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Interval(pub(crate) Option<Duration>);
+
+/// Parses an interval: a duration, or `off`.
+pub(crate) fn parse_interval(text: &str) -> Result<Interval, String> {
+    if text == "off" {
+        return Ok(Interval(None));
+    }
+    parse_duration(text)
+        .map(|duration| Interval(Some(duration)))
+        .map_err(|error| format!("{error}; or off, for checkpoints on command only"))
+}
+
+/// Bytes as people read them: `0 B`, `512 B`, `64 KiB`, `1.5 GiB`.
+pub(crate) fn bytes(count: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut unit = 0;
+    let mut scale = 1u64;
+    while unit + 1 < UNITS.len() && count / scale >= 1024 {
+        unit += 1;
+        scale <<= 10;
+    }
+    let name = UNITS[unit];
+    if count.is_multiple_of(scale) {
+        return format!("{} {name}", count / scale);
+    }
+    let tenths = u128::from(count) * 10 / u128::from(scale);
+    format!("{}.{} {name}", tenths / 10, tenths % 10)
+}
+
+/// A count with its thousands apart: `1 234 567`.
+pub(crate) fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() * 4 / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push('\u{a0}');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A duration as people read it, to two or three digits: `340 µs`, `12.3 ms`, `4.2 s`, `3 min`.
+pub(crate) fn duration(duration: Duration) -> String {
+    let micros = duration.as_micros();
+    match micros {
+        0..1_000 => format!("{micros} µs"),
+        1_000..1_000_000 => {
+            format!("{}.{} ms", micros / 1_000, micros / 100 % 10)
+        }
+        1_000_000..120_000_000 => format!("{}.{} s", micros / 1_000_000, micros / 100_000 % 10),
+        120_000_000..7_200_000_000 => format!("{} min", micros / 60_000_000),
+        _ => format!("{} h", micros / 3_600_000_000),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_powers_of_1024() {
+        let table = [
+            ("0", 0),
+            ("512", 512),
+            ("512b", 512),
+            ("1k", 1 << 10),
+            ("64K", 64 << 10),
+            ("64M", 64 << 20),
+            ("10G", 10 << 30),
+            ("10GiB", 10 << 30),
+            ("3T", 3 << 40),
+            ("15E", 15 << 60),
+        ];
+        for (text, size) in table {
+            assert_eq!(parse_size(text), Ok(size), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_that_could_be_misread_are_refused() {
+        for text in ["", "G", "-1", "1.5G", "10 G", "10GB", "10kb", "0x10", "1K1", "ten", "١"] {
+            assert!(parse_size(text).unwrap_err().contains("64M or 10G"), "{text}");
+        }
+        for text in ["16E", "18446744073709551616", "99999999999999999999T"] {
+            assert!(parse_size(text).unwrap_err().contains("too large"), "{text}");
+        }
+    }
+
+    #[test]
+    fn durations_need_a_unit() {
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("5s"), Ok(Duration::from_secs(5)));
+        assert_eq!(parse_duration("1m30s"), Ok(Duration::from_secs(90)));
+        for text in ["", "5", "0", "s", "-5s", "five", "1x"] {
+            assert!(parse_duration(text).unwrap_err().contains("500ms"), "{text}");
+        }
+        assert!(parse_duration("0s").is_err());
+        assert!(parse_duration("25h").is_err());
+    }
+
+    #[test]
+    fn an_interval_may_be_off() {
+        assert_eq!(parse_interval("off"), Ok(Interval(None)));
+        assert_eq!(parse_interval("1s"), Ok(Interval(Some(Duration::from_secs(1)))));
+        assert!(parse_interval("never").unwrap_err().contains("off"));
+    }
+
+    #[test]
+    fn figures_are_read_at_a_glance() {
+        let table = [
+            (0, "0 B"),
+            (512, "512 B"),
+            (1023, "1023 B"),
+            (64 << 10, "64 KiB"),
+            ((3 << 30) / 2, "1.5 GiB"),
+            (u64::MAX, "15.9 EiB"),
+        ];
+        for (number, text) in table {
+            assert_eq!(bytes(number), text);
+        }
+        assert_eq!(count(7), "7");
+        assert_eq!(count(1_234_567), "1\u{a0}234\u{a0}567");
+        assert_eq!(duration(Duration::from_micros(340)), "340 µs");
+        assert_eq!(duration(Duration::from_micros(12_345)), "12.3 ms");
+        assert_eq!(duration(Duration::from_millis(4_250)), "4.2 s");
+        assert_eq!(duration(Duration::from_secs(180)), "3 min");
+    }
+}
