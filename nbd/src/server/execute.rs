@@ -8,9 +8,6 @@ use bytes::{Bytes, BytesMut};
 use crate::proto::server::{Action, Content, Extent, Failure, ReadChunk};
 use crate::proto::wire::{AllocationFlags, Errno};
 
-/// Shorter reads are answered with data without asking the device for holes: asking costs about
-/// as much as reading.
-const HOLES_LEN_MIN: usize = 64 << 10;
 /// Shorter holes are sent as data: a chunk of its own costs more.
 const HOLE_LEN_MIN: u64 = 4096;
 /// Most chunks that one read is cut into; after that all is data.
@@ -23,21 +20,21 @@ const STATUS_CALLS_MAX: usize = 4096;
 const CACHE_LEN: u64 = 1 << 20;
 
 /// Carries a request out. The device is called, and its answer awaited, with everything owned,
-/// so that the future may outlive its connection.
+/// so that the future may outlive its connection. `ask_for_holes`: a read may leave out what
+/// reads as zeroes.
 pub(super) async fn execute(
     device: Arc<dyn BlockDevice>,
     action: Action,
-    structured: bool,
+    ask_for_holes: bool,
 ) -> Result<Content, Failure> {
     let device = &*device;
     match action {
-        Action::Read { offset, len, dont_fragment } => {
-            if structured && !dont_fragment && len >= HOLES_LEN_MIN {
-                read_with_holes(device, offset, len).await
-            } else {
-                let data = read(device, offset, len).await?;
-                Ok(Content::Data { offset, data })
-            }
+        Action::Read { offset, len, .. } if ask_for_holes => {
+            read_with_holes(device, offset, len).await
+        }
+        Action::Read { offset, len, .. } => {
+            let data = read(device, offset, len).await?;
+            Ok(Content::Data { offset, data })
         }
         Action::Write { offset, data, fua } => write(device, offset, data, fua).await,
         Action::Flush => flush(device).await,

@@ -10,6 +10,7 @@ mod connection;
 mod execute;
 mod exports;
 mod handshake;
+mod holes;
 mod listener;
 mod session;
 mod static_exports;

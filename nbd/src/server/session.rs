@@ -22,6 +22,7 @@ use super::budget::Budget;
 use super::config::ServerConfig;
 use super::connection::{Completion, Connection, Stop, Ticket};
 use super::execute::execute;
+use super::holes::HoleSearch;
 use crate::Stream;
 use crate::proto::server::{
     Agreed, Content, Decoder, Failure, Output, ReplyEncoder, Request, check,
@@ -69,6 +70,7 @@ pub(super) struct Session<'a> {
     input_is_large: bool,
     output: Output,
     operation: Operation,
+    holes: HoleSearch,
     completions: Vec<Completion>,
     /// Operations that run on their own.
     running: usize,
@@ -112,6 +114,7 @@ impl<'a> Session<'a> {
             input_is_large: false,
             output: Output::new(),
             operation: idle(),
+            holes: HoleSearch::default(),
             completions: Vec::new(),
             running: 0,
             running_cost: 0,
@@ -178,15 +181,14 @@ impl<'a> Session<'a> {
     }
 
     fn collect_completions(&mut self) {
-        self.connection.take_completions(&mut self.completions);
-        for completion in self.completions.drain(..) {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.connection.take_completions(&mut completions);
+        for completion in completions.drain(..) {
             self.running -= 1;
             self.running_cost -= completion.cost;
-            if completion.result.is_err() {
-                count(&self.connection.errors, 1);
-            }
-            self.encoder.encode(completion.cookie, completion.result, &mut self.output);
+            self.reply(completion.cookie, completion.result);
         }
+        self.completions = completions;
     }
 
     fn start_requests(&mut self, stop: Stop) -> Waiting {
@@ -249,7 +251,8 @@ impl<'a> Session<'a> {
                 return self.reply(cookie, Err(failure));
             }
         };
-        self.operation.set(execute(Arc::clone(&self.device), action, self.agreed.structured));
+        let ask_for_holes = self.agreed.structured && self.holes.are_worth_asking_for(&action);
+        self.operation.set(execute(Arc::clone(&self.device), action, ask_for_holes));
         // The device is called here, in the order of arrival. The waker of this first poll is of
         // no use: the task that takes over polls again.
         match self.operation.poll(&mut Context::from_waker(Waker::noop())) {
@@ -267,8 +270,10 @@ impl<'a> Session<'a> {
     }
 
     fn reply(&mut self, cookie: u64, result: Result<Content, Failure>) {
-        if result.is_err() {
-            count(&self.connection.errors, 1);
+        match &result {
+            Err(_) => count(&self.connection.errors, 1),
+            Ok(Content::Chunks(chunks)) => self.holes.found(chunks),
+            Ok(_) => {}
         }
         self.encoder.encode(cookie, result, &mut self.output);
     }
