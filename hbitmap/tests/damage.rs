@@ -344,6 +344,35 @@ fn after_a_power_loss_a_header_older_than_the_chunks_loses_no_bit() {
 }
 
 #[test]
+fn after_a_power_loss_a_cut_that_was_not_flushed_leaves_no_trace() {
+    let scratch = scratch();
+    let mut maps = MapSet::create(&scratch.path, &options(), tag(1)).unwrap();
+    maps.set(Role::Open, 0, 1);
+    maps.flush().unwrap();
+    let flushed = fs::read(&scratch.path).unwrap();
+    maps.rotate(tag(2)).unwrap();
+    maps.drop_pending();
+    maps.rotate(tag(3)).unwrap();
+    maps.drop_pending();
+    maps.rotate(tag(4)).unwrap();
+    maps.set(Role::Open, 512 * 5, 1);
+    drop(maps);
+    edit(&scratch.path, |bytes| bytes[..2 * PAGE].copy_from_slice(&flushed[..2 * PAGE]));
+
+    let accepting = after_reboot().after_power_loss(AfterPowerLoss::Accept);
+    let mut maps = MapSet::open(&scratch.path, &accepting).unwrap();
+    assert!(!maps.has_pending() && maps.map(Role::Pending).is_empty());
+    assert!(maps.map(Role::Open).get(0));
+    // What is set again after the next cut must reach the file.
+    maps.rotate(tag(5)).unwrap();
+    maps.set(Role::Open, 512 * 5, 1);
+    drop(maps);
+    let maps = MapSet::open(&scratch.path, &after_reboot()).unwrap();
+    assert_eq!(maps.map(Role::Open).iter(0).collect::<Vec<_>>(), [512 * 5]);
+    assert!(maps.map(Role::Pending).get(0));
+}
+
+#[test]
 fn two_users_of_one_file_are_one_too_many() {
     let scratch = closed();
     let map = PersistentBitmap::open(&scratch.path, &options()).unwrap();

@@ -181,11 +181,14 @@ fn load_chunk(file: &mut MapFile, map: usize, chunk: u64) -> Result<(), &'static
 
 /// Takes a chunk that makes no sense as dirty from end to end. Its state is put right last, so
 /// that it stays senseless if this is interrupted.
+///
+/// Where there is no map, only a change of roles since the last flush can have led to the chunk,
+/// and so only bits that the caller sets again.
 fn distrust(file: &mut MapFile, map: usize, chunk: u64) {
     let entry = file.header.entries[map];
     let levels = file.maps[map].levels_mut();
     let (first, end) = (chunk * CHUNK_BITS, ((chunk + 1) * CHUNK_BITS).min(levels.bits()));
-    if first < end {
+    if first < end && entry.present {
         levels.set(first, end - 1);
     }
     for word in chunk * CHUNK_WORDS..(chunk + 1) * CHUNK_WORDS {

@@ -159,7 +159,8 @@ impl MapSet {
         header.entries[PENDING].present = true;
         header.entries[OPEN].present = true;
         header.entries[OPEN].tag = tag;
-        renew(&mut header, OPEN);
+        // Whatever ended the cut before has left that bank with a generation of its own.
+        assert!(self.file.maps[PENDING].is_empty(), "pending is empty while there is none");
         self.file.commit(header);
         self.file.maps.swap(OPEN, PENDING);
         Ok(())
