@@ -354,3 +354,30 @@ async fn a_failed_growth_leaves_the_file_as_long_as_it_was() {
     assert_eq!(error.kind(), ErrorKind::NoSpace);
     assert_eq!((file.size(), std::fs::metadata(&path).unwrap().len()), (1000, 1000));
 }
+
+#[tokio::test]
+async fn of_concurrent_growths_the_longest_counts() {
+    for cache in [CacheMode::Writeback, CacheMode::None] {
+        let (_dir, path) = dir_with_file(0);
+        let options = RawFileOptions { growable: true, cache, ..RawFileOptions::default() };
+        let test = "of_concurrent_growths_the_longest_counts";
+        let Some(file) = open_uncached(test, &path, options) else { continue };
+        let mut tasks = Vec::new();
+        for index in (0..64_u64).rev() {
+            let file = Arc::clone(&file);
+            tasks.push(tokio::spawn(async move {
+                let data = Bytes::from(vec![index as u8 + 1; 4096]);
+                file.write(index * 4096, data, WriteFlags::default()).await
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap().unwrap();
+        }
+        assert_eq!(file.size(), 64 * 4096);
+        let content = std::fs::read(&path).unwrap();
+        assert_eq!(content.len(), 64 * 4096);
+        for (index, block) in content.chunks(4096).enumerate() {
+            assert!(block.iter().all(|&byte| byte == index as u8 + 1), "block {index}, {cache:?}");
+        }
+    }
+}

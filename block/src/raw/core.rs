@@ -10,6 +10,7 @@ use bytes::Bytes;
 use super::direct::Direct;
 use super::engine;
 use super::flush::Flusher;
+use crate::buffer::AlignedBuffer;
 use crate::{Error, ErrorKind, Limits, Operation, Result};
 
 /// A file's state, shared by the device and by the operations that outlive their callers.
@@ -128,14 +129,19 @@ impl Core {
     }
 
     /// The rest of a read of which `done` bytes are in the buffer already.
-    pub(super) fn read_rest(&self, offset: u64, mut buffer: Vec<u8>, done: usize) -> Result<Bytes> {
+    pub(super) fn read_rest(
+        &self,
+        offset: u64,
+        mut buffer: AlignedBuffer,
+        done: usize,
+    ) -> Result<Bytes> {
         let len = buffer.len();
         let read = engine::read_full(&self.file, offset + done as u64, &mut buffer[done..], 1)
             .map_err(|error| self.error(Operation::Read, offset, len as u64, &error))?;
         if done + read < len {
             return Err(self.ended_early(offset, len as u64, offset + (done + read) as u64));
         }
-        Ok(Bytes::from(buffer))
+        Ok(buffer.into_bytes(0, len))
     }
 
     pub(super) fn ended_early(&self, offset: u64, len: u64, end: u64) -> Error {
@@ -170,5 +176,28 @@ impl Core {
     /// Everything that completed before this call is on stable storage afterwards.
     pub(super) async fn flush(self: &Arc<Self>, operation: Operation) -> Result<()> {
         Flusher::flush(self, operation).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn what_a_failed_growth_has_written_is_taken_back() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[1; 1000], 0).unwrap();
+        let core = Core::new("disk".into(), file, Limits::default(), 1000, None, None);
+        let error = core.grow(9000, || {
+            core.file.write_all_at(&[2; 500], 1000)?;
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        assert!(error.is_err());
+        assert_eq!((core.size(), core.file.metadata().unwrap().len()), (1000, 1000));
+        core.extend(2000).unwrap();
+        let found = core.read_rest(0, AlignedBuffer::new(2000, 1), 0).unwrap();
+        assert_eq!((&found[..1000], &found[1000..]), (&[1; 1000][..], &[0; 1000][..]));
     }
 }

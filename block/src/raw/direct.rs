@@ -53,19 +53,6 @@ impl Direct {
         self.block_len as usize
     }
 
-    fn read(&self, core: &Core, offset: u64, len: usize) -> Result<Bytes> {
-        let start = round_down(offset, self.block_len);
-        let end = round_up(offset + len as u64, self.block_len);
-        let mut buffer = AlignedBuffer::new((end - start) as usize, self.memory_align);
-        let read = engine::read_full(&core.file, start, &mut buffer, self.block_len_usize())
-            .map_err(|error| core.error(Operation::Read, offset, len as u64, &error))?;
-        let skip = (offset - start) as usize;
-        if read < skip + len {
-            return Err(core.ended_early(offset, len as u64, start + read as u64));
-        }
-        Ok(buffer.into_bytes(skip, len))
-    }
-
     /// Writes anything anywhere; the caller holds the lock.
     fn write(&self, core: &Core, offset: u64, data: &[u8], durable: bool) -> io::Result<()> {
         let end = offset + data.len() as u64;
@@ -132,9 +119,26 @@ impl Direct {
 
 /// Reads at any offset.
 pub(super) async fn read(core: Arc<Core>, offset: u64, len: usize) -> Result<Bytes> {
-    engine::run(&core, Operation::Read, move |core| match &core.direct {
-        Some(direct) => direct.read(core, offset, len),
-        None => core.read_rest(offset, vec![0; len], 0),
+    let (memory_align, block_len) = match &core.direct {
+        Some(direct) => (direct.memory_align, direct.block_len),
+        None => (1, 1),
+    };
+    let start = round_down(offset, block_len);
+    let end = round_up(offset + len as u64, block_len);
+    let buffer = AlignedBuffer::new((end - start) as usize, memory_align);
+    let skip = (offset - start) as usize;
+    // The last block may be a short one: less than the whole buffer is enough.
+    let (mut buffer, read) = engine::read_by_ring(&core, start, buffer, 0).await?;
+    if read >= skip + len {
+        return Ok(buffer.into_bytes(skip, len));
+    }
+    engine::run(&core, Operation::Read, move |core| {
+        let read = engine::read_full(&core.file, start, &mut buffer, block_len as usize)
+            .map_err(|error| core.error(Operation::Read, offset, len as u64, &error))?;
+        if read < skip + len {
+            return Err(core.ended_early(offset, len as u64, start + read as u64));
+        }
+        Ok(buffer.into_bytes(skip, len))
     })
     .await
 }
@@ -152,7 +156,14 @@ pub(super) async fn write(core: Arc<Core>, offset: u64, data: Bytes, durable: bo
         && len.is_multiple_of(direct.block_len)
         && end <= core.size();
     let mode = if whole { LockMode::Shared } else { LockMode::Exclusive };
-    let guard = direct.lock.lock(direct.pages(offset, len), mode).await;
+    let mut guard = direct.lock.lock(direct.pages(offset, len), mode).await;
+    let mut data = data;
+    if whole && !durable && direct.is_aligned(offset, &data) {
+        match engine::write_by_ring(&core, offset, data, guard).await? {
+            None => return Ok(()),
+            Some(rest) => (data, guard) = rest,
+        }
+    }
     engine::run(&core, Operation::Write, move |core| {
         let result = write_locked(core, offset, &data, durable);
         drop(guard);

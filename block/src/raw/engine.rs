@@ -1,13 +1,17 @@
-//! Where system calls are made: inline if they cannot block, else on tokio's blocking threads.
+//! Where system calls are made: inline if they cannot block, else by io_uring or on tokio's
+//! blocking threads.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::core::Core;
-use crate::{Error, ErrorKind, Operation, Result};
+use super::sys::ring::{self, Memory, Outcome, Transfer};
+use crate::buffer::AlignedBuffer;
+use crate::{Error, ErrorKind, Operation, RangeGuard, Result};
 
 /// Runs `work` where it may block.
 ///
@@ -30,6 +34,48 @@ pub(super) async fn run<T: Send + 'static>(
 
 pub(super) fn shutdown(core: &Core, operation: Operation) -> Error {
     Error::new(operation, ErrorKind::Shutdown, &core.name, "the runtime is shutting down")
+}
+
+/// Reads into a buffer from index `from` on, if there is a ring: how many bytes are there then.
+///
+/// Fewer than wanted say nothing: plain calls have to read on.
+pub(super) async fn read_by_ring(
+    core: &Arc<Core>,
+    offset: u64,
+    buffer: AlignedBuffer,
+    from: usize,
+) -> Result<(AlignedBuffer, usize)> {
+    let memory = Memory::Read(buffer, from);
+    let transfer = Transfer { core: Arc::clone(core), offset, memory, guard: None };
+    match ring::transfer(transfer).await {
+        Outcome::Done(len, Transfer { memory: Memory::Read(buffer, _), .. }) => {
+            Ok((buffer, from + len))
+        }
+        Outcome::Refused(Transfer { memory: Memory::Read(buffer, _), .. }) => Ok((buffer, from)),
+        _ => Err(shutdown(core, Operation::Read)),
+    }
+}
+
+/// Writes whole blocks, if there is a ring. What is given back has to be written by plain calls,
+/// all of it.
+pub(super) async fn write_by_ring(
+    core: &Arc<Core>,
+    offset: u64,
+    data: Bytes,
+    guard: RangeGuard,
+) -> Result<Option<(Bytes, RangeGuard)>> {
+    let memory = Memory::Write(data);
+    let transfer = Transfer { core: Arc::clone(core), offset, memory, guard: Some(guard) };
+    match ring::transfer(transfer).await {
+        Outcome::Done(len, Transfer { memory: Memory::Write(data), .. }) if len == data.len() => {
+            Ok(None)
+        }
+        Outcome::Done(_, Transfer { memory: Memory::Write(data), guard: Some(guard), .. })
+        | Outcome::Refused(Transfer { memory: Memory::Write(data), guard: Some(guard), .. }) => {
+            Ok(Some((data, guard)))
+        }
+        _ => Err(shutdown(core, Operation::Write)),
+    }
 }
 
 /// Reads what can be had without waiting: how many bytes, from the start of `buffer`.

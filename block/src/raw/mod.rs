@@ -15,6 +15,7 @@ use bytes::Bytes;
 
 use self::core::Core;
 pub use self::open::{CacheMode, RawFileOptions};
+use crate::buffer::AlignedBuffer;
 use crate::device::{check_request, check_request_write};
 use crate::{
     BlockDevice, BlockStatus, FlushLevel, Io, Limits, Operation, Result, WriteFlags, ZeroFlags,
@@ -25,8 +26,9 @@ use crate::{
 /// * The file is locked for this open file description (`F_OFD_SETLK`), on the descriptor that
 ///   does the I/O: one writer, or any number of readers. Closing the device releases it.
 /// * With [`CacheMode::Writeback`] reads of cached pages and writes finish inline. What may wait
-///   for the disk runs on tokio's blocking threads: polling such an operation outside a tokio
-///   runtime panics.
+///   for the disk goes to an io_uring of the current-thread runtime, or to tokio's blocking
+///   threads where there is none: polling such an operation outside a tokio runtime, or in a
+///   current-thread runtime whose I/O is not enabled, panics.
 /// * A write is complete when it is in the page cache (or, with [`CacheMode::None`], with the
 ///   disk): a flush at [`FlushLevel::Process`] has nothing left to do. One at
 ///   [`FlushLevel::Durable`] is an `fdatasync`, which concurrent flushes share. After the first
@@ -77,6 +79,22 @@ impl RawFile {
     }
 }
 
+/// Reads what the page cache did not have, from index `done` of the buffer on.
+async fn read_rest(
+    core: Arc<Core>,
+    offset: u64,
+    buffer: AlignedBuffer,
+    done: usize,
+) -> Result<Bytes> {
+    let len = buffer.len();
+    let start = offset + done as u64;
+    let (buffer, done) = engine::read_by_ring(&core, start, buffer, done).await?;
+    if done == len {
+        return Ok(buffer.into_bytes(0, len));
+    }
+    engine::run(&core, Operation::Read, move |core| core.read_rest(offset, buffer, done)).await
+}
+
 impl BlockDevice for RawFile {
     fn name(&self) -> &str {
         &self.core.name
@@ -100,16 +118,12 @@ impl BlockDevice for RawFile {
         if self.core.direct.is_some() {
             return Io::future(direct::read(self.core(), offset, len));
         }
-        let mut buffer = vec![0; len];
+        let mut buffer = AlignedBuffer::new(len, 1);
         let done = self.core.read_cached(offset, &mut buffer);
         if done == len {
-            return Io::ok(Bytes::from(buffer));
+            return Io::ok(buffer.into_bytes(0, len));
         }
-        let core = self.core();
-        Io::future(async move {
-            let work = move |core: &Arc<Core>| core.read_rest(offset, buffer, done);
-            engine::run(&core, Operation::Read, work).await
-        })
+        Io::future(read_rest(self.core(), offset, buffer, done))
     }
 
     fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {

@@ -1,5 +1,7 @@
 //! The system calls for which there is no safe wrapper.
 
+pub(super) mod ring;
+
 use std::ffi::c_int;
 use std::fs::File;
 use std::io;
