@@ -37,6 +37,9 @@ pub(super) async fn copy_differences(
         let mut at = 0;
         let mut pieces = FuturesUnordered::new();
         loop {
+            if !group.is_attached() {
+                return Err(Error::failed("the secondary was lost during the copy"));
+            }
             let next = group.next_different(disk, at, PIECE_BYTES);
             if let Some(range) = next {
                 // Found again only if it fails, in the next pass.

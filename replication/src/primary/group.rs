@@ -41,6 +41,8 @@ pub(crate) struct Group {
     pub(crate) ended: Notify,
     /// The session task has something to do: a command, or a peer to be tried again.
     pub(crate) wake: Notify,
+    /// Guests are gone and everything is replicated: the session may end.
+    pub(crate) quiesced: CancellationToken,
     /// The guest may be served.
     pub(crate) guest_allowed: CancellationToken,
     pub(crate) counters: Counters,
@@ -232,6 +234,7 @@ impl Group {
             core: Mutex::new(core),
             ended: Notify::new(),
             wake: Notify::new(),
+            quiesced: CancellationToken::new(),
             guest_allowed: CancellationToken::new(),
             counters: Counters::default(),
         }))
@@ -352,7 +355,7 @@ impl Group {
         disk: usize,
         offset: u64,
         len: u64,
-        _admission: Admission,
+        admission: Admission,
     ) {
         let result = match begun.remote {
             Remote::Sent(io) => io.await,
@@ -382,6 +385,7 @@ impl Group {
                 self.remote_failed(disk, begun.epoch, &error);
             }
         }
+        drop(admission);
         self.ended.notify_waiters();
     }
 
@@ -521,6 +525,19 @@ impl Group {
     /// The oldest request that waits for the peer.
     pub(crate) fn oldest_request(&self) -> Option<Instant> {
         self.core().ages.oldest()
+    }
+
+    /// Waits until nothing is on its way to the peer.
+    pub(crate) async fn idle(&self) {
+        loop {
+            let ended = self.ended.notified();
+            let mut ended = std::pin::pin!(ended);
+            ended.as_mut().enable();
+            if self.oldest_request().is_none() {
+                return;
+            }
+            ended.await;
+        }
     }
 
     /// Bytes that the peer is not known to have.

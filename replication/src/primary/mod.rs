@@ -83,6 +83,9 @@ pub async fn run(config: PrimaryConfig, shutdown: CancellationToken) -> Result<(
     // Guests first: what they were told is replicated, if there is a peer.
     server.shutdown(STOP_GRACE).await;
     serving.abort();
+    // Bounded by the peer timeout, if not by this.
+    let _ = tokio::time::timeout(STOP_GRACE, group.idle()).await;
+    group.quiesced.cancel();
     let _ = replicating.await;
     let result = close(&group).await;
     control.stop();
@@ -143,13 +146,12 @@ async fn attempt(
             group.allow_guest(false);
             tracing::info!(%peer, "session begun");
             group.events.emit("BREP_CONNECTED", json!({ "peer": peer.to_string() }));
-            let stopping = group.stopping.clone();
             let stop = async {
-                stopping.cancelled().await;
+                group.quiesced.cancelled().await;
                 StopReason::Shutdown
             };
             let reason = session.run(requests, stop).await;
-            if group.stopping.is_cancelled() {
+            if group.quiesced.is_cancelled() {
                 // Both sides know of a clean end; this one is not alone.
                 return true;
             }

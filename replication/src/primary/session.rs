@@ -28,6 +28,9 @@ const OUTBOX_LEN: usize = 64;
 /// How long a commit may take on the secondary. The guest does not wait for it.
 const COMMIT_LIMIT: Duration = Duration::from_secs(60);
 
+/// Pause before what could not be copied is tried again.
+const COPY_RETRY: Duration = Duration::from_secs(1);
+
 /// Cuts that are tried for one checkpoint: a write that fails meanwhile is sent again.
 const CUT_TRIES: usize = 3;
 
@@ -330,6 +333,10 @@ impl Session {
         let copying = async {
             while self.group.has_differences() {
                 copy_differences(&self.group, self, self.copy).await?;
+                if self.group.has_differences() {
+                    // One of the sides refuses some of it, and the errors say so.
+                    tokio::time::sleep(COPY_RETRY).await;
+                }
             }
             self.outbox.send(Message::CopyDone).await.map_err(|_| Error::failed("the link is gone"))
         };

@@ -107,8 +107,11 @@ impl ReplicaDisk {
         disk.adopt_next().await?;
         disk.note_contents().await?;
         disk.start_replica(Copied::AllocatedInTarget)?;
-        if let Some(top) = top {
-            disk.promote_onto(Some(top)).await?;
+        match top {
+            Some(top) => {
+                disk.promote_onto(Some(top)).await?;
+            }
+            None => disk.show_guest().await?,
         }
         Ok(disk)
     }

@@ -18,40 +18,51 @@ const HASHES_MAX: u64 = 4096;
 impl Group {
     /// Serves one link from its first byte to its end.
     pub(crate) async fn serve_link(self: Arc<Self>, stream: TakenStream, peer: String) {
-        let (reader, writer) = split(stream, &[]);
-        match self.greet(reader, writer, &peer).await {
-            Ok(()) => {}
-            Err(error) => tracing::info!(peer, %error, "link ended"),
+        let (mut reader, mut writer) = split(stream, &[]);
+        let begun = tokio::select! {
+            begun = self.negotiate(&mut reader, &mut writer, &peer) => begun,
+            () = self.stopping.cancelled() => return,
+        };
+        let ended = match begun {
+            Ok((session, outbox)) => {
+                let ended = self.run_session(&session, reader, writer, outbox).await;
+                self.session_ended(&session, ended).await
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::info!(peer, %error, "link ended");
         }
     }
 
-    async fn greet(
+    /// From hello to the token.
+    async fn negotiate(
         self: &Arc<Self>,
-        mut reader: LinkReader<TakenStream>,
-        mut writer: LinkWriter<TakenStream>,
+        reader: &mut LinkReader<TakenStream>,
+        writer: &mut LinkWriter<TakenStream>,
         peer: &str,
-    ) -> Result<()> {
+    ) -> Result<(Arc<Session>, mpsc::Receiver<Message>)> {
         let limit = self.config.peer_timeout;
         let Message::Hello(hello) = reader.receive_within(limit).await? else {
             return Err(Error::failed("the first message was no hello"));
         };
         // One at a time, and none during a failover.
-        let transition = self.transition.lock().await;
-        let side = self.side();
+        let _transition = self.transition.lock().await;
         if hello.version != LINK_VERSION {
             let reason = format!("this side speaks link version {LINK_VERSION}");
-            return writer.send(&Message::Refuse { reason, advice: None }, limit).await;
+            return refuse(writer, limit, reason).await;
         }
-        let inconsistent = self.record().secondary().is_none_or(|s| s.inconsistent);
-        let answer =
-            HelloAnswer { version: LINK_VERSION, side, guest: self.has_guest(), inconsistent };
+        let answer = HelloAnswer {
+            version: LINK_VERSION,
+            side: self.side(),
+            guest: self.has_guest(),
+            inconsistent: self.record().secondary().is_none_or(|s| s.inconsistent),
+        };
         writer.send(&Message::HelloAnswer(answer), limit).await?;
-        let start = match reader.receive_within(limit).await? {
-            Message::Start { .. } if self.is_promoted() => {
-                let reason = "this side has been promoted".to_owned();
-                return writer.send(&Message::Refuse { reason, advice: None }, limit).await;
+        let (terms, sync) = match reader.receive_within(limit).await? {
+            Message::Start { set, cur, epoch, copy: _, sync } => {
+                (Terms { set, cur, epoch, fork_epoch: self.record().epoch }, sync)
             }
-            Message::Start { set, cur, epoch, copy: _, sync } => (set, cur, epoch, sync),
             Message::Refuse { reason, advice: _ } => {
                 let mut core = self.core();
                 core.link = LinkState::Refused;
@@ -61,23 +72,17 @@ impl Group {
             }
             other => return Err(Error::failed(format!("unexpected message {other:?}"))),
         };
-        let (set, cur, epoch, sync) = start;
-        let record = self.record();
-        if record.set.is_some_and(|s| s != set) || epoch <= record.epoch {
-            let reason = "the terms do not fit what this side said in its hello".to_owned();
-            return writer.send(&Message::Refuse { reason, advice: None }, limit).await;
+        if let Some(reason) = self.objection(&terms) {
+            return refuse(writer, limit, reason).await;
         }
         let (session, outbox) = Session::new(sync);
-        let terms = Terms { set, cur, epoch, fork_epoch: record.epoch };
         if let Err(error) = self.begin_session(&terms, &session).await {
             let reason = format!("the secondary cannot begin: {error}");
             tracing::error!(%error, "cannot begin a session");
             self.core().reason = Some(reason.clone());
-            writer.send(&Message::Refuse { reason, advice: None }, limit).await?;
-            return Err(error);
+            return refuse(writer, limit, reason).await;
         }
         writer.send(&Message::Started { token: session.token }, limit).await?;
-        drop(transition);
         {
             let mut core = self.core();
             core.link = LinkState::Connected;
@@ -85,10 +90,19 @@ impl Group {
             core.peer = Some(format!("{} ({peer})", hello.side.name));
             core.last_contact = Some(Instant::now());
         }
-        tracing::info!(peer = hello.side.name, %epoch, "session begun");
+        tracing::info!(peer = hello.side.name, epoch = %terms.epoch, "session begun");
         self.events.emit("BREP_CONNECTED", serde_json::json!({ "peer": hello.side.name }));
-        let ended = self.run_session(&session, reader, writer, outbox).await;
-        self.session_ended(&session, ended).await
+        Ok((session, outbox))
+    }
+
+    /// Why these terms cannot be accepted, if they cannot.
+    fn objection(&self, terms: &Terms) -> Option<String> {
+        let record = self.record();
+        if record.is_primary() {
+            return Some("this side has been promoted".to_owned());
+        }
+        let fits = record.set.is_none_or(|s| s == terms.set) && terms.epoch > record.epoch;
+        (!fits).then(|| "the terms do not fit what this side said in its hello".to_owned())
     }
 
     async fn run_session(
@@ -220,6 +234,16 @@ impl Group {
         }
         Ok(hashes)
     }
+}
+
+/// Tells the primary that there is no session, and why.
+async fn refuse<T>(
+    writer: &mut LinkWriter<TakenStream>,
+    limit: Duration,
+    reason: String,
+) -> Result<T> {
+    writer.send(&Message::Refuse { reason: reason.clone(), advice: None }, limit).await?;
+    Err(Error::refused(reason))
 }
 
 /// The SHA-256 of `data` in hexadecimal digits.

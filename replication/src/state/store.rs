@@ -225,6 +225,7 @@ mod tests {
         store.save(with_epoch(8)).unwrap();
         let newest = std::fs::read(dir.path().join("state")).unwrap();
         let base = (store.seq % 2) as usize * SLOT_LEN;
+        drop(store); // and its lock
         for cut in [0, 1, 20, 31, 40, 100] {
             // The first `cut` bytes of the new slot were written over what was there before.
             let mut torn = whole.clone();

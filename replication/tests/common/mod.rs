@@ -1,0 +1,182 @@
+//! A pair in one process, over unix sockets in a scratch directory.
+#![allow(missing_docs, dead_code, unreachable_pub)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use brep_block::{BlockDevice, CacheMode, WriteFlags};
+use brep_nbd::Endpoint;
+use brep_nbd::client::{ConnectOptions, Connection};
+use brep_replication::config::{Ack, DiskConfig, DiskFormat, PrimaryConfig, SecondaryConfig};
+use brep_replication::control::{ClientError, ControlClient};
+use bytes::Bytes;
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+pub const MIB: u64 = 1 << 20;
+
+/// A scratch directory with the files of a pair.
+pub struct Scratch(pub tempfile::TempDir);
+
+impl Scratch {
+    pub fn new() -> Self {
+        Scratch(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub fn endpoint(&self, name: &str) -> Endpoint {
+        Endpoint::Unix { path: self.path(name) }
+    }
+
+    /// A raw file in which every byte of every 512-byte sector is `byte` plus the sector number.
+    pub fn raw(&self, name: &str, size: u64, byte: u8) -> PathBuf {
+        let path = self.path(name);
+        let data: Vec<u8> = (0..size).map(|i| byte.wrapping_add((i / 512) as u8)).collect();
+        std::fs::write(&path, data).unwrap();
+        path
+    }
+
+    pub fn disk(&self, name: &str, file: &str) -> DiskConfig {
+        DiskConfig {
+            name: name.into(),
+            path: self.path(file),
+            format: DiskFormat::Raw,
+            cache: CacheMode::Writeback,
+        }
+    }
+
+    pub fn primary(&self, disks: Vec<DiskConfig>) -> PrimaryConfig {
+        PrimaryConfig {
+            name: "p".into(),
+            disks,
+            state_dir: self.path("p.state"),
+            peer: Some(self.endpoint("s.sock")),
+            guest_listen: self.endpoint("p-guest.sock"),
+            control: None,
+            ack: Ack::Sync,
+            peer_timeout: Duration::from_secs(5),
+            window_bytes: 64 << 20,
+            window_requests: 4096,
+            checkpoint_interval: None,
+            seeded: false,
+            allow_plaintext: false,
+        }
+    }
+
+    pub fn secondary(&self, disks: Vec<DiskConfig>) -> SecondaryConfig {
+        SecondaryConfig {
+            name: "s".into(),
+            disks,
+            state_dir: self.path("s.state"),
+            listen: self.endpoint("s.sock"),
+            guest_listen: None,
+            control: None,
+            peer_timeout: Duration::from_secs(5),
+            allow_plaintext: false,
+        }
+    }
+}
+
+/// A side that runs.
+pub struct Side {
+    pub control: PathBuf,
+    shutdown: CancellationToken,
+    task: JoinHandle<brep_replication::Result<()>>,
+}
+
+impl Side {
+    pub fn primary(config: PrimaryConfig) -> Self {
+        let control = config.state_dir.join("control.sock");
+        let shutdown = CancellationToken::new();
+        let running = brep_replication::primary::run(config, shutdown.clone());
+        let task = tokio::spawn(async { running.await.inspect_err(|e| eprintln!("primary: {e}")) });
+        Side { control, shutdown, task }
+    }
+
+    pub fn secondary(config: SecondaryConfig) -> Self {
+        let control = config.state_dir.join("control.sock");
+        let shutdown = CancellationToken::new();
+        let running = brep_replication::secondary::run(config, shutdown.clone());
+        let task =
+            tokio::spawn(async { running.await.inspect_err(|e| eprintln!("secondary: {e}")) });
+        Side { control, shutdown, task }
+    }
+
+    /// A clean stop.
+    pub async fn stop(self) {
+        self.shutdown.cancel();
+        self.task.await.unwrap().unwrap();
+    }
+
+    /// Waits for a side that ends by itself.
+    pub async fn ended(self) -> brep_replication::Result<()> {
+        self.task.await.unwrap()
+    }
+
+    pub async fn command(&self, name: &str, arguments: Value) -> Result<Value, ClientError> {
+        let (control, name) = (self.control.clone(), name.to_owned());
+        tokio::task::spawn_blocking(move || {
+            let mut client = ControlClient::connect(&control, Duration::from_secs(30))?;
+            client.execute(&name, arguments)
+        })
+        .await
+        .unwrap()
+    }
+
+    pub async fn status(&self) -> Value {
+        self.command("query-status", json!({})).await.unwrap()
+    }
+
+    /// Waits until the status fits.
+    pub async fn wait(&self, what: &str, fits: impl Fn(&Value) -> bool) -> Value {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        let mut last = Value::Null;
+        loop {
+            if let Ok(status) = self.command("query-status", json!({})).await {
+                if fits(&status) {
+                    return status;
+                }
+                last = status;
+            }
+            assert!(!self.task.is_finished(), "{what}: this side has ended");
+            assert!(tokio::time::Instant::now() < deadline, "{what}: {last:#}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub async fn wait_state(&self, state: &str) -> Value {
+        self.wait(state, |s| s["disks"][0]["state"] == state).await
+    }
+
+    pub async fn checkpoint(&self) -> u64 {
+        self.command("checkpoint", json!({})).await.unwrap()["epoch"].as_u64().unwrap()
+    }
+}
+
+pub async fn connect(endpoint: Endpoint, export: &str) -> Arc<Connection> {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(10);
+    loop {
+        match Connection::connect(&ConnectOptions::new(endpoint.clone(), export)).await {
+            Ok(connection) => return connection,
+            Err(error) => assert!(tokio::time::Instant::now() < deadline, "{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+pub async fn fill(device: &dyn BlockDevice, offset: u64, len: usize, byte: u8) {
+    device.write(offset, Bytes::from(vec![byte; len]), WriteFlags::default()).await.unwrap();
+}
+
+pub async fn read(device: &dyn BlockDevice, offset: u64, len: usize) -> Vec<u8> {
+    device.read(offset, len).await.unwrap().to_vec()
+}
+
+pub fn file(path: &Path) -> Vec<u8> {
+    std::fs::read(path).unwrap()
+}

@@ -1,0 +1,39 @@
+//! The main job, end to end, in one process.
+#![allow(missing_docs)]
+
+mod common;
+
+use common::{MIB, Scratch, Side, connect, file, fill, read};
+use serde_json::json;
+
+#[tokio::test]
+async fn writes_are_replicated_checkpointed_and_failed_over() {
+    let scratch = Scratch::new();
+    let primary_file = scratch.raw("p.raw", 4 * MIB, 1);
+    let secondary_file = scratch.raw("s.raw", 4 * MIB, 99);
+    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    assert_eq!(file(&primary_file), file(&secondary_file), "after the full copy");
+
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    fill(&*guest, 4096, 4096, 0x22).await;
+    let epoch = primary.checkpoint().await;
+    let checkpoint = file(&primary_file);
+    assert_eq!(secondary.status().await["checkpoint"], epoch);
+
+    fill(&*guest, 4096, 4096, 0x33).await;
+    fill(&*guest, MIB + 100, 5000, 0x44).await;
+    assert_eq!(file(&primary_file), file(&secondary_file), "acknowledged in sync mode");
+    guest.close();
+    primary.stop().await;
+
+    let report = secondary.command("failover", json!({ "to": "checkpoint" })).await.unwrap();
+    assert!(report["differing-bytes"].as_u64().unwrap() >= 9096, "{report}");
+    let promoted = connect(scratch.endpoint("s.sock"), "vda").await;
+    assert_eq!(read(&*promoted, 0, 4 << 20).await, checkpoint);
+    secondary.wait_state("promoted").await;
+    assert_eq!(file(&secondary_file), checkpoint, "the file alone after the merge");
+    promoted.close();
+    secondary.stop().await;
+}
