@@ -99,8 +99,9 @@ async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> Result
         if zero {
             write_zeroes(shared, epoch, offset, part.len() as u64).await?;
         } else {
-            shared.counters.wrote_data(part.len() as u64);
+            let len = part.len() as u64;
             epoch.target.write(offset, part, WriteFlags::default()).await?;
+            shared.counters.wrote_data(len);
         }
         from = end;
     }

@@ -1,6 +1,6 @@
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use brep_block::{
@@ -42,6 +42,9 @@ pub(crate) struct Shared {
     enabled: AtomicBool,
     state: Mutex<State>,
     idle: Notify,
+    /// Requests that may be copying.
+    copies: AtomicUsize,
+    copies_ended: Notify,
 }
 
 struct State {
@@ -93,6 +96,8 @@ impl CopyBeforeWrite {
             enabled: AtomicBool::new(true),
             state: Mutex::new(State { epoch, in_flight: 0 }),
             idle: Notify::new(),
+            copies: AtomicUsize::new(0),
+            copies_ended: Notify::new(),
         };
         Ok(Arc::new(CopyBeforeWrite { shared: Arc::new(shared) }))
     }
@@ -176,13 +181,13 @@ impl CopyBeforeWrite {
     /// changes the source without a copy gives up the last checkpoint: readers of the view get an
     /// error until the next switch or checkpoint.
     pub fn set_enabled(&self, enabled: bool) {
-        self.shared.enabled.store(enabled, Ordering::Release);
+        self.shared.enabled.store(enabled, Ordering::SeqCst);
     }
 
     /// Whether requests copy.
     #[must_use]
     pub fn is_enabled(&self) -> bool {
-        self.shared.enabled.load(Ordering::Acquire)
+        self.shared.enabled.load(Ordering::SeqCst)
     }
 
     /// Whether the state of the last checkpoint is lost: something was overwritten without a
@@ -271,13 +276,15 @@ impl Shared {
         operation: Operation,
     ) -> Result<RangeGuard> {
         let units = self.unit.covering(bytes);
-        let copying = self.enabled.load(Ordering::Acquire);
-        if !copying {
+        // Counted before the look at the switch: whoever switches copying off sees us, or we him.
+        let copy = Copying::new(self);
+        if !self.enabled.load(Ordering::SeqCst) {
             epoch.set_broken();
         }
         // What is copied stays copied while this request is in flight, so the look-up may come
         // before the lock.
-        if !copying || epoch.is_broken() || epoch.holds(&units) {
+        if epoch.is_broken() || epoch.holds(&units) {
+            drop(copy);
             return Ok(self.locks.lock(bytes.clone(), LockMode::Exclusive).await);
         }
         let widened = self.unit.bytes_of(&units, self.source.size());
@@ -338,9 +345,39 @@ impl Shared {
         }
     }
 
+    /// After copying was switched off: waits until the copies in flight have ended. Unlike
+    /// [`drain`](Self::drain) this ends also under load.
+    pub(crate) async fn drain_copies(&self) {
+        loop {
+            let ended = self.copies_ended.notified();
+            if self.copies.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            ended.await;
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // The state is consistent whenever the lock is released, by a panic too.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request that may be copying.
+struct Copying<'a>(&'a Shared);
+
+impl<'a> Copying<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.copies.fetch_add(1, Ordering::SeqCst);
+        Copying(shared)
+    }
+}
+
+impl Drop for Copying<'_> {
+    fn drop(&mut self) {
+        if self.0.copies.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.copies_ended.notify_waiters();
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-use brep_block::{Error, FlushLevel};
+use brep_block::{BlockDevice, Error, FlushLevel};
 
 /// What to do when a pre-image cannot be copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -59,6 +59,14 @@ impl CbwOptions {
             on_copy_error: OnCopyError::BreakGuestWrite,
             barrier: Some(FlushLevel::Process),
         }
+    }
+
+    /// The same with the unit that `target` likes best, which for a format with sub-clusters is
+    /// a sub-cluster: nothing is copied that need not be.
+    #[must_use]
+    pub fn unit_of(self, target: &dyn BlockDevice) -> Self {
+        let limits = target.limits();
+        self.unit_bytes(u64::from(limits.preferred_size.max(limits.block_size)).max(512))
     }
 
     /// The same with another unit.
