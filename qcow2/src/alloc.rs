@@ -179,6 +179,11 @@ impl Image {
             let what = format!("{} in clusters {run:?} that count as free", kind.name());
             return Err(self.corrupt(Operation::Write, run.start, 0, what).await);
         }
+        let end = run.end << self.g.cluster_bits;
+        if self.ordered && self.file.growable() && self.file.size() < end {
+            // After a power loss no mapping may lead beyond the end of the file.
+            self.file.truncate(end).await?;
+        }
         let ones = run.clone().map(|cluster| (cluster % epb, 1)).collect::<Vec<_>>();
         self.set_refcounts(alloc, block, &ones).await?;
         alloc.free.remove(run.clone());

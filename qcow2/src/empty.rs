@@ -141,6 +141,8 @@ impl Image {
             (l1.offset, l1.entries.len())
         };
         self.file.write(l1_offset, zeroes(l1_len * 8)).await?;
+        // What follows may overwrite what the old table maps.
+        self.barrier().await?;
         self.file.write(1 << bits, zeroes(((used - 1) << bits) as usize)).await?;
         self.barrier().await?;
         let mut switch = BytesMut::with_capacity(20);

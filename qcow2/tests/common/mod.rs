@@ -1,6 +1,8 @@
 //! What the tests share: files, qemu-img as the oracle, a model of the disk.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
+pub mod recorder;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -122,6 +124,7 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
 }
 
 /// A small generator of random numbers, so that a seed names a run for ever.
+#[derive(Debug)]
 pub struct Rng(u64);
 
 impl Rng {
@@ -169,6 +172,14 @@ impl Op {
             8..10 => Op::Zero { offset, len, unmap: rng.below(2) == 0 },
             10 => Op::Discard { offset, len },
             _ => Op::Flush,
+        }
+    }
+
+    pub fn range(&self) -> std::ops::Range<u64> {
+        match self {
+            Op::Write { offset, data } => *offset..offset + data.len() as u64,
+            Op::Zero { offset, len, .. } | Op::Discard { offset, len } => *offset..offset + len,
+            Op::Flush => 0..0,
         }
     }
 
