@@ -1,13 +1,11 @@
-//! The rules that every device obeys, over a connection and over a client that reconnects, to
-//! `qemu-nbd`.
+//! The rules that every device obeys, over a connection to `qemu-nbd`.
 
 mod client_support;
 
 use std::cell::RefCell;
-use std::sync::Arc;
 
 use brep_block::conformance::{self, Options};
-use brep_nbd::client::{Client, ConnectOptions, Connection, ReconnectPolicy};
+use brep_nbd::client::{ConnectOptions, Connection};
 use client_support::QemuNbd;
 
 /// Starts a server for each device that is asked for.
@@ -35,30 +33,5 @@ fn options() -> Options {
 async fn a_connection_is_a_block_device() {
     let servers = Servers::default();
     let make = async |size| Connection::connect(&servers.options(size)).await.expect("connected");
-    conformance::run(make, options()).await.expect("conforms");
-}
-
-#[tokio::test]
-async fn a_connection_without_structured_replies_is_a_block_device() {
-    let servers = Servers::default();
-    let make = async |size| {
-        let options = ConnectOptions { want_structured: false, ..servers.options(size) };
-        let disk = Connection::connect(&options).await.expect("connected");
-        assert!(!disk.has_block_status());
-        disk
-    };
-    conformance::run(make, options()).await.expect("conforms");
-}
-
-#[tokio::test]
-async fn a_client_that_reconnects_is_a_block_device() {
-    let servers = Servers::default();
-    let make = async |size| {
-        let policy =
-            ReconnectPolicy { delay: std::time::Duration::from_secs(5), ..Default::default() };
-        let client = Client::new(servers.options(size), policy);
-        client.connect().await.expect("connected");
-        Arc::new(client)
-    };
     conformance::run(make, options()).await.expect("conforms");
 }
