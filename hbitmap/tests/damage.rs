@@ -383,6 +383,23 @@ fn two_users_of_one_file_are_one_too_many() {
 }
 
 #[test]
+fn a_closed_file_is_free_although_other_threads_start_processes() {
+    let scratch = closed();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                std::process::Command::new("true").status().unwrap();
+            }
+        });
+        let opened =
+            (0..300).try_for_each(|_| PersistentBitmap::open(&scratch.path, &options()).map(drop));
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        opened.unwrap();
+    });
+}
+
+#[test]
 fn creating_replaces_nothing() {
     let scratch = closed();
     let before = fs::read(&scratch.path).unwrap();

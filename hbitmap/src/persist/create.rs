@@ -1,6 +1,6 @@
 //! Making a new file, so that there is a whole one or none.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::header::Header;
 use super::layout::{Layout, PAGE};
+use super::lock::LockedFile;
 use super::{Options, Tag};
 use crate::{Error, HBitmap, Result};
 
@@ -41,7 +42,7 @@ pub(super) fn create(path: &Path, options: &Options, maps: usize, tag: Tag) -> R
         .mode(0o600)
         .open(&partial)
         .map_err(Error::io(&partial, "create"))?;
-    lock(&file, &partial)?;
+    let file = LockedFile::lock(file, &partial)?;
     check_still_named(&file, &partial)?;
     let made = fill(&file, layout, &mut header)
         .map_err(Error::io(&partial, "write"))
@@ -65,15 +66,6 @@ fn check_still_named(file: &File, partial: &Path) -> Result<()> {
     match fs::metadata(partial) {
         Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => Ok(()),
         _ => Err(Error::Locked { path: partial.to_owned() }),
-    }
-}
-
-/// Takes the lock that whoever uses a file holds.
-pub(super) fn lock(file: &File, path: &Path) -> Result<()> {
-    match file.try_lock() {
-        Ok(()) => Ok(()),
-        Err(TryLockError::WouldBlock) => Err(Error::Locked { path: path.to_owned() }),
-        Err(TryLockError::Error(error)) => Err(Error::io(path, "lock")(error)),
     }
 }
 

@@ -1,10 +1,10 @@
 //! An open file: the same maps in memory and in the mapping, and a header.
 
-use std::fs::File;
 use std::path::PathBuf;
 
 use super::header::Header;
 use super::layout::{CHUNK_BITS, CHUNK_WORDS, Layout, PAGE};
+use super::lock::LockedFile;
 use super::words::Words;
 use super::{LastStop, Tag};
 use crate::levels::Levels;
@@ -15,9 +15,9 @@ use crate::{Error, HBitmap, Result};
 #[derive(Debug)]
 pub(super) struct MapFile {
     pub(super) path: PathBuf,
-    /// Holds the lock.
-    pub(super) _file: File,
     pub(super) words: Words,
+    /// Holds the lock; after the mapping, because it is dropped in this order.
+    pub(super) _file: LockedFile,
     pub(super) layout: Layout,
     pub(super) header: Header,
     /// The copy of the header that is overwritten last.

@@ -75,6 +75,7 @@ mod create;
 mod file;
 mod header;
 mod layout;
+mod lock;
 mod open;
 mod set;
 mod single;

@@ -5,10 +5,11 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::create::{allocate, lock};
+use super::create::allocate;
 use super::file::MapFile;
 use super::header::{Bad, HEADER_BYTES, Header};
 use super::layout::{CHUNK_BITS, CHUNK_WORDS, Layout, PAGE};
+use super::lock::LockedFile;
 use super::words::Words;
 use super::{AfterPowerLoss, LastStop, Options, UNKNOWN_BOOT};
 use crate::{Error, HBitmap, Result};
@@ -17,7 +18,7 @@ use crate::{Error, HBitmap, Result};
 pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFile> {
     let file =
         OpenOptions::new().read(true).write(true).open(path).map_err(Error::io(path, "open"))?;
-    lock(&file, path)?;
+    let file = LockedFile::lock(file, path)?;
     let (header, newest_copy) = read_header(&file, path)?;
     check_owner(&header, options, maps, path)?;
     let empty = HBitmap::new(header.size, header.granularity_log2)?;
@@ -37,8 +38,8 @@ pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFil
     let words = Words::map(&file).map_err(Error::io(path, "map"))?;
     let mut this = MapFile {
         path: path.to_owned(),
-        _file: file,
         words,
+        _file: file,
         layout,
         header,
         newest_copy,
