@@ -15,9 +15,9 @@ pub const FRAME_LEN_MAX: u32 = 1 << 20;
 #[serde(rename_all = "kebab-case", tag = "type", deny_unknown_fields)]
 pub enum Message {
     /// Primary: who I am and what I have. The first message.
-    Hello(Hello),
+    Hello(Box<Hello>),
     /// Secondary: who I am and what I have. The answer, unless it is [`Message::Refuse`].
-    HelloAnswer(HelloAnswer),
+    HelloAnswer(Box<HelloAnswer>),
     /// Either: no session, and why; the connection ends.
     Refuse {
         /// What the operator has to know.

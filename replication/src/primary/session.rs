@@ -44,6 +44,8 @@ pub(super) enum Attempt {
     Unreachable(Error),
 }
 
+type HashesSender = oneshot::Sender<Result<Vec<String>>>;
+
 /// A request for a checkpoint.
 pub(crate) struct CheckpointRequest {
     /// Answer when the cut is made, not when it is committed.
@@ -60,7 +62,8 @@ pub(super) struct Session {
     parts: Mutex<Option<Parts>>,
     /// Who waits for the next answer to a cut.
     answers: Mutex<Option<mpsc::Sender<Message>>>,
-    hashes: Mutex<HashMap<(u32, u64), oneshot::Sender<Result<Vec<String>>>>>,
+    /// Who waits for the hashes of a range, by disk and first byte.
+    hashes: Mutex<HashMap<(u32, u64), HashesSender>>,
     connections: Vec<Arc<Connection>>,
 }
 
@@ -96,7 +99,7 @@ async fn try_establish(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     let (mut reader, mut writer) = split(link.stream, &link.rest);
     let me = group.side();
     let hello = Hello { version: LINK_VERSION, side: me.clone() };
-    writer.send(&Message::Hello(hello), limit).await?;
+    writer.send(&Message::Hello(Box::new(hello)), limit).await?;
     let answer = match reader.receive_within(limit).await? {
         Message::HelloAnswer(answer) => answer,
         Message::Refuse { reason, advice } => {
@@ -233,9 +236,9 @@ impl Session {
             Message::Heartbeat => Ok(()),
             Message::CutDone { .. } | Message::Committed { .. } | Message::CutFailed { .. } => {
                 let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-                match answers.as_ref().map(|a| a.try_send(message)) {
-                    Some(Ok(())) => Ok(()),
-                    _ => Err(Error::failed("link: an answer that nobody asked for")),
+                match answers.as_ref().is_some_and(|a| a.try_send(message).is_ok()) {
+                    true => Ok(()),
+                    false => Err(Error::failed("link: an answer that nobody asked for")),
                 }
             }
             Message::HashAnswer { disk, offset, hashes, error } => {

@@ -58,7 +58,7 @@ impl Group {
             guest: self.has_guest(),
             inconsistent: self.record().secondary().is_none_or(|s| s.inconsistent),
         };
-        writer.send(&Message::HelloAnswer(answer), limit).await?;
+        writer.send(&Message::HelloAnswer(Box::new(answer)), limit).await?;
         let (terms, sync) = match reader.receive_within(limit).await? {
             Message::Start { set, cur, epoch, copy: _, sync } => {
                 (Terms { set, cur, epoch, fork_epoch: self.record().epoch }, sync)
