@@ -1,4 +1,4 @@
-//! NBD.
+#![doc = include_str!("../README.md")]
 
 mod endpoint;
 mod stream;
