@@ -1,7 +1,7 @@
 """The library that the other tests stand on: what should fail fails.
 
-Seen to fail with: `run` taking any exit code; `wait_until` without its deadline; `sha256`
-without its offset; `kill9` not noting the sockets.
+Seen to fail with: `run` taking any exit code; `wait_until` without its deadline; `sha256` without
+its offset; `kill9` not noting the sockets.
 """
 
 import socket

@@ -214,6 +214,12 @@ class Test:
         return self.daemon(name, "qemu-nbd", "-f", format, "-k", self.dir / socket_name, "-t",
                            "-e", "16", *args, image, ready=lambda: self.listens(socket_name))
 
+    def serve(self, name, image, socket_name, *args):
+        """A `brep nbd serve` of an image on a unix socket, until it is stopped."""
+        return self.brep_daemon(name, "nbd", "serve", image, "--listen",
+                                f"nbd+unix:///?socket={self.dir / socket_name}", *args,
+                                ready=lambda: self.listens(socket_name))
+
     # --- waiting ------------------------------------------------------------------------------
 
     def wait_until(self, condition, what, deadline_s=10, step_s=0.02):
@@ -343,7 +349,7 @@ class Daemon:
         return ended
 
     def kill9(self):
-        self.test._stale_sockets += self._sockets()
+        self.test._stale_sockets += self._socket_paths()
         self.process.kill()
         self.process.wait()
 
@@ -359,14 +365,26 @@ class Daemon:
         stat = pathlib.Path(f"/proc/{self.pid}/stat").read_text()
         return stat.rpartition(")")[2].split()[0]
 
-    def _sockets(self):
-        """The paths of the unix sockets that the process has bound."""
+    def sockets(self):
+        """The inodes of the sockets that the process has open."""
+        inodes = set()
         try:
-            links = [os.readlink(fd) for fd in pathlib.Path(f"/proc/{self.pid}/fd").iterdir()]
+            for fd in pathlib.Path(f"/proc/{self.pid}/fd").iterdir():
+                link = os.readlink(fd)
+                if link.startswith("socket:["):
+                    inodes.add(link[len("socket:["):-1])
+        except OSError:
+            # It has just ended, or has just closed one.
+            pass
+        return inodes
+
+    def _socket_paths(self):
+        """The paths of the unix sockets that the process has bound."""
+        inodes = self.sockets()
+        try:
             folder = pathlib.Path(os.readlink(f"/proc/{self.pid}/cwd"))
         except OSError:
             return []
-        inodes = {link[len("socket:["):-1] for link in links if link.startswith("socket:[")}
         rows = [row.split() for row in open("/proc/net/unix").read().splitlines()[1:]]
         return [folder / row[7] for row in rows
                 if len(row) > 7 and row[6] in inodes and not row[7].startswith("@")]
