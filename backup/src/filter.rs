@@ -74,7 +74,8 @@ impl CopyBeforeWrite {
     ///
     /// # Errors
     /// [`ErrorKind::InvalidInput`] if both are one device, if their sizes differ ("Source and
-    /// target image have different sizes"), or if the unit is not acceptable;
+    /// target image have different sizes"; the target's may be the source's rounded up to 512
+    /// bytes), or if the unit is not acceptable;
     /// [`ErrorKind::ReadOnly`] if the target takes no writes.
     pub fn new(
         source: Arc<dyn BlockDevice>,
@@ -450,11 +451,13 @@ fn check_target(
         let why = "source and target are the same device".to_owned();
         return Err(control_error(name, ErrorKind::InvalidInput, why));
     }
-    if source.size() != target.size() {
+    // Some formats know whole sectors only.
+    let size = source.size();
+    if target.size() != size && Some(target.size()) != size.checked_next_multiple_of(512) {
         let why = format!(
             "Source and target image have different sizes ({}: {} bytes, {}: {} bytes)",
             source.name(),
-            source.size(),
+            size,
             target.name(),
             target.size()
         );

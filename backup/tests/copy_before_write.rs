@@ -428,3 +428,31 @@ async fn requests_beyond_the_end_copy_nothing() {
     rig.filter.discard(1, u64::MAX).await.unwrap_err();
     assert_eq!((rig.copies(), rig.filter.stats().failures), (vec![], 0));
 }
+
+#[tokio::test]
+async fn a_target_may_be_rounded_up_to_a_sector() {
+    let source = Probe::new("disk", MIB + 7);
+    let make = |size| {
+        let target = Probe::new("hidden", size);
+        CopyBeforeWrite::new(source.clone(), target, CbwOptions::new("cbw"))
+    };
+    let filter = make(MIB + 512).unwrap();
+    filter.write(MIB, Bytes::from_static(&[1; 7]), WriteFlags::default()).await.unwrap();
+    assert_eq!(filter.size(), MIB + 7);
+    assert!(make(MIB + 1024).is_err());
+    assert!(make(MIB).is_err());
+}
+
+#[tokio::test]
+async fn the_filter_obeys_the_rules_of_every_device() {
+    for unit_bytes in [512, 2048, 65536] {
+        let make = async |size: u64| {
+            let source = brep_block::Memory::new("disk", size);
+            let target = brep_block::Memory::new("hidden", size);
+            let options = CbwOptions::new("cbw").unit_bytes(unit_bytes);
+            CopyBeforeWrite::new(source, target, options).unwrap() as Arc<dyn BlockDevice>
+        };
+        let options = brep_block::conformance::Options::default().operations(200);
+        brep_block::conformance::run(make, options).await.unwrap();
+    }
+}
