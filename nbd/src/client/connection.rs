@@ -29,7 +29,11 @@ use crate::proto::wire::{
 ///   [`ErrorKind::NotConnected`] (or [`ErrorKind::TimedOut`]), everything later at once. What had
 ///   been sent may or may not have been carried out.
 /// * What the server can't do is made up for: `FUA` becomes a write and a flush, zeroes are
-///   written, discards are left out, a flush of a server without a cache succeeds.
+///   written, discards are left out, a flush of a server without a cache succeeds. Only there is
+///   an [`Io`] needed to the end: the flush that stands in for `FUA` is sent when it is polled
+///   after the write.
+/// * A failed request whose [`Io`] was dropped is logged; a flush that failed makes every later
+///   one fail, whether somebody waited for it or not.
 ///
 /// A flush at [`FlushLevel::Process`] sends nothing: what the server has acknowledged does not
 /// depend on this process.
