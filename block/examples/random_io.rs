@@ -1,4 +1,5 @@
-//! Random 4 KiB reads and writes of one file, many at a time: how many a second.
+//! Random 4 KiB reads and writes of one file, many at a time: how many a second, and what one
+//! costs.
 //!
 //!     cargo run --release -p brep-block --example random_io -- FILE [none|writeback] [SECONDS]
 //!
@@ -29,9 +30,12 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let disk: Arc<dyn BlockDevice> = RawFile::open(path, options)?;
     fill(&*disk).await?;
     for write in [false, true] {
-        let rate = run(&disk, write, Duration::from_secs(seconds)).await?;
+        let (start, before) = (Instant::now(), processor_time()?);
+        let done = run(&disk, write, Duration::from_secs(seconds)).await?;
+        let rate = done as f64 / start.elapsed().as_secs_f64();
+        let cost = (processor_time()? - before).as_secs_f64() / done as f64 * 1e6;
         let what = if write { "writes" } else { "reads" };
-        println!("{what}: {rate:.0} per second at depth {DEPTH}");
+        println!("{what}: {rate:.0} per second at depth {DEPTH}, {cost:.0} us of processor each");
     }
     Ok(())
 }
@@ -44,7 +48,7 @@ async fn fill(disk: &dyn BlockDevice) -> Result<()> {
     disk.flush(brep_block::FlushLevel::Durable).await
 }
 
-async fn run(disk: &Arc<dyn BlockDevice>, write: bool, time: Duration) -> Result<f64> {
+async fn run(disk: &Arc<dyn BlockDevice>, write: bool, time: Duration) -> Result<u64> {
     let done = Arc::new(AtomicU64::new(0));
     let start = Instant::now();
     let mut workers = Vec::new();
@@ -70,5 +74,14 @@ async fn run(disk: &Arc<dyn BlockDevice>, write: bool, time: Duration) -> Result
     for worker in workers {
         worker.await.expect("no worker panics")?;
     }
-    Ok(done.load(Ordering::Relaxed) as f64 / start.elapsed().as_secs_f64())
+    Ok(done.load(Ordering::Relaxed))
+}
+
+/// Of all threads of this process, those of the kernel that work for it included.
+fn processor_time() -> std::io::Result<Duration> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // Fields 14 and 15, in hundredths of a second; the second one may contain spaces.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
+    let ticks: u64 = fields.filter_map(|field| field.parse::<u64>().ok()).sum();
+    Ok(Duration::from_millis(ticks * 10))
 }

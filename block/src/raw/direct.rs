@@ -156,14 +156,7 @@ pub(super) async fn write(core: Arc<Core>, offset: u64, data: Bytes, durable: bo
         && len.is_multiple_of(direct.block_len)
         && end <= core.size();
     let mode = if whole { LockMode::Shared } else { LockMode::Exclusive };
-    let mut guard = direct.lock.lock(direct.pages(offset, len), mode).await;
-    let mut data = data;
-    if whole && !durable && direct.is_aligned(offset, &data) {
-        match engine::write_by_ring(&core, offset, data, guard).await? {
-            None => return Ok(()),
-            Some(rest) => (data, guard) = rest,
-        }
-    }
+    let guard = direct.lock.lock(direct.pages(offset, len), mode).await;
     engine::run(&core, Operation::Write, move |core| {
         let result = write_locked(core, offset, &data, durable);
         drop(guard);

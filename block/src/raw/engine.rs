@@ -5,13 +5,12 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::Arc;
 
-use bytes::Bytes;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::core::Core;
-use super::sys::ring::{self, Memory, Outcome, Transfer};
+use super::sys::ring::{self, Outcome, Read};
 use crate::buffer::AlignedBuffer;
-use crate::{Error, ErrorKind, Operation, RangeGuard, Result};
+use crate::{Error, ErrorKind, Operation, Result};
 
 /// Runs `work` where it may block.
 ///
@@ -45,36 +44,11 @@ pub(super) async fn read_by_ring(
     buffer: AlignedBuffer,
     from: usize,
 ) -> Result<(AlignedBuffer, usize)> {
-    let memory = Memory::Read(buffer, from);
-    let transfer = Transfer { core: Arc::clone(core), offset, memory, guard: None };
-    match ring::transfer(transfer).await {
-        Outcome::Done(len, Transfer { memory: Memory::Read(buffer, _), .. }) => {
-            Ok((buffer, from + len))
-        }
-        Outcome::Refused(Transfer { memory: Memory::Read(buffer, _), .. }) => Ok((buffer, from)),
-        _ => Err(shutdown(core, Operation::Read)),
-    }
-}
-
-/// Writes whole blocks, if there is a ring. What is given back has to be written by plain calls,
-/// all of it.
-pub(super) async fn write_by_ring(
-    core: &Arc<Core>,
-    offset: u64,
-    data: Bytes,
-    guard: RangeGuard,
-) -> Result<Option<(Bytes, RangeGuard)>> {
-    let memory = Memory::Write(data);
-    let transfer = Transfer { core: Arc::clone(core), offset, memory, guard: Some(guard) };
-    match ring::transfer(transfer).await {
-        Outcome::Done(len, Transfer { memory: Memory::Write(data), .. }) if len == data.len() => {
-            Ok(None)
-        }
-        Outcome::Done(_, Transfer { memory: Memory::Write(data), guard: Some(guard), .. })
-        | Outcome::Refused(Transfer { memory: Memory::Write(data), guard: Some(guard), .. }) => {
-            Ok(Some((data, guard)))
-        }
-        _ => Err(shutdown(core, Operation::Write)),
+    let read = Read { core: Arc::clone(core), offset, buffer, from };
+    match ring::read(read).await {
+        Outcome::Done(len, buffer) => Ok((buffer, from + len)),
+        Outcome::Refused(buffer) => Ok((buffer, from)),
+        Outcome::Shutdown => Err(shutdown(core, Operation::Read)),
     }
 }
 

@@ -26,8 +26,8 @@ use crate::{
 /// * The file is locked for this open file description (`F_OFD_SETLK`), on the descriptor that
 ///   does the I/O: one writer, or any number of readers. Closing the device releases it.
 /// * With [`CacheMode::Writeback`] reads of cached pages and writes finish inline. What may wait
-///   for the disk goes to an io_uring of the current-thread runtime, or to tokio's blocking
-///   threads where there is none: polling such an operation outside a tokio runtime, or in a
+///   for the disk goes to tokio's blocking threads, reads to an io_uring of the current-thread
+///   runtime if there is one: polling such an operation outside a tokio runtime, or in a
 ///   current-thread runtime whose I/O is not enabled, panics.
 /// * A write is complete when it is in the page cache (or, with [`CacheMode::None`], with the
 ///   disk): a flush at [`FlushLevel::Process`] has nothing left to do. One at

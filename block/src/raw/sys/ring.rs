@@ -1,7 +1,9 @@
-//! Transfers by io_uring: one ring per current-thread runtime, driven by a task of that runtime.
+//! Reads by io_uring: one ring per current-thread runtime, driven by a task of that runtime.
 //!
 //! It is a shortcut only. Where there is no ring (another kind of runtime, a kernel that refuses)
-//! and where a transfer fails or ends early, the caller does the same again with plain calls.
+//! and where a read fails or ends early, the caller does the same again with plain calls. Writes
+//! do not come here: file systems hand most of them to the kernel's own threads, so that they
+//! cost as much as by ours (`examples/random_io.rs` measures it).
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -9,7 +11,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use bytes::Bytes;
 use io_uring::{IoUring, opcode, squeue, types};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -17,10 +18,9 @@ use tokio::runtime::{Handle, Id, RuntimeFlavor};
 use tokio::sync::{Notify, oneshot};
 
 use super::super::core::Core;
-use crate::RangeGuard;
 use crate::buffer::AlignedBuffer;
 
-/// Transfers that the kernel has at a time; the others wait their turn.
+/// Reads that the kernel has at a time; the others wait their turn.
 const IN_FLIGHT_MAX: usize = 256;
 
 /// The kernel has refused a ring once; it will not change its mind.
@@ -31,45 +31,37 @@ thread_local! {
     static RING: RefCell<Option<(Id, Weak<Ring>)>> = const { RefCell::new(None) };
 }
 
-/// One transfer with everything that it uses. The kernel owns the memory until it completes.
-pub(in crate::raw) struct Transfer {
+/// One read with everything that it uses. The kernel owns the buffer until it completes.
+pub(in crate::raw) struct Read {
     pub(in crate::raw) core: Arc<Core>,
     pub(in crate::raw) offset: u64,
-    pub(in crate::raw) memory: Memory,
-    /// Keeps its range locked, whether or not the caller still waits.
-    pub(in crate::raw) guard: Option<RangeGuard>,
+    pub(in crate::raw) buffer: AlignedBuffer,
+    /// The index from which on the buffer is filled.
+    pub(in crate::raw) from: usize,
 }
 
-/// Where the bytes go or come from.
-pub(in crate::raw) enum Memory {
-    /// Filled by a read, from this index on.
-    Read(AlignedBuffer, usize),
-    /// Written whole.
-    Write(Bytes),
-}
-
-/// What became of a transfer.
+/// What became of a read.
 pub(in crate::raw) enum Outcome {
-    /// The kernel has transferred this many bytes.
-    Done(usize, Transfer),
-    /// Nothing that counts has happened: use plain calls.
-    Refused(Transfer),
+    /// The kernel has read this many bytes.
+    Done(usize, AlignedBuffer),
+    /// Use plain calls.
+    Refused(AlignedBuffer),
     /// The runtime is shutting down.
     Shutdown,
 }
 
-/// Carries out a transfer on the ring of the current runtime.
-pub(in crate::raw) async fn transfer(transfer: Transfer) -> Outcome {
-    let Some(ring) = current() else { return Outcome::Refused(transfer) };
+/// Reads by the ring of the current runtime.
+pub(in crate::raw) async fn read(read: Read) -> Outcome {
+    let Some(ring) = current() else { return Outcome::Refused(read.buffer) };
     let (answer, wait) = oneshot::channel();
-    if let Err(transfer) = ring.enqueue(transfer, answer) {
-        return Outcome::Refused(transfer);
+    if let Err(read) = ring.enqueue(read, answer) {
+        return Outcome::Refused(read.buffer);
     }
     drop(ring);
     match wait.await {
-        Ok((result, transfer)) => match usize::try_from(result) {
-            Ok(len) => Outcome::Done(len, transfer),
-            Err(_) => Outcome::Refused(transfer),
+        Ok((result, read)) => match usize::try_from(result) {
+            Ok(len) => Outcome::Done(len, read.buffer),
+            Err(_) => Outcome::Refused(read.buffer),
         },
         Err(_) => Outcome::Shutdown,
     }
@@ -98,7 +90,7 @@ fn current() -> Option<Arc<Ring>> {
     })
 }
 
-type Answer = oneshot::Sender<(i32, Transfer)>;
+type Answer = oneshot::Sender<(i32, Read)>;
 
 struct Ring {
     state: Mutex<State>,
@@ -109,10 +101,10 @@ struct Ring {
 struct State {
     uring: IoUring,
     /// By user data. What is `Some` belongs to the kernel.
-    slots: Vec<Option<(Transfer, Answer)>>,
+    slots: Vec<Option<(Read, Answer)>>,
     free: Vec<usize>,
     /// Not yet in a slot; bounded by the callers' limits on requests in flight.
-    queue: VecDeque<(Transfer, Answer)>,
+    queue: VecDeque<(Read, Answer)>,
     closed: bool,
 }
 
@@ -148,12 +140,12 @@ impl Ring {
     }
 
     /// The driver submits it together with whatever else is enqueued until it runs.
-    fn enqueue(&self, transfer: Transfer, answer: Answer) -> Result<(), Transfer> {
+    fn enqueue(&self, read: Read, answer: Answer) -> Result<(), Read> {
         let mut state = self.lock();
         if state.closed {
-            return Err(transfer);
+            return Err(read);
         }
-        state.queue.push_back((transfer, answer));
+        state.queue.push_back((read, answer));
         if state.queue.len() == 1 {
             self.wake.notify_one();
         }
@@ -192,7 +184,7 @@ impl Driver {
 }
 
 impl Drop for Driver {
-    /// No memory may be freed that the kernel still uses: waits for every transfer.
+    /// No memory may be freed that the kernel still uses: waits for every read.
     fn drop(&mut self) {
         let mut state = self.ring.lock();
         state.closed = true;
@@ -202,7 +194,7 @@ impl Drop for Driver {
                 Ok(_) => state.complete(),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => {
-                    tracing::error!(%error, "memory of unfinished transfers is given up");
+                    tracing::error!(%error, "memory of unfinished reads is given up");
                     for slot in &mut state.slots {
                         std::mem::forget(slot.take());
                     }
@@ -218,9 +210,9 @@ impl State {
     fn submit(&mut self) -> bool {
         while !self.queue.is_empty() && !self.uring.submission().is_full() {
             let Some(slot) = self.free.pop() else { break };
-            let Some((mut transfer, answer)) = self.queue.pop_front() else { break };
-            let entry = transfer.entry().user_data(slot as u64);
-            self.slots[slot] = Some((transfer, answer));
+            let Some((mut read, answer)) = self.queue.pop_front() else { break };
+            let entry = read.entry().user_data(slot as u64);
+            self.slots[slot] = Some((read, answer));
             // SAFETY: the file and the memory that the entry names are owned by the slot, which
             // is emptied only when the kernel has completed the entry; neither moves when the
             // slot does. A slot that must be given up before that is leaked.
@@ -234,32 +226,24 @@ impl State {
     /// Answers whoever waits for what the kernel has completed.
     fn complete(&mut self) {
         loop {
-            // The queue is not borrowed while an answer drops what its receiver did not want.
             let Some(entry) = self.uring.completion().next() else { return };
             let slot = entry.user_data() as usize;
-            let Some((transfer, answer)) = self.slots.get_mut(slot).and_then(Option::take) else {
+            let Some((read, answer)) = self.slots.get_mut(slot).and_then(Option::take) else {
                 continue;
             };
             self.free.push(slot);
-            // Without a receiver the transfer ends here, and its lock with it.
-            let _ = answer.send((entry.result(), transfer));
+            // Without a receiver the buffer ends here.
+            let _ = answer.send((entry.result(), read));
         }
     }
 }
 
-impl Transfer {
+impl Read {
     fn entry(&mut self) -> squeue::Entry {
         let file = types::Fd(self.core.file.as_raw_fd());
-        match &mut self.memory {
-            Memory::Read(buffer, from) => {
-                let part = &mut buffer[*from..];
-                let len = u32::try_from(part.len()).unwrap_or(u32::MAX);
-                opcode::Read::new(file, part.as_mut_ptr(), len).offset(self.offset).build()
-            }
-            Memory::Write(data) => {
-                let len = u32::try_from(data.len()).unwrap_or(u32::MAX);
-                opcode::Write::new(file, data.as_ptr(), len).offset(self.offset).build()
-            }
-        }
+        let part = &mut self.buffer[self.from..];
+        // What is longer than an entry can say comes back short.
+        let len = u32::try_from(part.len()).unwrap_or(u32::MAX);
+        opcode::Read::new(file, part.as_mut_ptr(), len).offset(self.offset).build()
     }
 }
