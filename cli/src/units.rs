@@ -99,6 +99,14 @@ pub(crate) fn duration(duration: Duration) -> String {
     }
 }
 
+/// How long ago something was, given in milliseconds.
+pub(crate) fn age(milliseconds: u64) -> String {
+    match milliseconds {
+        0..1_000 => "less than a second".into(),
+        _ => duration(Duration::from_millis(milliseconds)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,5 +178,7 @@ mod tests {
         assert_eq!(duration(Duration::from_micros(12_345)), "12.3 ms");
         assert_eq!(duration(Duration::from_millis(4_250)), "4.2 s");
         assert_eq!(duration(Duration::from_secs(180)), "3 min");
+        assert_eq!(age(999), "less than a second");
+        assert_eq!(age(1_200), "1.2 s");
     }
 }

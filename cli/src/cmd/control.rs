@@ -64,7 +64,7 @@ fn promotion(target: Target, answer: &Value) -> String {
         text.push_str(&format!("\nwritten since the checkpoint, at most {differing}: {fate}"));
     }
     if let Some(ms) = number(answer, "last-contact-ms") {
-        let ago = units::duration(Duration::from_millis(ms));
+        let ago = units::age(ms);
         text.push_str(&format!(
             "\nlast contact with the primary {ago} ago; if it went on alone since, it has more"
         ));

@@ -82,7 +82,7 @@ fn headline(status: &Status, paint: Paint) -> String {
     let mut line = format!("{} · {role} · {link}", paint.apply(Colour::Bold, &status.name));
     match status.last_contact_ms {
         Some(contact) if status.link != LinkState::Connected => {
-            let _ = write!(line, ", last heard of {} ago", millis(contact));
+            let _ = write!(line, ", last heard of {} ago", units::age(contact));
         }
         _ => {}
     }
@@ -92,7 +92,7 @@ fn headline(status: &Status, paint: Paint) -> String {
 fn progress(status: &Status) -> String {
     let mut parts = Vec::new();
     parts.push(match (status.checkpoint, status.checkpoint_age_ms) {
-        (Some(epoch), Some(age)) => format!("checkpoint {epoch}, {} old", millis(age)),
+        (Some(epoch), Some(age)) => format!("checkpoint {epoch}, {} old", units::age(age)),
         (Some(epoch), None) => format!("checkpoint {epoch}"),
         (None, _) => "no checkpoint yet".into(),
     });
@@ -179,10 +179,6 @@ fn counters(status: &Status) -> String {
     text
 }
 
-fn millis(count: u64) -> String {
-    units::duration(Duration::from_millis(count))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -230,7 +226,10 @@ mod tests {
     fn a_healthy_primary_is_one_screen() {
         let text = render(&status(), Paint::plain());
         assert!(text.starts_with("host-a · primary · connected to 127.0.0.1:10809\n"), "{text}");
-        assert!(text.contains("checkpoint 41, 400.0 ms old · epoch 42 · ack sync"), "{text}");
+        assert!(
+            text.contains("checkpoint 41, less than a second old · epoch 42 · ack sync"),
+            "{text}"
+        );
         assert!(
             text.contains("vda    in sync   10 GiB      0 B            –   /d/vda.raw"),
             "{text}"

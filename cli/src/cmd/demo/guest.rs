@@ -33,6 +33,14 @@ pub(super) struct Load {
     pub(super) took: Duration,
 }
 
+impl std::ops::AddAssign for Load {
+    fn add_assign(&mut self, more: Self) {
+        self.writes += more.writes;
+        self.bytes += more.bytes;
+        self.took += more.took;
+    }
+}
+
 /// Connects as soon as there is a server.
 pub(super) async fn connect(uri: &NbdUri) -> anyhow::Result<Arc<Connection>> {
     let options = ConnectOptions::from_uri(uri);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use brep_replication::control::ControlClient;
 use brep_replication::status::{DiskState, Status};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use super::disk::{self, Random};
@@ -16,9 +16,13 @@ use crate::exit::Failure;
 use crate::output::{self, Colour, Paint};
 use crate::units;
 
-/// Writes between two checkpoints, and how many such rounds there are.
-const WRITES: usize = 2_000;
+/// Rounds of writes that end in a checkpoint; in all but the last it comes in their midst.
 const ROUNDS: u64 = 3;
+/// Writes of a round, unless the time is over first.
+const WRITES: u64 = 2_000;
+const LOAD_TIME: Duration = Duration::from_secs(1);
+const WRITES_AT_A_TIME: usize = 250;
+const BEFORE_CHECKPOINT: Duration = Duration::from_millis(50);
 
 pub(super) fn tell(directory: &Path) -> Result<(), Failure> {
     let mut story = Story {
@@ -41,6 +45,23 @@ pub(super) fn tell(directory: &Path) -> Result<(), Failure> {
 struct Replicated {
     at_checkpoint: Vec<u8>,
     at_end: Vec<u8>,
+}
+
+/// A checkpoint that was committed.
+struct Checkpoint {
+    epoch: Value,
+    took: Duration,
+    pause: Duration,
+}
+
+impl Checkpoint {
+    fn take(control: &mut ControlClient) -> anyhow::Result<Self> {
+        let begin = Instant::now();
+        let mut answer = control.execute("checkpoint", json!({ "wait": "commit" }))?;
+        let took = begin.elapsed();
+        let pause = Duration::from_micros(pair::status(control)?.counters.last_pause_us);
+        Ok(Checkpoint { epoch: answer["epoch"].take(), took, pause })
+    }
 }
 
 struct Story {
@@ -96,10 +117,20 @@ impl Story {
                 root.write(&format!("note-{round}.txt"), text.repeat(500).as_bytes())
             });
             let files = self.runtime.block_on(files)?;
-            let load = guest.write_at_random(&mut self.random, WRITES);
-            let load = self.runtime.block_on(load)?;
+            let mut under_load = None;
+            let load = if round < ROUNDS {
+                let taken = self.load_with_checkpoint(&mut guest, &mut control);
+                let (load, checkpoint) = taken?;
+                under_load = Some(checkpoint);
+                load
+            } else {
+                self.load(&mut guest)?
+            };
             self.tell_load(&format!("note-{round}.txt and a random load"), files, load)?;
-            self.checkpoint(&mut control)?;
+            match under_load {
+                Some(checkpoint) => self.tell_checkpoint("while that went on: ", &checkpoint)?,
+                None => self.tell_checkpoint("", &Checkpoint::take(&mut control)?)?,
+            }
         }
         let at_checkpoint = self.runtime.block_on(guest.read_back())?;
         ensure(at_checkpoint == guest.contents(), "the primary's export is not what was written")?;
@@ -111,13 +142,13 @@ impl Story {
             root.remove("photos/07.jpg")
         });
         let files = self.runtime.block_on(files)?;
-        let load = self.runtime.block_on(guest.write_at_random(&mut self.random, WRITES))?;
+        let load = self.load(&mut guest)?;
         self.tell_load("overwrote, deleted and added files; more load", files, load)?;
         let at_end = self.runtime.block_on(guest.read_back())?;
         ensure(at_end == guest.contents(), "the primary's export is not what was written")?;
         let counters = pair::status(&mut control)?.counters;
         self.say(&format!(
-            "replicated so far: {} writes, {}",
+            "replicated so far, first copy included: {} writes, {}",
             units::count(counters.replicated_writes),
             units::bytes(counters.replicated_bytes)
         ))?;
@@ -131,14 +162,39 @@ impl Story {
         self.say(&format!("{what}: {writes} writes, {bytes}, {rate} writes/s, on both sides"))
     }
 
-    fn checkpoint(&self, control: &mut ControlClient) -> Result<(), Failure> {
+    /// Writes for a while, on a slow machine fewer blocks.
+    fn load(&mut self, guest: &mut Guest) -> Result<Load, Failure> {
         let begin = Instant::now();
-        let answer = control.execute("checkpoint", json!({ "wait": "commit" }))?;
-        let took = units::duration(begin.elapsed());
-        let pause = pair::status(control)?.counters.last_pause_us;
-        let pause = units::duration(Duration::from_micros(pause));
-        let epoch = &answer["epoch"];
-        self.good(&format!("checkpoint {epoch} committed in {took}; forwarding paused {pause}"))
+        let mut load = Load::default();
+        while load.writes < WRITES && begin.elapsed() < LOAD_TIME {
+            let part = guest.write_at_random(&mut self.random, WRITES_AT_A_TIME);
+            load += self.runtime.block_on(part)?;
+        }
+        Ok(load)
+    }
+
+    /// The same, and in the midst of it a checkpoint.
+    fn load_with_checkpoint(
+        &mut self,
+        guest: &mut Guest,
+        control: &mut ControlClient,
+    ) -> Result<(Load, Checkpoint), Failure> {
+        std::thread::scope(|scope| {
+            let checkpoint = scope.spawn(|| {
+                std::thread::sleep(BEFORE_CHECKPOINT);
+                Checkpoint::take(control)
+            });
+            let load = self.load(guest);
+            let checkpoint = checkpoint.join();
+            let checkpoint = checkpoint.map_err(|_| Failure::failed("a thread has panicked"))?;
+            Ok((load?, checkpoint?))
+        })
+    }
+
+    fn tell_checkpoint(&self, when: &str, checkpoint: &Checkpoint) -> Result<(), Failure> {
+        let Checkpoint { epoch, took, pause } = checkpoint;
+        let (took, pause) = (units::duration(*took), units::duration(*pause));
+        self.good(&format!("{when}checkpoint {epoch} in {took}; forwarding paused for {pause}"))
     }
 
     fn fail_over(
@@ -210,7 +266,9 @@ fn ensure(condition: bool, otherwise: &str) -> Result<(), Failure> {
 
 /// In how many bytes two disks differ; a missing byte differs.
 fn differences(a: &[u8], b: &[u8]) -> u64 {
-    let common = a.iter().zip(b).filter(|(a, b)| a != b).count();
+    const BLOCK_LEN: usize = 4096;
+    let blocks = a.chunks(BLOCK_LEN).zip(b.chunks(BLOCK_LEN)).filter(|(a, b)| a != b);
+    let common: usize = blocks.map(|(a, b)| a.iter().zip(b).filter(|(a, b)| a != b).count()).sum();
     (common + a.len().abs_diff(b.len())) as u64
 }
 
