@@ -10,7 +10,7 @@ use brep_block::{BlockDevice, Operation, WriteFlags, ZeroFlags};
 use bytes::Bytes;
 use common::Probe;
 
-const SIZE: u64 = (256 << 10) + 300;
+const SIZE: u64 = (64 << 10) + 300;
 const WRITERS: u64 = 6;
 
 struct Random(u64);
@@ -67,7 +67,7 @@ async fn reader(view: Arc<SnapshotAccess>, expected: Arc<Vec<u8>>, stop: Arc<Ato
 }
 
 async fn run(seed: u64, unit_bytes: u64, failing: bool) {
-    let (source, target) = (Probe::slow("disk", SIZE, 3), Probe::slow("hidden", SIZE, 3));
+    let (source, target) = (Probe::slow("disk", SIZE, 9), Probe::slow("hidden", SIZE, 9));
     source.fill(0xEE);
     let mut options = CbwOptions::new("cbw").unit_bytes(unit_bytes);
     options.discard_as_zeroes = true;

@@ -131,17 +131,11 @@ impl Probe {
             .unwrap()
             .as_ref()
             .and_then(|(rule, gate)| rule(&op).then(|| Arc::clone(gate)));
-        let yields = if self.yields_max == 0 {
-            0
-        } else {
-            let seed = self.seed.fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed);
-            (seed >> 29) % (self.yields_max + 1)
-        };
+        let yields = self.random(self.yields_max);
+        let before = self.random(yields);
         if gate.is_none() && yields == 0 {
             return Io::Ready(act());
         }
-        // Reads and writes take effect in the middle of their time.
-        let before = yields / 2;
         let act = std::sync::Mutex::new(Some(act));
         Io::future(async move {
             for _ in 0..before {
@@ -157,6 +151,16 @@ impl Probe {
             }
             result
         })
+    }
+
+    /// 0 to `max`.
+    fn random(&self, max: u64) -> u64 {
+        if max == 0 {
+            return 0;
+        }
+        let step = |seed: u64| seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(99);
+        let seed = self.seed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |s| Some(step(s)));
+        (seed.unwrap() >> 33) % (max + 1)
     }
 
     fn allocate(&self, offset: u64, len: u64) {
