@@ -9,6 +9,8 @@ mod ids;
 mod image;
 mod layer;
 mod link;
+mod merge;
+pub mod node;
 pub mod primary;
 pub mod secondary;
 mod state;

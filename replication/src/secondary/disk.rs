@@ -6,10 +6,10 @@ use brep_block::BlockDevice;
 use brep_qcow2::Qcow2;
 
 use super::buffers::{Buffer, BufferPool};
-use super::promoted::PromotedDisk;
 use crate::config::DiskConfig;
 use crate::gate::Gate;
 use crate::image::Image;
+use crate::merge::MergedDisk;
 use crate::state::DiskRecord;
 use crate::unavailable::Unavailable;
 use crate::view::ChainView;
@@ -39,8 +39,10 @@ struct State {
     /// Empty, named by the record; the next cut switches to it.
     next: Option<Buffer>,
     active: Option<Buffer>,
+    /// Takes all writes since a promotion, until the merge has ended.
+    top: Option<Buffer>,
     replica: Option<Replica>,
-    promoted: Option<Arc<PromotedDisk>>,
+    promoted: Option<Arc<MergedDisk>>,
     /// Bytes in the chain that the filter's count does not contain.
     kept_bytes: u64,
     /// The filter's count of copied bytes that is not of the chain any more.
@@ -255,7 +257,7 @@ impl ReplicaDisk {
             chain: state.chain.iter().map(Buffer::reference).collect(),
             next: state.next.as_ref().map(Buffer::reference),
             active: state.active.as_ref().map(Buffer::reference),
-            top: state.promoted.as_ref().and_then(|p| p.top()).map(|t| t.reference()),
+            top: state.top.as_ref().map(Buffer::reference),
             ..DiskRecord::new(&self.name, self.size)
         }
     }
@@ -318,10 +320,10 @@ impl ReplicaDisk {
 
     /// Makes the promoted disk out of the checkpoint: a fresh top over the active disk, if any,
     /// over the chain, over the image. Without a `top` the image itself becomes the disk.
-    pub(crate) async fn promote_onto(&self, top: Option<Buffer>) -> Result<Arc<PromotedDisk>> {
+    pub(crate) async fn promote_onto(&self, top: Option<Buffer>) -> Result<Arc<MergedDisk>> {
         let base = Arc::clone(self.image.device());
         let promoted = match top {
-            None => PromotedDisk::direct(&self.name, base),
+            None => MergedDisk::direct(&self.name, base),
             Some(top) => {
                 let (active, view) = {
                     let state = self.state();
@@ -336,7 +338,9 @@ impl ReplicaDisk {
                     layers.insert(0, active.device());
                 }
                 top.below.set(layers.first().cloned());
-                PromotedDisk::merging(&self.name, base, top, layers)
+                let promoted = MergedDisk::merging(&self.name, base, top.device(), layers);
+                self.state().top = Some(top);
+                promoted
             }
         };
         self.state().promoted = Some(Arc::clone(&promoted));
@@ -344,27 +348,26 @@ impl ReplicaDisk {
         Ok(promoted)
     }
 
-    pub(crate) fn promoted(&self) -> Option<Arc<PromotedDisk>> {
+    pub(crate) fn promoted(&self) -> Option<Arc<MergedDisk>> {
         self.state().promoted.clone()
     }
 
     /// Gives up every buffer, after a merge or when a checkpoint is dropped by command. No record
     /// names them any more.
     pub(crate) async fn drop_buffers(&self) -> Result<()> {
-        let top = match self.promoted() {
-            Some(promoted) => promoted.finish().await,
-            None => None,
-        };
-        let mut buffers = {
+        if let Some(promoted) = self.promoted() {
+            promoted.finish().await;
+        }
+        let buffers = {
             let mut state = self.state();
             state.replica = None;
             (state.kept_bytes, state.dropped_bytes, state.copied_at_switch) = (0, 0, 0);
             let mut buffers = std::mem::take(&mut state.chain);
             buffers.extend(state.next.take());
             buffers.extend(state.active.take());
+            buffers.extend(state.top.take());
             buffers
         };
-        buffers.extend(top);
         for buffer in buffers {
             buffer.below.set(None);
             self.pool.recycle(buffer).await?;
@@ -376,9 +379,8 @@ impl ReplicaDisk {
     pub(crate) async fn close(&self) -> Result<()> {
         let images: Vec<Arc<Qcow2>> = {
             let state = self.state();
-            let top = state.promoted.as_ref().and_then(|p| p.top());
             let named = state.chain.iter().chain(&state.next).chain(&state.active);
-            named.chain(&top).map(|b| Arc::clone(&b.image)).collect()
+            named.chain(&state.top).map(|b| Arc::clone(&b.image)).collect()
         };
         for image in images {
             image.close().await?;

@@ -6,7 +6,6 @@ mod exports;
 mod failover;
 mod group;
 mod link;
-mod promoted;
 mod session;
 mod status;
 

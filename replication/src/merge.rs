@@ -7,7 +7,6 @@ use brep_block::{
 };
 use bytes::Bytes;
 
-use super::buffers::Buffer;
 use crate::status::Progress;
 
 /// Bytes that the merge copies, and locks, at a time.
@@ -21,7 +20,7 @@ const MERGE_STEP_BYTES: u64 = 1 << 20;
 /// write to a range that has been merged goes to the top *and* to the image. When all is merged,
 /// the image alone is the disk.
 #[derive(Debug)]
-pub(crate) struct PromotedDisk {
+pub(crate) struct MergedDisk {
     shared: Arc<Shared>,
 }
 
@@ -39,7 +38,7 @@ struct Shared {
 #[derive(Debug, Clone)]
 struct Stack {
     /// Takes all writes; its backing is what lies below.
-    top: Buffer,
+    top: Arc<dyn BlockDevice>,
     /// The layers below it, the upper first, each of which tells what it has.
     below: Vec<Arc<dyn BlockDevice>>,
 }
@@ -47,7 +46,7 @@ struct Stack {
 impl Stack {
     /// The state of the first bytes of a range; `allocated`: some layer over the image has them.
     async fn status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
-        let mut status = self.top.device().block_status(offset, len).await?;
+        let mut status = self.top.block_status(offset, len).await?;
         for layer in &self.below {
             if status.flags.allocated {
                 break;
@@ -98,7 +97,7 @@ impl Change {
     }
 }
 
-impl PromotedDisk {
+impl MergedDisk {
     /// The image is the disk.
     pub(crate) fn direct(name: &str, base: Arc<dyn BlockDevice>) -> Arc<Self> {
         Self::new(name, base, None)
@@ -109,14 +108,14 @@ impl PromotedDisk {
     pub(crate) fn merging(
         name: &str,
         base: Arc<dyn BlockDevice>,
-        top: Buffer,
+        top: Arc<dyn BlockDevice>,
         below: Vec<Arc<dyn BlockDevice>>,
     ) -> Arc<Self> {
         Self::new(name, base, Some(Stack { top, below }))
     }
 
     fn new(name: &str, base: Arc<dyn BlockDevice>, stack: Option<Stack>) -> Arc<Self> {
-        Arc::new(PromotedDisk {
+        Arc::new(MergedDisk {
             shared: Arc::new(Shared {
                 name: name.to_owned(),
                 base,
@@ -125,11 +124,6 @@ impl PromotedDisk {
                 stack: Mutex::new(stack),
             }),
         })
-    }
-
-    /// The top layer, until the merge has ended.
-    pub(crate) fn top(&self) -> Option<Buffer> {
-        self.shared.stack().map(|s| s.top)
     }
 
     /// How much of the disk is in the image; none when the merge has ended.
@@ -156,11 +150,10 @@ impl PromotedDisk {
     }
 
     /// From now on the image alone is the disk: the merge has ended, and the record says so.
-    /// Returns the top layer, which nobody reads any more.
-    pub(crate) async fn finish(&self) -> Option<Buffer> {
+    /// Nobody reads the layers any more when this returns.
+    pub(crate) async fn finish(&self) {
         let _all = self.shared.locks.lock(0..u64::MAX, LockMode::Exclusive).await;
-        let mut stack = self.shared.stack.lock().unwrap_or_else(PoisonError::into_inner);
-        stack.take().map(|s| s.top)
+        self.shared.stack.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     fn start_change(&self, offset: u64, change: Change) -> Io<'_, ()> {
@@ -206,7 +199,7 @@ impl Shared {
             return self.base.write_zeroes(offset, len, flags).await;
         }
         // At most MERGE_STEP_BYTES, so it fits.
-        let data = stack.top.device().read(offset, len as usize).await?;
+        let data = stack.top.read(offset, len as usize).await?;
         self.base.write(offset, data, WriteFlags::default()).await
     }
 
@@ -217,7 +210,7 @@ impl Shared {
         // The merge cannot pass this range while it is locked.
         let merged = self.merged.load(Ordering::Acquire).saturating_sub(offset).min(len);
         let head = (merged > 0).then(|| change.head(merged));
-        change.apply(&*stack.top.device(), offset).await?;
+        change.apply(&*stack.top, offset).await?;
         match head {
             Some(head) => head.apply(&*self.base, offset).await,
             None => Ok(()),
@@ -225,7 +218,7 @@ impl Shared {
     }
 }
 
-impl BlockDevice for PromotedDisk {
+impl BlockDevice for MergedDisk {
     fn name(&self) -> &str {
         &self.shared.name
     }
@@ -248,7 +241,7 @@ impl BlockDevice for PromotedDisk {
         Io::future(async move {
             let _guard = self.shared.locks.lock(range, LockMode::Shared).await;
             match self.shared.stack() {
-                Some(stack) => stack.top.device().read(offset, len).await,
+                Some(stack) => stack.top.read(offset, len).await,
                 None => self.shared.base.read(offset, len).await,
             }
         })
@@ -276,7 +269,7 @@ impl BlockDevice for PromotedDisk {
         Io::future(async move {
             let _guard = self.shared.locks.lock(offset..offset + len, LockMode::Shared).await;
             match self.shared.stack() {
-                Some(stack) => stack.top.device().block_status(offset, len).await,
+                Some(stack) => stack.top.block_status(offset, len).await,
                 None => self.shared.base.block_status(offset, len).await,
             }
         })
@@ -287,7 +280,7 @@ impl BlockDevice for PromotedDisk {
             // The layers stay while this holds a range, however small.
             let _guard = self.shared.locks.lock(0..1, LockMode::Shared).await;
             if let Some(stack) = self.shared.stack() {
-                stack.top.image.flush(level).await?;
+                stack.top.flush(level).await?;
             }
             self.shared.base.flush(level).await
         })
