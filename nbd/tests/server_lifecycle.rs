@@ -60,6 +60,24 @@ async fn a_closed_connection_is_closed_only_when_its_operations_have_completed()
 }
 
 #[tokio::test]
+async fn operations_that_end_do_not_end_their_connection() {
+    let fault = Fault::new(Memory::new("memory", SIZE));
+    let fixture = Fixture::device(fault.clone()).await;
+    let mut raw = fixture.session(false).await;
+    let connection = fixture.connection().await;
+    for cookie in 0..3 {
+        let hang = fault.hang(Rule::new(Operation::Write));
+        raw.send(&write(cookie, 0, b"x")).await;
+        within(hang.reached(1)).await;
+        hang.release();
+        assert_eq!(raw.simple().await, (Errno::OK, cookie));
+        assert!(!connection.is_closed());
+    }
+    drop(raw);
+    within(connection.closed()).await;
+}
+
+#[tokio::test]
 async fn an_operation_outlives_the_client_that_asked_for_it() {
     let memory = Memory::new("memory", SIZE);
     let fault = Fault::new(memory.clone());
