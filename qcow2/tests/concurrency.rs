@@ -97,7 +97,7 @@ async fn storm(create: CreateOptions, ordered: bool, seed: u64) {
         }
         assert!(read_all(&*disk).await == model, "contents differ, seed {seed}, {create:?}");
         if round < 2 {
-            let how = if seed % 2 == 0 { MakeEmpty::Keep } else { MakeEmpty::Release };
+            let how = if seed.is_multiple_of(2) { MakeEmpty::Keep } else { MakeEmpty::Release };
             disk.make_empty(how).await.unwrap();
             assert!(read_all(&*disk).await == base);
         } else {

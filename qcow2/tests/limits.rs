@@ -141,7 +141,7 @@ async fn a_refcount_table_that_is_missing_too_large_or_misplaced() {
     let error = refused(&[(56, &u32s(129))], RO).await;
     assert_eq!(error, FormatError::RefcountTableTooLarge(129));
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
-    for offset in [65537, 1 << 63, u64::MAX & !0xffff] {
+    for offset in [65537, 1 << 63, !0xffff] {
         let error = refused(&[(48, &u64s(offset))], RO).await;
         assert_eq!(error, FormatError::RefcountTableOffset(offset));
     }
