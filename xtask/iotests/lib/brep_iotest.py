@@ -24,6 +24,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -379,15 +380,18 @@ class Daemon:
         return inodes
 
     def _socket_paths(self):
-        """The paths of the unix sockets that the process has bound."""
-        inodes = self.sockets()
-        try:
-            folder = pathlib.Path(os.readlink(f"/proc/{self.pid}/cwd"))
-        except OSError:
-            return []
-        rows = [row.split() for row in open("/proc/net/unix").read().splitlines()[1:]]
-        return [folder / row[7] for row in rows
-                if len(row) > 7 and row[6] in inodes and not row[7].startswith("@")]
+        """The sockets in the scratch folder that the process listens on."""
+        return [path for path in self.test.dir.rglob("*") if path.is_socket()
+                and self._listens_on(path)]
+
+    def _listens_on(self, path):
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(str(path))
+            except OSError:
+                return False
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            return struct.unpack("3i", credentials)[0] == self.pid
 
 
 class Control:

@@ -127,10 +127,8 @@ class Writer:
     writes are there: its blocks hold 1, 2, 3, ... up to some number, in order.
     """
 
-    BLOCK = 4096
-
-    def __init__(self, t, uri):
-        self.t = t
+    def __init__(self, t, uri, base=0, block=4096):
+        self.t, self.base, self.block = t, base, block
         self.process = subprocess.Popen(
             [t.which("qemu-io"), "-f", "raw", uri], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -143,7 +141,7 @@ class Writer:
             try:
                 # A pattern is one byte: the number's low 8 bits without 0, which means absent.
                 self.process.stdin.write(
-                    f"write -P {value(n)} {n * self.BLOCK} {self.BLOCK}\n")
+                    f"write -P {value(n)} {self.base + n * self.block} {self.block}\n")
                 self.process.stdin.flush()
             except BrokenPipeError:
                 return False
@@ -154,7 +152,7 @@ class Writer:
 
     def _was_written(self):
         for line in self.process.stdout:
-            if "wrote 4096/4096 bytes" in line:
+            if f"wrote {self.block}/{self.block} bytes" in line:
                 return True
             if "failed" in line or "rror" in line:
                 return False
@@ -171,10 +169,10 @@ def value(n):
     return n % 255 + 1
 
 
-def count_writes(t, file):
+def count_writes(t, file, base=0, length=None, block=4096):
     """How many of a `Writer`'s writes a raw copy holds; they have to be the first ones."""
-    data = (t.dir / file).read_bytes()
-    block = Writer.BLOCK
+    data = (t.dir / file).read_bytes()[base:]
+    data = data[:length]
     count = 0
     while count * block < len(data) and data[count * block:(count + 1) * block] == \
             bytes([value(count)]) * block:
