@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use brep_block::{BlockDevice, FlushLevel, Memory, WriteFlags, ZeroFlags};
+use brep_block::{BlockDevice, Fault, FlushLevel, Memory, Operation, Rule, WriteFlags, ZeroFlags};
 use brep_qcow2::{CheckMode, CreateOptions, MakeEmpty, OpenOptions, Qcow2, check};
 use bytes::Bytes;
 use common::recorder::{Recorder, Replay};
@@ -163,6 +163,35 @@ async fn a_request_whose_caller_left_comes_to_its_end() {
     // Takes its turn behind all of them.
     disk.make_empty(MakeEmpty::Keep).await.unwrap();
     assert!(disk.is_empty().await.unwrap());
+    disk.close().await.unwrap();
+    assert!(check(&file, CheckMode::Report).await.unwrap().is_clean());
+}
+
+#[tokio::test]
+async fn a_late_hole_does_not_hit_the_next_owner_of_a_cluster() {
+    let file = common::memory();
+    let create = CreateOptions { cluster_bits: 12, ..CreateOptions::new(8 << 20) };
+    common::create(&file, &create).await;
+    let fault = Fault::new(file.clone());
+    let options = OpenOptions { ordered: false, ..OpenOptions::default() };
+    let disk = open_with(&(fault.clone() as Arc<dyn BlockDevice>), options).await;
+    let old = Bytes::from(vec![1; 64 << 10]);
+    disk.write(0, old, WriteFlags::default()).await.unwrap();
+    let hang = fault.hang(Rule::new(Operation::Discard));
+    let discard = tokio::spawn({
+        let disk = disk.clone();
+        async move { disk.discard(0, 64 << 10).await }
+    });
+    hang.reached(1).await;
+    // More than what has been set aside before.
+    let data = pattern(8, 4 << 20);
+    for (i, part) in data.chunks(4096).enumerate() {
+        let offset = (1 << 20) + i as u64 * 4096;
+        disk.write(offset, Bytes::copy_from_slice(part), WriteFlags::default()).await.unwrap();
+    }
+    hang.release();
+    discard.await.unwrap().unwrap();
+    assert!(disk.read(1 << 20, 4 << 20).await.unwrap() == data, "a hole in new data");
     disk.close().await.unwrap();
     assert!(check(&file, CheckMode::Report).await.unwrap().is_clean());
 }

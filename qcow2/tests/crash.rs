@@ -212,3 +212,64 @@ async fn a_power_loss_at_any_point_loses_nothing_that_was_flushed() {
         }
     }
 }
+
+/// After each event of one write, and for every choice of unflushed events that got lost, what
+/// the write was not about is as before.
+async fn survives_every_loss_during_a_write(
+    create: &CreateOptions,
+    backing: &Arc<dyn BlockDevice>,
+    discarded: bool,
+) {
+    let recorder = Recorder::new();
+    let file: Arc<dyn BlockDevice> = recorder.clone();
+    common::create(&file, create).await;
+    let disk = open_with(&file, options(backing, true)).await;
+    // Something to recycle that must not shine through.
+    let stale = Bytes::from(vec![0xee; 2 * disk.cluster_size() as usize]);
+    disk.write(128 << 10, stale, WriteFlags::default()).await.unwrap();
+    if discarded {
+        disk.discard(128 << 10, 2 * disk.cluster_size()).await.unwrap();
+        disk.close().await.unwrap();
+    }
+    let disk = open_with(&file, options(backing, true)).await;
+    disk.flush(FlushLevel::Durable).await.unwrap();
+    let before = read_all(&*disk).await;
+    let start = recorder.position();
+    disk.write(5000, Bytes::from(vec![1; 700]), WriteFlags::default()).await.unwrap();
+    let events = recorder.events();
+    for point in start..=events.len() {
+        let done = &events[..point];
+        let flushed = done.iter().rposition(|e| matches!(e, Event::Flush)).unwrap_or(0);
+        let open: Vec<&Event> = done[flushed..].iter().collect();
+        assert!(open.len() < 8, "too many to try all");
+        for choice in 0..1u32 << open.len() {
+            let mut replay = Replay::default();
+            done[..flushed].iter().for_each(|event| replay.apply(event));
+            let kept = open.iter().enumerate().filter(|(i, _)| choice >> i & 1 == 1);
+            kept.for_each(|(_, event)| replay.apply(event));
+            let file = replay.file().await;
+            let disk = open_with(&file, options(backing, true)).await;
+            let now = read_all(&*disk).await;
+            let same = now[..5000] == before[..5000] && now[5700..] == before[5700..];
+            assert!(same, "point {point} with {choice:b}: neighbours of a write are lost");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_write_copies_is_safe_before_it_is_found() {
+    let base = pattern(99, SIZE as usize);
+    let backing: Arc<dyn BlockDevice> = Memory::new("backing", SIZE);
+    backing.write(0, base.into(), WriteFlags::default()).await.unwrap();
+    let nothing: Arc<dyn BlockDevice> = Memory::new("nothing", 0);
+    for create in [
+        CreateOptions::new(SIZE),
+        CreateOptions::buffer(SIZE),
+        CreateOptions { cluster_bits: 12, ..CreateOptions::new(SIZE) },
+    ] {
+        for discarded in [false, true] {
+            survives_every_loss_during_a_write(&create, &backing, discarded).await;
+            survives_every_loss_during_a_write(&create, &nothing, discarded).await;
+        }
+    }
+}
