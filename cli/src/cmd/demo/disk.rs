@@ -44,7 +44,7 @@ pub(super) fn make() -> anyhow::Result<Vec<u8>> {
     let mut random = Random::new(1);
     let files = files_area(&mut disk)?;
     fatfs::format_volume(
-        &mut Cursor::new(&mut *files),
+        Cursor::new(&mut *files),
         FormatVolumeOptions::new().volume_label(*b"BREP DEMO  "),
     )
     .context("cannot make a file system")?;

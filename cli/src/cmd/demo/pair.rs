@@ -1,5 +1,5 @@
 //! The two processes of the demo.
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -65,7 +65,7 @@ impl Side {
             .env("XDG_RUNTIME_DIR", directory)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(File::from(stderr))
+            .stderr(stderr)
             .spawn()
             .with_context(|| format!("cannot start the {name}"))?;
         Ok(Side { name, child, control: state.join("control.sock"), log })
