@@ -259,6 +259,9 @@ impl BufferPool {
 
     /// Gives a buffer up that no record names any more: its tag first, then its contents.
     pub(crate) async fn recycle(&self, buffer: Buffer) -> Result<()> {
+        // Its next use may be another: a hidden disk over the view that it is part of would ask
+        // itself for ever.
+        buffer.below.set(None);
         let retired = Tag {
             in_use: false,
             seq: buffer.seq,

@@ -369,7 +369,6 @@ impl ReplicaDisk {
             buffers
         };
         for buffer in buffers {
-            buffer.below.set(None);
             self.pool.recycle(buffer).await?;
         }
         Ok(())
