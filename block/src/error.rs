@@ -215,11 +215,10 @@ impl Error {
     }
 
     /// The exit code of a command that ends with this error: 3 if the state forbids the
-    /// operation, 2 if an argument was wrong, else 1.
+    /// operation, else 1.
     pub fn exit_code(&self) -> u8 {
         match self.0.kind {
             ErrorKind::Locked | ErrorKind::ReadOnly => 3,
-            ErrorKind::InvalidInput if self.0.operation == Operation::Open => 2,
             _ => 1,
         }
     }

@@ -72,7 +72,6 @@ impl From<brep_block::Error> for Error {
     fn from(error: brep_block::Error) -> Self {
         let kind = match error.exit_code() {
             3 => ErrorKind::Refused,
-            2 => ErrorKind::Usage,
             _ => ErrorKind::Failed,
         };
         Error { kind, message: error.to_string() }

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use super::direct::Direct;
 use super::engine;
 use super::flush::Flusher;
+use super::sys;
 use crate::buffer::AlignedBuffer;
 use crate::{Error, ErrorKind, Limits, Operation, Result};
 
@@ -29,6 +30,8 @@ pub(super) struct Core {
     resize: Mutex<()>,
     /// The file can tell what a read would have to wait for.
     can_nowait: AtomicBool,
+    /// The file system keeps the file in memory: nothing that is read is waited for.
+    in_memory: bool,
     pub(super) can_zero_range: AtomicBool,
 }
 
@@ -41,6 +44,7 @@ impl Core {
         block_device: Option<u64>,
         direct: Option<Direct>,
     ) -> Self {
+        let in_memory = sys::is_in_memory(&file);
         Core {
             name,
             file,
@@ -51,6 +55,7 @@ impl Core {
             size: AtomicU64::new(size),
             resize: Mutex::new(()),
             can_nowait: AtomicBool::new(true),
+            in_memory,
             can_zero_range: AtomicBool::new(true),
         }
     }
@@ -119,6 +124,10 @@ impl Core {
 
     /// The part of a read that the page cache holds.
     pub(super) fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> usize {
+        if self.in_memory {
+            // An error is met again by the read that follows.
+            return engine::read_full(&self.file, offset, buffer, 1).unwrap_or(0);
+        }
         if !self.can_nowait.load(Ordering::Relaxed) {
             return 0;
         }

@@ -60,3 +60,11 @@ pub(super) fn block_device_discard(file: &File, offset: u64, len: u64) -> io::Re
     unsafe { ioctl::ioctl(file, Setter::<BLKDISCARD, [u64; 2]>::new([offset, len])) }?;
     Ok(())
 }
+
+/// Whether the file lies in a file system that has no disk below it (tmpfs, ramfs). Those refuse
+/// reads that must not wait, although none of theirs does.
+pub(in crate::raw) fn is_in_memory(file: &File) -> bool {
+    const TMPFS: u64 = 0x0102_1994;
+    const RAMFS: u64 = 0x8584_58f6;
+    rustix::fs::fstatfs(file).is_ok_and(|fs| matches!(fs.f_type as u64, TMPFS | RAMFS))
+}
