@@ -2,6 +2,7 @@
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
 use crate::exit::{self, Failure};
@@ -29,6 +30,18 @@ pub(crate) fn error(failure: &Failure) {
     let what = Paint::for_stderr().apply(Colour::Red, what);
     // If stderr is gone, the exit code still says it.
     let _ = writeln!(io::stderr(), "brep: {what}: {failure}");
+}
+
+/// A bar that counts bytes, on a terminal only.
+pub(crate) fn progress(what: &'static str) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let template = "{msg} {bar:40} {percent} %  {binary_bytes_per_sec}";
+    let style = ProgressStyle::with_template(template);
+    ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        .with_message(what)
 }
 
 /// A colour with a meaning.

@@ -114,6 +114,35 @@ fn a_pair_is_driven_by_its_commands() {
 }
 
 #[test]
+fn a_secondary_that_was_away_is_refused_and_resynced_on_command() {
+    let dir = Dir::new();
+    let (primary, secondary) = pair(&dir);
+    assert_eq!(secondary.signal(Signal::KILL), None);
+    wait_for(&dir, &PRIMARY, "/disks/0/state", "disconnected");
+    let uri = "nbd+unix:///vda?socket=a.sock";
+    let mut write = Command::new("qemu-io");
+    write.args(["-f", "raw", "-c", "write -P 9 1M 1M", uri]).current_dir(dir.path());
+    let Ok(wrote) = write.output() else {
+        eprintln!("SKIP: a_secondary_that_was_away: qemu-io not found");
+        return;
+    };
+    assert!(wrote.status.success(), "{wrote:?}");
+
+    let secondary = self::secondary(&dir);
+    wait_for(&dir, &PRIMARY, "/link", "refused");
+    let status = ask(&dir, &PRIMARY, &["status"]);
+    for said in ["why:", "do:  brep resync --full", "disconnected", "1 MiB"] {
+        assert!(status.stdout.contains(said), "{said}: {}", status.stdout);
+    }
+    let resync = ask(&dir, &PRIMARY, &["resync", "--full", "--wait"]);
+    assert_eq!((resync.code, resync.stdout.as_str()), (0, "in sync\n"), "{}", resync.stderr);
+    assert_eq!(primary.signal(Signal::TERM), Some(0));
+    assert_eq!(secondary.signal(Signal::TERM), Some(0));
+    let equal = dir.brep(&["image", "compare", "a.raw", "b.raw"]);
+    assert_eq!(equal.code, 0, "{}{}", equal.stdout, equal.stderr);
+}
+
+#[test]
 fn a_failover_can_be_repeated_and_only_with_its_target() {
     let dir = Dir::new();
     let (primary, secondary) = pair(&dir);

@@ -95,4 +95,8 @@ pub(crate) struct ResyncArgs {
     /// Copy everything
     #[arg(long)]
     pub(crate) full: bool,
+
+    /// Wait until both sides are in sync, however long that takes
+    #[arg(long)]
+    pub(crate) wait: bool,
 }

@@ -45,6 +45,10 @@ pub(crate) struct SideArgs {
     /// Listen beyond loopback although nothing is encrypted
     #[arg(long)]
     allow_plaintext: bool,
+
+    /// End, without a clean stop, when the process ends that has started this one
+    #[arg(long, hide = true)]
+    end_with_parent: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -226,6 +230,10 @@ impl SideArgs {
                 let file = disk.file.display();
                 return Err(Failure::usage(format!("--disk {}: {file} given twice", disk.name)));
             }
+        }
+        if self.end_with_parent {
+            let signal = Some(rustix::process::Signal::KILL);
+            rustix::process::set_parent_process_death_signal(signal).map_err(Failure::failed)?;
         }
         let name = match self.name {
             Some(name) => name,

@@ -1,7 +1,9 @@
 //! The commands that ask a running instance for something.
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use brep_replication::control::{ClientError, ControlClient};
+use brep_replication::status::{DiskState, Status};
 use serde_json::{Value, json};
 
 use crate::args::{CheckpointArgs, ControlArgs, FailoverArgs, ResyncArgs, StopArgs, Target, Wait};
@@ -9,6 +11,8 @@ use crate::exit::{Failure, OK, Outcome};
 use crate::instances::Registry;
 use crate::{output, units};
 
+/// How often the progress of a resync is asked for.
+const POLL_PAUSE: Duration = Duration::from_millis(200);
 /// How much longer than the instance a command waits for the answer.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -110,10 +114,44 @@ pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
             "this version knows the full resync only, which copies everything: brep resync --full",
         ));
     }
-    let answer = ask(&args.control, "resync", json!({ "full": true }))?;
-    report(&args.control, &answer, || {
-        "resync started; `brep status --watch` shows how far it is".into()
-    })
+    let mut client = connect(&args.control)?;
+    let answer = client.execute("resync", json!({ "full": true }))?;
+    if !args.wait {
+        return report(&args.control, &answer, || {
+            "resync started; `brep status --watch` shows how far it is".into()
+        });
+    }
+    wait_for_sync(&mut client, args.control.timeout)?;
+    report(&args.control, &answer, || "in sync".into())
+}
+
+/// Waits for the end of a resync, and shows its progress on a terminal. It has to begin within
+/// `begin_limit`: the two sides may have to find each other again first.
+fn wait_for_sync(client: &mut ControlClient, begin_limit: Duration) -> Result<(), Failure> {
+    let bar = output::progress("resyncing");
+    let deadline = Instant::now() + begin_limit;
+    let mut begun = false;
+    loop {
+        let answer = client.execute("query-status", Value::Null)?;
+        let status: Status = serde_json::from_value(answer).context("query-status")?;
+        let every = |state| status.disks.iter().all(|disk| disk.state == state);
+        if every(DiskState::InSync) {
+            bar.finish_and_clear();
+            return Ok(());
+        }
+        let copying = status.disks.iter().any(|disk| disk.state == DiskState::Resyncing);
+        begun |= copying;
+        if !copying && (begun || Instant::now() > deadline) {
+            let what = if begun { "the resync has stopped" } else { "the resync does not begin" };
+            let reason = status.reason.unwrap_or_else(|| "see brep status".into());
+            return Err(Failure::failed(format!("{what}: {reason}")));
+        }
+        let progress = status.disks.iter().filter_map(|disk| disk.progress);
+        let (done, total) = progress.fold((0, 0), |(d, t), p| (d + p.done, t + p.total));
+        bar.set_length(total);
+        bar.set_position(done);
+        std::thread::sleep(POLL_PAUSE);
+    }
 }
 
 fn ask(args: &ControlArgs, command: &str, arguments: Value) -> Result<Value, Failure> {

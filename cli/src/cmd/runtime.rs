@@ -62,6 +62,24 @@ where
     }
 }
 
+/// Runs `clean_up` when SIGTERM or SIGINT arrives, and ends the process.
+pub(crate) fn end_on_signal(clean_up: impl FnOnce() + Send + 'static) -> Result<(), Failure> {
+    let runtime = current_thread()?;
+    let mut signals = {
+        let _guard = runtime.enter();
+        Signals::new()?
+    };
+    let thread = std::thread::Builder::new().name("signals".into());
+    thread
+        .spawn(move || {
+            runtime.block_on(signals.next());
+            clean_up();
+            std::process::exit(i32::from(FAILED));
+        })
+        .context("cannot start a thread")?;
+    Ok(())
+}
+
 struct Signals {
     terminate: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,

@@ -67,6 +67,8 @@ pub(super) fn to_double_quotes(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -84,5 +86,23 @@ mod tests {
             to_double_quotes(r#"{'a': 'say "x"', "b": "it's", 'c': 'it\'s'}"#),
             r#"{"a": "say \"x\"", "b": "it's", "c": "it's"}"#
         );
+    }
+
+    proptest! {
+        #[test]
+        fn quotes_in_strings_are_left_alone(texts in proptest::collection::vec(any::<String>(), 0..4)) {
+            let message = Value::from(texts);
+            let read = serde_json::from_str::<Value>(&to_double_quotes(&message.to_string()));
+            prop_assert_eq!(read.unwrap(), message);
+        }
+
+        #[test]
+        fn no_text_makes_the_parser_panic(text in "[\\PC\"'\\\\{}:\\[\\],]{0,64}") {
+            let text = to_double_quotes(&text);
+            for message in serde_json::Deserializer::from_str(&text).into_iter::<Value>() {
+                let Ok(message) = message else { break };
+                let _ = crate::control::request::Request::parse(message);
+            }
+        }
     }
 }

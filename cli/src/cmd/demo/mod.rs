@@ -12,6 +12,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use crate::args::DemoArgs;
+use crate::cmd::runtime::end_on_signal;
 use crate::exit::{Failure, OK, Outcome};
 use crate::output;
 
@@ -25,9 +26,20 @@ pub(crate) fn run(args: &DemoArgs) -> Outcome {
         return Ok(OK);
     }
     let directory = tempfile::Builder::new().prefix("brep-demo-").tempdir()?;
+    let path = directory.path().to_owned();
+    end_on_signal(move || remove(&path))?;
     match story::tell(directory.path()) {
         Ok(()) => Ok(OK),
         Err(failure) => Err(failure.context(logs(directory.path()))),
+    }
+}
+
+/// Removes the directory although both sides may still be writing to it.
+fn remove(directory: &Path) {
+    for _ in 0..10 {
+        if std::fs::remove_dir_all(directory).is_ok() {
+            return;
+        }
     }
 }
 

@@ -57,7 +57,7 @@ impl Side {
         let child = Command::new(program)
             .arg(name)
             .args(["--name", &format!("demo-{name}")])
-            .arg("--state-dir")
+            .args(["--end-with-parent", "--state-dir"])
             .arg(&state)
             .args(args)
             .current_dir(directory)

@@ -1,9 +1,8 @@
 //! `brep image compare`: where two images differ, and by how much.
-use std::io::IsTerminal;
 use std::sync::Arc;
 
 use brep_block::{BlockDevice, is_zero};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::{Source, USAGE};
@@ -31,9 +30,10 @@ pub(crate) fn run(args: &CompareArgs) -> Outcome {
         };
         let first = open(&args.first, args.format).await?;
         let second = open(&args.second, args.second_format).await?;
-        let comparison = compare(&first.device, &second.device, args.strict, progress())
-            .await
-            .map_err(|error| Failure::from(error).with_code(CANNOT_READ))?;
+        let comparison =
+            compare(&first.device, &second.device, args.strict, output::progress("comparing"))
+                .await
+                .map_err(|error| Failure::from(error).with_code(CANNOT_READ))?;
         report(args, &comparison)?;
         Ok(if comparison.equal(args.strict) { EQUAL } else { DIFFERENT })
     })
@@ -132,16 +132,6 @@ async fn zeroes(device: &Arc<dyn BlockDevice>, offset: u64, end: u64) -> u64 {
         Ok(status) if status.flags.zero => status.len.min(end - offset),
         _ => 0,
     }
-}
-
-fn progress() -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style =
-        ProgressStyle::with_template("comparing {bar:40} {percent} %  {binary_bytes_per_sec}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style)
 }
 
 fn report(args: &CompareArgs, found: &Comparison) -> Result<(), Failure> {
