@@ -401,9 +401,10 @@ impl Image {
                 return Err(self.corrupt(Operation::Write, at, self.g.cluster_size(), what).await);
             }
             self.set_refcounts(alloc, block, &counts).await?;
+            let touched_end = lock(&self.pool).touched_end;
             for (index, _) in counts.iter().filter(|(_, count)| *count == 0) {
                 let cluster = block * epb + index;
-                alloc.add_free(cluster..cluster + 1, !punched);
+                alloc.add_free(cluster..cluster + 1, !punched && cluster < touched_end);
             }
         }
         Ok(())

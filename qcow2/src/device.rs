@@ -108,7 +108,7 @@ impl Qcow2 {
     /// # Errors
     /// A failure to read L2 tables.
     pub async fn next_allocated(&self, offset: u64) -> Result<Option<Range<u64>>> {
-        let _guard = self.image.ranges.lock(offset..u64::MAX, LockMode::Shared).await;
+        let _guard = self.image.hold_tables().await;
         self.image.check_readable(Operation::BlockStatus)?;
         self.image.next_allocated(offset).await
     }
@@ -146,7 +146,7 @@ impl Qcow2 {
             return Err(self.bad_request(Operation::BlockStatus, offset, 0, "empty range"));
         }
         self.image.check_readable(Operation::BlockStatus)?;
-        let _guard = self.image.ranges.lock(offset..offset + 1, LockMode::Shared).await;
+        let _guard = self.image.hold_tables().await;
         self.image.layer_status(offset, len).await
     }
 
@@ -246,8 +246,7 @@ impl BlockDevice for Qcow2 {
         }
         let image = Arc::clone(&self.image);
         start(async move {
-            // Keeps the tables in their places; a mapping that changes meanwhile is as good.
-            let _guard = image.ranges.lock(offset..offset + 1, LockMode::Shared).await;
+            let _guard = image.hold_tables().await;
             image.status(offset, len).await
         })
     }

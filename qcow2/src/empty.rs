@@ -77,6 +77,8 @@ impl Image {
             }
         }
         self.release(clusters, false).await?;
+        // The next writes take what has space in the file before what has none.
+        self.drain_pool().await?;
         result
     }
 

@@ -14,7 +14,9 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use brep_block::{BlockDevice, Error, ErrorKind, FlushLevel, Operation, RangeLock, Result};
+use brep_block::{
+    BlockDevice, Error, ErrorKind, FlushLevel, LockMode, Operation, RangeGuard, RangeLock, Result,
+};
 use bytes::Bytes;
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -139,6 +141,13 @@ impl Image {
             inflated: Mutex::new(None),
             health: Health::default(),
         }
+    }
+
+    /// Keeps the L2 tables in their places, without waiting for anything but an emptying. For
+    /// those who look at the mapping and do not mind that it changes meanwhile.
+    pub(crate) async fn hold_tables(&self) -> RangeGuard {
+        // Beyond every disk, so that only who locks everything stands in the way.
+        self.ranges.lock(u64::MAX - 1..u64::MAX, LockMode::Shared).await
     }
 
     pub(crate) fn size(&self) -> u64 {

@@ -43,7 +43,8 @@ async fn a_killed_process_leaves_leaks_that_are_repaired() {
     let dir = Dir::new();
     let file = dir.file("disk.qcow2");
     create(&file, &CreateOptions::new(1 << 20)).await;
-    let disk = open(&file).await;
+    let options = OpenOptions { ordered: false, ..OpenOptions::default() };
+    let disk = common::open_with(&file, options).await;
     disk.write(70_000, Bytes::from_static(b"data"), WriteFlags::default()).await.unwrap();
     drop(disk);
     assert!(check(&file, CheckMode::Report).await.unwrap().is_clean(), "no space is wasted yet");

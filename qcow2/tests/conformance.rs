@@ -19,7 +19,7 @@ async fn conforms(create: CreateOptions, open: OpenOptions, with_backing: bool, 
         let open = OpenOptions { backing, ..open.clone() };
         Qcow2::open(file, open).await.unwrap()
     };
-    run(make, options.size_unit(512)).await.unwrap();
+    run(make, options.size_unit(512).operations(200)).await.unwrap();
 }
 
 #[tokio::test]
