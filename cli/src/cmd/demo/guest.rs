@@ -13,6 +13,8 @@ use super::disk::{DISK_LEN, FILES_LEN, Random, Root, edit, files_area};
 use super::pair::PATIENCE;
 
 const BLOCK_LEN: usize = 4096;
+/// A guest has a working set: the random load stays within so many bytes.
+const HOT_LEN: usize = 8 << 20;
 const CHUNK_LEN: usize = 1 << 20;
 const IN_FLIGHT: usize = 32;
 /// How often a server that is not there yet is tried.
@@ -101,7 +103,7 @@ impl Guest {
         count: usize,
     ) -> anyhow::Result<Load> {
         let first = FILES_LEN / BLOCK_LEN;
-        let blocks = DISK_LEN / BLOCK_LEN - first;
+        let blocks = HOT_LEN.min(DISK_LEN - FILES_LEN) / BLOCK_LEN;
         let chosen: Vec<usize> =
             (0..count).map(|_| first + random.next() as usize % blocks).collect();
         for block in &chosen {
