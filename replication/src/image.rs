@@ -28,6 +28,8 @@ impl Image {
             ..RawFileOptions::default()
         };
         let file: Arc<dyn BlockDevice> = RawFile::open(&config.path, options)?;
+        #[cfg(test)]
+        let file = faults::over(&config.path, file);
         match config.format {
             DiskFormat::Raw => Ok(Image { device: file, qcow2: None }),
             DiskFormat::Qcow2 => {
@@ -51,5 +53,37 @@ impl Image {
             image.close().await?;
         }
         Ok(())
+    }
+}
+
+/// Lets tests put faults below a disk that a side opens by its path.
+#[cfg(test)]
+pub(crate) mod faults {
+    use std::collections::HashMap;
+    use std::path::{Path, PathBuf};
+    use std::sync::{Arc, LazyLock, Mutex};
+
+    use brep_block::{BlockDevice, Fault};
+
+    /// Two, one over the other: what hangs in the upper may fail in the lower.
+    #[derive(Debug, Clone)]
+    pub(crate) struct Faults {
+        pub(crate) upper: Arc<Fault>,
+        pub(crate) lower: Arc<Fault>,
+    }
+
+    static DISKS: LazyLock<Mutex<HashMap<PathBuf, Faults>>> = LazyLock::new(Mutex::default);
+
+    pub(super) fn over(path: &Path, device: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
+        let lower = Fault::new(device);
+        let upper = Fault::new(Arc::clone(&lower) as _);
+        let faults = Faults { upper: Arc::clone(&upper), lower };
+        DISKS.lock().unwrap().insert(path.to_owned(), faults);
+        upper
+    }
+
+    /// The faults below the disk that was last opened under this path.
+    pub(crate) fn of(path: &Path) -> Faults {
+        DISKS.lock().unwrap()[path].clone()
     }
 }

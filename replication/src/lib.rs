@@ -15,6 +15,11 @@ pub mod primary;
 pub mod secondary;
 mod state;
 pub mod status;
+#[cfg(test)]
+mod tests;
+// The tests of the crate's inside share a harness with those of its outside.
+#[cfg(test)]
+extern crate self as brep_replication;
 mod unavailable;
 mod view;
 

@@ -76,14 +76,7 @@ impl ReplicaDisk {
         seq_max: u64,
     ) -> Result<Self> {
         let size = image.device().size();
-        let gate = Gate::new(
-            &config.name,
-            Arc::new(Unavailable {
-                name: config.name.clone(),
-                size,
-                reason: "replication is not running",
-            }),
-        );
+        let gate = Gate::new(&config.name, unavailable(&config.name, size));
         let disk = ReplicaDisk {
             name: config.name.clone(),
             file: config.path.display().to_string(),
@@ -355,8 +348,9 @@ impl ReplicaDisk {
     /// Gives up every buffer, after a merge or when a checkpoint is dropped by command. No record
     /// names them any more.
     pub(crate) async fn drop_buffers(&self) -> Result<()> {
-        if let Some(promoted) = self.promoted() {
-            promoted.finish().await;
+        match self.promoted() {
+            Some(promoted) => promoted.finish().await,
+            None => self.gate.replace(unavailable(&self.name, self.size)),
         }
         let buffers = {
             let mut state = self.state();
@@ -387,4 +381,9 @@ impl ReplicaDisk {
         self.pool.close().await?;
         self.image.close().await
     }
+}
+
+/// What the guest finds while there is no checkpoint.
+fn unavailable(name: &str, size: u64) -> Arc<dyn BlockDevice> {
+    Arc::new(Unavailable { name: name.to_owned(), size, reason: "replication is not running" })
 }

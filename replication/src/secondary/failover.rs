@@ -45,10 +45,13 @@ impl Group {
             return Ok(report);
         }
         self.end_session(StopReason::Promoted).await?;
-        self.hold_guest().await?;
-        let result = self.promote(target).await;
-        self.release_guest();
-        let differing_bytes = result?;
+        let differing_bytes = {
+            let _held = self.hold_guest().await?;
+            // Again, now that nothing moves: a write that was drained may have failed, and the
+            // guest may have written.
+            self.check_failover(target)?;
+            self.promote(target).await?
+        };
         let report = Report {
             target,
             epoch: self.record().com.map(|c| c.epoch),
@@ -237,7 +240,7 @@ impl Group {
                     secondary.latest_ok = false;
                 }
             })?;
-            self.hold_guest().await?;
+            let _held = self.hold_guest().await?;
             for disk in self.disks() {
                 disk.drop_buffers().await?;
             }

@@ -33,12 +33,16 @@ pub(crate) struct Group {
     core: Mutex<Core>,
     /// Held while a hello is decided, a failover runs, or replication is stopped.
     pub(crate) transition: tokio::sync::Mutex<()>,
+    /// Whoever holds the guest has this: one opens the door only for himself.
+    guest_hold: Arc<tokio::sync::Mutex<()>>,
     pub(crate) counters: Counters,
 }
 
 pub(crate) struct Core {
     store: RecordStore,
     pub(crate) session: Option<Arc<Session>>,
+    /// A session that has ended, until nothing that it started goes on.
+    closing: Option<Arc<Session>>,
     pub(crate) link: LinkState,
     pub(crate) reason: Option<String>,
     pub(crate) peer: Option<String>,
@@ -64,6 +68,19 @@ impl std::fmt::Debug for Group {
 impl Core {
     pub(crate) fn session_is_sync(&self) -> Option<bool> {
         self.session.as_ref().map(|s| s.sync)
+    }
+
+    /// Whether a session is the present one.
+    pub(crate) fn is_current(&self, session: &Session) -> bool {
+        self.session.as_ref().is_some_and(|s| std::ptr::eq(Arc::as_ptr(s), session))
+    }
+
+    /// From now on there is no session; what the old one started may still go on.
+    pub(crate) fn retire_session(&mut self) {
+        if let Some(session) = self.session.take() {
+            self.closing = Some(session);
+            self.link = LinkState::Disconnected;
+        }
     }
 }
 
@@ -96,6 +113,7 @@ impl Group {
             receiving: store.record().epoch,
             store,
             session: None,
+            closing: None,
             link: LinkState::Disconnected,
             reason: None,
             peer: None,
@@ -111,6 +129,7 @@ impl Group {
             disks,
             core: Mutex::new(core),
             transition: tokio::sync::Mutex::new(()),
+            guest_hold: Arc::default(),
             counters: Counters::default(),
         }))
     }
@@ -184,10 +203,25 @@ impl Group {
         }
     }
 
-    /// Ends the present session, if any: afterwards nothing that it started goes on.
+    /// Ends the present session, if any: afterwards nothing that it, or one before it, started
+    /// goes on.
+    ///
+    /// # Errors
+    /// Something still goes on; no new session and no promotion may begin.
     pub(crate) async fn end_session(&self, reason: StopReason) -> Result<()> {
-        let Some(session) = self.core().session.take() else { return Ok(()) };
-        session.close(reason).await
+        self.core().retire_session();
+        self.end_retired(reason).await
+    }
+
+    /// Waits for the end of what a retired session has started.
+    pub(crate) async fn end_retired(&self, reason: StopReason) -> Result<()> {
+        let Some(session) = self.core().closing.clone() else { return Ok(()) };
+        session.close(reason).await?;
+        let mut core = self.core();
+        if core.closing.as_ref().is_some_and(|s| Arc::ptr_eq(s, &session)) {
+            core.closing = None;
+        }
+        Ok(())
     }
 
     /// Begins a session on the primary's terms: buffers, record, and then its token counts.
@@ -246,6 +280,7 @@ impl Group {
         for disk in &self.disks {
             disk.drain(self.config.peer_timeout).await?;
         }
+        self.check_current(session)?;
         // From here to the end there is no await: no write can come between two disks.
         for disk in &self.disks {
             disk.switch()?;
@@ -259,12 +294,13 @@ impl Group {
 
     /// Commits `epoch`: one record names the new chain, and the older buffers are given up.
     pub(crate) async fn commit(self: &Arc<Self>, session: &Session, epoch: Epoch) -> Result<()> {
-        if self.has_guest() {
-            self.hold_guest().await?;
-        }
-        let retired = self.commit_held(session, epoch).await;
-        self.release_guest();
-        let retired = retired?;
+        let retired = {
+            let _held = match self.has_guest() {
+                true => Some(self.hold_guest().await?),
+                false => None,
+            };
+            self.commit_held(session, epoch).await?
+        };
         self.core().last_commit = Some(Instant::now());
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
         self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
@@ -290,6 +326,9 @@ impl Group {
         // A write may fail while this is saved; it then finds the record saved and clears the
         // flag again, for both run on the thread of the disks.
         let latest_ok = session.is_complete();
+        // The last await was above: a failover, a stop or a newer session has ended this one
+        // before that, or finds the commit done.
+        self.check_current(session)?;
         self.update_record(|record| {
             if let Some(cur) = record.cur {
                 record.com = Some(Commit { cur, epoch });
@@ -322,20 +361,23 @@ impl Group {
         }
     }
 
-    pub(crate) async fn hold_guest(&self) -> Result<()> {
-        for disk in &self.disks {
-            if let Err(error) = disk.gate().hold(GUEST_HOLD_LIMIT).await {
-                self.release_guest();
-                return Err(error.into());
-            }
+    fn check_current(&self, session: &Session) -> Result<()> {
+        match self.core().is_current(session) {
+            true => Ok(()),
+            false => Err(Error::failed("the session has ended")),
         }
-        Ok(())
     }
 
-    pub(crate) fn release_guest(&self) {
+    /// Holds this side's guest on all disks until the result is dropped; none of its requests is
+    /// going on then.
+    pub(crate) async fn hold_guest(self: &Arc<Self>) -> Result<GuestHeld> {
+        let turn = Arc::clone(&self.guest_hold).lock_owned().await;
+        // Made before anything is held: whoever gives up in the middle lets the guest go on.
+        let held = GuestHeld { group: Arc::clone(self), _turn: turn };
         for disk in &self.disks {
-            disk.gate().open();
+            disk.gate().hold(GUEST_HOLD_LIMIT).await?;
         }
+        Ok(held)
     }
 
     pub(crate) fn count_replica_write(&self, len: u64) {
@@ -373,6 +415,20 @@ impl Group {
             self.update_record(|r| r.clean = true)?;
         }
         result
+    }
+}
+
+/// This side's guest is held; it goes on when this is dropped.
+pub(crate) struct GuestHeld {
+    group: Arc<Group>,
+    _turn: tokio::sync::OwnedMutexGuard<()>,
+}
+
+impl Drop for GuestHeld {
+    fn drop(&mut self) {
+        for disk in &self.group.disks {
+            disk.gate().open();
+        }
     }
 }
 

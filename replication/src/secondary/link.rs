@@ -180,10 +180,9 @@ impl Group {
     ) -> Result<()> {
         let mine = {
             let mut core = self.core();
-            let mine = core.session.as_ref().is_some_and(|s| Arc::ptr_eq(s, session));
+            let mine = core.is_current(session);
             if mine {
-                core.session = None;
-                core.link = LinkState::Disconnected;
+                core.retire_session();
                 core.reason = Some(match &ended {
                     Ok(StopReason::Stopped) => "the primary stopped replication".to_owned(),
                     Ok(_) => "the primary went away".to_owned(),
@@ -193,7 +192,7 @@ impl Group {
             mine
         };
         if mine {
-            session.close(StopReason::Shutdown).await?;
+            self.end_retired(StopReason::Shutdown).await?;
             self.events.emit("BREP_DISCONNECTED", serde_json::json!({}));
         }
         ended.map(|_| ())

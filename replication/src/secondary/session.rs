@@ -91,20 +91,22 @@ impl Session {
         }
     }
 
-    /// Closes every data connection and waits until nothing that they started goes on.
+    /// Closes every data connection and waits until nothing that they started goes on. May be
+    /// called again, by several at a time: success always means that all has ended.
     pub(crate) async fn close(&self, reason: StopReason) -> Result<()> {
-        // Best effort: the primary may be gone.
-        let _ = self.outbox.try_send(Message::Stop { reason });
-        let bound = {
+        let bound: Vec<_> = {
             let mut slots = self.slots();
-            slots.closed = true;
-            std::mem::take(&mut slots.bound)
+            if !std::mem::replace(&mut slots.closed, true) {
+                // Best effort: the primary may be gone.
+                let _ = self.outbox.try_send(Message::Stop { reason });
+            }
+            slots.bound.values().cloned().collect()
         };
-        for connection in bound.values() {
+        for connection in &bound {
             connection.close();
         }
         let mut result = Ok(());
-        for connection in bound.values() {
+        for connection in &bound {
             result = result.and(close_and_drain(connection).await);
         }
         self.ending.cancel();
