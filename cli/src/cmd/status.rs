@@ -101,7 +101,8 @@ fn progress(status: &Status) -> String {
         parts.push(format!("ack {ack}"));
     }
     parts.push(format!("durability {}", status.durability));
-    match (status.promotable, status.latest_ok) {
+    let promotable = status.promotable.filter(|_| status.role == Role::Secondary);
+    match (promotable, status.latest_ok) {
         (Some(true), Some(true)) => parts.push("can fail over to checkpoint or latest".into()),
         (Some(true), _) => parts.push("can fail over to checkpoint".into()),
         (Some(false), _) => parts.push("cannot fail over".into()),
@@ -255,6 +256,18 @@ mod tests {
         assert!(text.contains("disconnected") && text.contains("3 MiB"), "{text}");
         assert!(text.contains("why: the secondary did not answer"), "{text}");
         assert!(text.contains("do:  brep resync --full"), "{text}");
+    }
+
+    #[test]
+    fn only_a_secondary_says_what_it_can_fail_over_to() {
+        let mut status = status();
+        status.promotable = Some(true);
+        status.latest_ok = Some(true);
+        for (role, offered) in [(Role::Secondary, true), (Role::Promoted, false)] {
+            status.role = role;
+            let text = render(&status, Paint::plain());
+            assert_eq!(text.contains("can fail over to checkpoint or latest"), offered, "{text}");
+        }
     }
 
     #[test]
