@@ -23,6 +23,9 @@ const TAG_VERSION: u32 = 1;
 const TAG_LEN: usize = 96;
 const NAME_LEN_MAX: usize = 64;
 
+/// The end of the name of a file that is still being made.
+const UNFINISHED: &str = "qcow2.new";
+
 /// What a buffer says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Tag {
@@ -143,10 +146,18 @@ impl BufferPool {
         seq_max: u64,
     ) -> Result<Vec<Buffer>> {
         let mut found = Vec::new();
+        let mut unusable = String::new();
         let mut number_max = 0;
         for number in self.numbers()? {
-            number_max = number_max.max(number + 1);
-            found.push(self.open_file(&self.path(number)).await?);
+            number_max = number_max.max(number.saturating_add(1));
+            match self.open_file(&self.path(number)).await {
+                Ok(file) => found.push(file),
+                // It matters only if it is one of those that are wanted.
+                Err(error) => {
+                    tracing::warn!(%error, "a file that should be a buffer is left alone");
+                    unusable.push_str(&format!(" ({error})"));
+                }
+            }
         }
         let mut named = Vec::new();
         for reference in wanted {
@@ -158,7 +169,7 @@ impl BufferPool {
             let Some(position) = position else {
                 return Err(Error::refused(format!(
                     "disk {}: the state record names buffer {}, but no file in {} carries its \
-                     tag; the checkpoint is lost. Nothing was changed. A full copy from the \
+                     tag{unusable}; the checkpoint is lost. Nothing was changed. A full copy from the \
                      primary makes the disk whole again: move the state directory away and start \
                      the secondary anew",
                     self.disk,
@@ -180,17 +191,21 @@ impl BufferPool {
         Ok(named)
     }
 
-    /// The numbers of the files of this disk.
+    /// The numbers of the files of this disk. Removes what a killed process has not finished
+    /// making.
     fn numbers(&self) -> Result<Vec<u32>> {
         let fail = |e: std::io::Error| Error::failed(format!("{}: {e}", self.dir.display()));
         let mut numbers = Vec::new();
         for entry in std::fs::read_dir(&self.dir).map_err(fail)? {
-            let name = entry.map_err(fail)?.file_name();
-            let number = name
-                .to_str()
-                .and_then(|n| n.strip_prefix(&self.disk)?.strip_prefix('.')?.strip_suffix(".qcow2"))
-                .and_then(|n| n.parse::<u32>().ok());
-            numbers.extend(number);
+            let entry = entry.map_err(fail)?;
+            let name = entry.file_name();
+            let rest = name.to_str().and_then(|n| n.strip_prefix(&self.disk)?.strip_prefix('.'));
+            let Some((number, kind)) = rest.and_then(|r| r.split_once('.')) else { continue };
+            match (number.parse::<u32>(), kind) {
+                (Ok(number), "qcow2") => numbers.push(number),
+                (Ok(_), UNFINISHED) => std::fs::remove_file(entry.path()).map_err(fail)?,
+                _ => {}
+            }
         }
         numbers.sort_unstable();
         Ok(numbers)
@@ -238,13 +253,29 @@ impl BufferPool {
             state.file_number - 1
         };
         let path = self.path(number);
+        // It gets its name when it is a buffer: a process that is killed on the way leaves no
+        // file that cannot be opened.
+        let unfinished = self.dir.join(format!("{}.{number}.{UNFINISHED}", self.disk));
+        let made = self.create_file(&unfinished).await.and_then(|()| {
+            std::fs::rename(&unfinished, &path)
+                .map_err(|e| Error::failed(format!("{}: {e}", path.display())))
+        });
+        if let Err(error) = made {
+            // Best effort: what stays is removed at the next start.
+            let _ = std::fs::remove_file(&unfinished);
+            return Err(error);
+        }
+        Ok(self.open_file(&path).await?.1)
+    }
+
+    async fn create_file(&self, path: &Path) -> Result<()> {
         let options = RawFileOptions {
             growable: true,
             create_new: true,
             create: Some(0),
-            ..file_options(&path)
+            ..file_options(path)
         };
-        let file: Arc<dyn BlockDevice> = RawFile::open(&path, options)?;
+        let file: Arc<dyn BlockDevice> = RawFile::open(path, options)?;
         let retired =
             Tag { in_use: false, seq: 0, set: SetId(uuid::Uuid::nil()), disk: self.disk.clone() };
         let options = CreateOptions {
@@ -253,8 +284,7 @@ impl BufferPool {
             ..CreateOptions::buffer(self.size.next_multiple_of(512))
         };
         Qcow2::create(&file, &options).await.map_err(brep_block::Error::from)?;
-        drop(file);
-        Ok(self.open_file(&path).await?.1)
+        Ok(())
     }
 
     /// Gives a buffer up that no record names any more: its tag first, then its contents.
@@ -313,6 +343,33 @@ fn file_options(path: &Path) -> RawFileOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A process that is killed while it makes a buffer must not keep the next from its
+    /// checkpoint.
+    #[tokio::test]
+    async fn what_a_killed_process_was_making_does_not_keep_the_others_from_being_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let set = SetId::random();
+        let seq = {
+            let pool = BufferPool::new(dir.path(), "vda", 1 << 20);
+            pool.open(Some(set), &[], 0).await.unwrap();
+            let buffer = pool.take(set).await.unwrap();
+            buffer.image.close().await.unwrap();
+            buffer.seq
+        };
+        let unfinished = dir.path().join("vda.1.qcow2.new");
+        std::fs::write(&unfinished, b"QFI\xfb").unwrap();
+        std::fs::write(dir.path().join("vda.2.qcow2"), b"").unwrap();
+        let pool = BufferPool::new(dir.path(), "vda", 1 << 20);
+        let named = pool.open(Some(set), &[BufferRef { seq }], seq).await.unwrap();
+        assert_eq!(named[0].seq, seq);
+        assert!(!unfinished.exists());
+        for _ in 0..3 {
+            pool.take(set).await.unwrap();
+        }
+        let missing = pool.open(Some(set), &[BufferRef { seq: 99 }], seq).await.unwrap_err();
+        assert!(missing.to_string().contains("vda.2.qcow2"), "{missing}");
+    }
 
     #[test]
     fn a_tag_is_read_back_and_damage_is_noticed() {
