@@ -16,6 +16,9 @@ pub(crate) struct Refusal {
     pub(crate) advice: Option<String>,
     /// The peer has taken over: this side must not serve its guest.
     pub(crate) superseded: bool,
+    /// The peer has said that it is the secondary of these disks: nobody else serves a guest, so
+    /// this side may, alone.
+    pub(crate) is_secondary: bool,
 }
 
 /// What the operator has asked for.
@@ -36,12 +39,9 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
             "run the same version of brep on both sides",
         );
     }
-    if let Some(reason) = disks_differ(me, peer) {
-        return refuse(reason, "give both sides the same disks, with the same names and sizes");
-    }
-    let copy = if wish.seeded { CopyMode::Compare } else { CopyMode::Full };
-    let Some(set) = peer.set else { return Decision::Start(copy) };
-    if me.set != Some(set) {
+    if let Some(set) = peer.set
+        && me.set != Some(set)
+    {
         return refuse(
             format!("the secondary {} belongs to other disks (set {set})", peer.name),
             "connect the right pair; to give that secondary's data up, stop it, move its state \
@@ -50,6 +50,18 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
     }
     if peer.primary {
         return both_primary(me, peer);
+    }
+    if let Some(reason) = disks_differ(me, peer) {
+        let advice = "give both sides the same disks, with the same names and sizes";
+        return if peer.set.is_some() {
+            refuse_secondary(reason, advice)
+        } else {
+            refuse(reason, advice)
+        };
+    }
+    let copy = if wish.seeded { CopyMode::Compare } else { CopyMode::Full };
+    if peer.set.is_none() {
+        return Decision::Start(copy);
     }
     if let Some(cur) = peer.cur
         && me.cur != Some(cur)
@@ -82,7 +94,7 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
         // Nothing to roll back to is lost, or the operator has asked for it.
         return Decision::Start(CopyMode::Full);
     }
-    refuse(
+    refuse_secondary(
         format!(
             "the secondary {} was away and lacks writes; its last checkpoint is {}",
             peer.name,
@@ -141,11 +153,22 @@ fn both_primary(me: &Side, peer: &Side) -> Decision {
 }
 
 fn refuse(reason: String, advice: &str) -> Decision {
-    Decision::Refuse(Refusal { reason, advice: Some(advice.to_owned()), superseded: false })
+    Decision::Refuse(Refusal::new(reason, advice))
 }
 
 fn refuse_superseded(reason: String, advice: &str) -> Decision {
-    Decision::Refuse(Refusal { reason, advice: Some(advice.to_owned()), superseded: true })
+    Decision::Refuse(Refusal { superseded: true, ..Refusal::new(reason, advice) })
+}
+
+fn refuse_secondary(reason: String, advice: &str) -> Decision {
+    Decision::Refuse(Refusal { is_secondary: true, ..Refusal::new(reason, advice) })
+}
+
+impl Refusal {
+    pub(crate) fn new(reason: impl Into<String>, advice: &str) -> Self {
+        let advice = Some(advice.to_owned());
+        Refusal { reason: reason.into(), advice, superseded: false, is_secondary: false }
+    }
 }
 
 #[cfg(test)]
@@ -198,7 +221,20 @@ mod tests {
         let (me, mut answer) = pair();
         answer.side.set = Some(SetId::random());
         let wish = Wish { resync: true, ..Wish::default() };
-        assert!(refusal(decide(&me, &answer, wish)).reason.contains("other disks"));
+        let refused = refusal(decide(&me, &answer, wish));
+        assert!(refused.reason.contains("other disks"));
+        assert!(!refused.is_secondary, "the secondary of these disks may be promoted");
+    }
+
+    #[test]
+    fn whatever_else_differs_a_promoted_secondary_supersedes() {
+        let (me, mut answer) = pair();
+        answer.side.primary = true;
+        answer.side.history = vec![Commit { cur: me.cur.unwrap(), epoch: Epoch(4) }];
+        answer.side.disks[0].size = 1 << 20;
+        assert!(refusal(decide(&me, &answer, Wish::default())).superseded);
+        answer.version = LINK_VERSION + 1;
+        assert!(!refusal(decide(&me, &answer, Wish::default())).is_secondary);
     }
 
     #[test]
@@ -217,7 +253,7 @@ mod tests {
         let (me, answer) = pair();
         let refused = refusal(decide(&me, &answer, Wish::default()));
         assert_eq!(refused.advice.as_deref(), Some("brep resync --full"));
-        assert!(!refused.superseded);
+        assert!(!refused.superseded && refused.is_secondary);
         let wish = Wish { resync: true, ..Wish::default() };
         assert_eq!(decide(&me, &answer, wish), Decision::Start(CopyMode::Full));
     }

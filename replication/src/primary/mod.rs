@@ -164,7 +164,7 @@ async fn attempt(
                 tracing::warn!(reason = refusal.reason, "no session");
                 group.events.emit("BREP_REFUSED", json!({ "reason": refusal.reason }));
             }
-            if !refusal.superseded {
+            if refusal.is_secondary {
                 group.allow_guest(true);
             }
             let mut core = group.core();

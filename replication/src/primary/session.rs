@@ -88,11 +88,10 @@ async fn try_establish(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     let link = match connect_private(peer, OPTION_LINK, version, limit).await {
         Ok(link) => link,
         Err(ClientError::Unsupported { .. }) => {
-            return Ok(Attempt::Refused(Refusal {
-                reason: format!("{peer} is an NBD server, but no brep secondary"),
-                advice: Some("start brep secondary there, or correct --peer".to_owned()),
-                superseded: false,
-            }));
+            return Ok(Attempt::Refused(Refusal::new(
+                format!("{peer} is an NBD server, but no brep secondary"),
+                "start brep secondary there, or correct --peer",
+            )));
         }
         Err(error) => return Err(Error::failed(error.to_string())),
     };
@@ -103,7 +102,7 @@ async fn try_establish(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     let answer = match reader.receive_within(limit).await? {
         Message::HelloAnswer(answer) => answer,
         Message::Refuse { reason, advice } => {
-            return Ok(Attempt::Refused(Refusal { reason, advice, superseded: false }));
+            return Ok(Attempt::Refused(Refusal { advice, ..Refusal::new(reason, "") }));
         }
         other => return Err(Error::failed(format!("unexpected message {other:?}"))),
     };
@@ -128,7 +127,8 @@ async fn try_establish(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     let token = match reader.receive_within(limit.max(Duration::from_secs(35))).await? {
         Message::Started { token } => token,
         Message::Refuse { reason, advice } => {
-            return Ok(Attempt::Refused(Refusal { reason, advice, superseded: false }));
+            let refusal = Refusal { advice, is_secondary: true, ..Refusal::new(reason, "") };
+            return Ok(Attempt::Refused(refusal));
         }
         other => return Err(Error::failed(format!("unexpected message {other:?}"))),
     };

@@ -73,7 +73,11 @@ impl Group {
             return (Some(fatal.to_owned()), Some("make room or repair the file system of the state directory, then restart this side".to_owned()));
         }
         if let Some(refusal) = &core.refusal {
-            return (Some(refusal.reason.clone()), refusal.advice.clone());
+            let mut reason = refusal.reason.clone();
+            if !self.guest_allowed.is_cancelled() {
+                reason.push_str("; the guest is not served: the secondary may be the disk now");
+            }
+            return (Some(reason), refusal.advice.clone());
         }
         match core.link {
             LinkState::None => {

@@ -1,0 +1,44 @@
+//! A primary that is started again.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::time::Duration;
+
+use brep_block::Memory;
+use brep_nbd::server::{Export, Server, ServerConfig, StaticExports};
+use common::{MIB, Scratch, Side, connect};
+use serde_json::json;
+
+/// The secondary was promoted, and its disk is now served by another program at the same address.
+/// That nobody there knows of a promotion does not make the old primary the disk again.
+#[tokio::test]
+async fn a_primary_that_meets_a_stranger_does_not_serve_its_guest() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", MIB, 1);
+    scratch.raw("s.raw", MIB, 2);
+    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let config = || scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+    let primary = Side::primary(config());
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    secondary.command("failover", json!({})).await.unwrap();
+    secondary.wait_state("promoted").await;
+    secondary.stop().await;
+
+    let exports = StaticExports::new();
+    exports.add(Export::new("vda", Memory::new("vda", MIB)));
+    let server = Server::new(std::sync::Arc::new(exports), ServerConfig::default());
+    let listener = Server::bind(&scratch.endpoint("s.sock")).await.unwrap();
+    let serving = tokio::spawn(async move { server.serve(listener).await });
+    let primary = Side::primary(config());
+    let status = primary.wait("refused", |s| s["link"] == "refused").await;
+    assert!(status["reason"].as_str().unwrap().contains("not served"), "{status}");
+    let attempt = tokio::time::timeout(
+        Duration::from_millis(300),
+        connect(scratch.endpoint("p-guest.sock"), "vda"),
+    );
+    assert!(attempt.await.is_err(), "the guest of the old primary was served");
+    primary.stop().await;
+    serving.abort();
+}
