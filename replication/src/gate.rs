@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use brep_block::{
     BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, Operation, Result,
-    WriteFlags, ZeroFlags,
+    WriteFlags, ZeroFlags, detach,
 };
 use bytes::Bytes;
 use tokio::sync::Notify;
@@ -138,16 +138,17 @@ impl fmt::Debug for Gate {
 #[derive(Debug, Clone)]
 pub(crate) struct Gated(pub(crate) Arc<Gate>);
 
-/// Runs one operation behind the door.
+/// Runs one operation behind the door. A change is inside until it has ended, also if nobody
+/// waits for it any more: who holds the door relies on nothing being written.
 macro_rules! through {
     ($self:ident, changes, |$device:ident| $call:expr) => {{
         let gate = Arc::clone(&$self.0);
-        Io::future(async move {
+        Io::future(detach(async move {
             let _inside = Gate::wait(&gate).await;
             gate.set_written(true);
             let $device = gate.device();
             $call.await
-        })
+        }))
     }};
     ($self:ident, |$device:ident| $call:expr) => {{
         let gate = Arc::clone(&$self.0);
@@ -186,5 +187,26 @@ impl BlockDevice for Gated {
     }
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
         through!(self, |device| device.flush(level))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use brep_block::{Fault, Memory, Rule};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_that_its_caller_gave_up_is_still_inside() {
+        let fault = Fault::new(Memory::new("disk", 4096));
+        let gate = Gate::new("disk", Arc::clone(&fault) as Arc<dyn BlockDevice>);
+        let hang = fault.hang(Rule::new(Operation::Write));
+        let gated = Gated(Arc::clone(&gate));
+        let mut write = gated.write(0, Bytes::from_static(&[1; 512]), WriteFlags::default());
+        assert!(futures_util::poll!(&mut write).is_pending());
+        drop(write);
+        gate.hold(Duration::from_secs(5)).await.unwrap_err();
+        hang.release();
+        gate.hold(Duration::from_secs(5)).await.unwrap();
     }
 }
