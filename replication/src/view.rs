@@ -36,11 +36,6 @@ impl ChainView {
         *self.layers.lock().unwrap_or_else(PoisonError::into_inner) = layers;
     }
 
-    /// The locks that readers share, and that a writer takes to change what lies below.
-    pub(crate) fn locks(&self) -> &RangeLock {
-        &self.locks
-    }
-
     /// The state of a range in the hidden disks alone.
     pub(crate) async fn layer_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
         let found = self.locate(&self.layers(), offset, len).await?;

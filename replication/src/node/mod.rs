@@ -5,8 +5,10 @@
 //! writes, and copies what the primary overwrites. A pair of daemons does not need them; programs
 //! that embed replication, and users of the original's calls, do.
 mod all;
+mod calls;
 mod primary;
 mod secondary;
+mod split;
 
 pub use all::{checkpoint_all, error_all, start_all, stop_all};
 pub use primary::{Forward, PrimaryNode};
@@ -30,12 +32,14 @@ pub enum Stage {
     Done,
 }
 
+const NOT_RUNNING: &str = "Block replication is not running";
+
 fn control(node: &str, kind: ErrorKind, text: impl Into<String>) -> Error {
     Error::new(Operation::Control, kind, node, text)
 }
 
 fn not_running(node: &str) -> Error {
-    control(node, ErrorKind::InvalidInput, "Block replication is not running")
+    control(node, ErrorKind::InvalidInput, NOT_RUNNING)
 }
 
 /// The number under which the original's interface knows a mode.

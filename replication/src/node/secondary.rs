@@ -1,18 +1,16 @@
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use brep_backup::{CbwOptions, CopyBeforeWrite};
 use brep_block::{
-    BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, LockMode, Operation,
-    Replication, ReplicationMode, Result, WriteFlags, ZeroFlags,
+    BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, Operation, Replication,
+    ReplicationMode, Result, WriteFlags, ZeroFlags, detach,
 };
-use brep_qcow2::{MakeEmpty, OpenOptions, Qcow2};
+use brep_qcow2::{OpenOptions, Qcow2};
 use bytes::Bytes;
-use tokio::task::AbortHandle;
 
-use super::{Stage, check_start, control, not_running};
+use super::calls::Shared;
+use super::{Stage, control, not_running};
+use crate::gate::Gated;
 use crate::layer::Below;
-use crate::merge::MergedDisk;
-use crate::view::ChainView;
 
 /// What a secondary node is made of.
 #[derive(Debug, Clone)]
@@ -38,30 +36,13 @@ pub struct SecondaryOptions {
 ///
 /// The primary writes to [`local`](Self::local). A failover merges active and hidden disk into
 /// the secondary disk in the background.
+///
+/// Every call first waits, a bounded time, for the requests in flight on both sides, and holds
+/// new ones back. So a request is served as before the call or as after it, and never in between.
+/// A call that has begun runs to its end, also if nobody waits for it.
 #[derive(Debug)]
 pub struct SecondaryNode {
     shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-struct Shared {
-    options: SecondaryOptions,
-    active: Arc<Qcow2>,
-    /// What the active disk falls through to.
-    below_active: Arc<Below>,
-    hidden: Option<Arc<Qcow2>>,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    stage: Stage,
-    latched: Option<Error>,
-    /// The copy job; none if it was cancelled.
-    filter: Option<Arc<CopyBeforeWrite>>,
-    view: Option<Arc<ChainView>>,
-    merged: Option<Arc<MergedDisk>>,
-    merging: Option<AbortHandle>,
 }
 
 impl SecondaryNode {
@@ -71,27 +52,27 @@ impl SecondaryNode {
     /// An image that cannot be opened, that has internal snapshots, or whose header names a
     /// backing file (the relation exists only at run time).
     pub async fn open(options: SecondaryOptions) -> Result<Arc<Self>> {
-        let below_active = Below::nothing(options.active.size());
+        let size = options.base.as_ref().map_or(0, |base| base.size());
+        let below_active = Below::nothing(size);
         let backing = Arc::clone(&below_active) as Arc<dyn BlockDevice>;
         let active = open_image(&options.name, Arc::clone(&options.active), Some(backing)).await?;
+        let refuse = |text| Err(control(&options.name, ErrorKind::Unsupported, text));
         if !active.snapshots().is_empty() {
-            let text = "the active disk has internal snapshots, which replication does not support";
-            return Err(control(&options.name, ErrorKind::Unsupported, text));
+            return refuse(
+                "the active disk has internal snapshots, which replication does not support",
+            );
+        }
+        if active.backing_name().is_some() {
+            return refuse(
+                "the header of the active disk names a backing file, which replication does not \
+                 support",
+            );
         }
         let hidden = match &options.hidden {
             Some(file) => Some(open_image(&options.name, Arc::clone(file), None).await?),
             None => None,
         };
-        let state = State {
-            stage: Stage::None,
-            latched: None,
-            filter: None,
-            view: None,
-            merged: None,
-            merging: None,
-        };
-        let shared = Shared { options, active, below_active, hidden, state: Mutex::new(state) };
-        Ok(Arc::new(SecondaryNode { shared: Arc::new(shared) }))
+        Ok(Arc::new(SecondaryNode { shared: Shared::new(options, active, below_active, hidden) }))
     }
 
     /// How far it has come.
@@ -99,43 +80,31 @@ impl SecondaryNode {
         self.shared.stage()
     }
 
-    /// The secondary disk as the primary may write to it, while the node runs.
+    /// The secondary disk as the primary may write to it, while the node runs and its copy job
+    /// lives. Afterwards every request to it fails: no late write of the primary can reach a disk
+    /// that is no longer replicated.
     pub fn local(&self) -> Option<Arc<dyn BlockDevice>> {
-        let state = self.shared.state();
-        if state.stage != Stage::Running {
-            return None;
-        }
-        state.filter.as_ref().map(|f| Arc::clone(f) as Arc<dyn BlockDevice>)
+        self.shared.local()
     }
 
-    /// Ends the copy job from outside, as an operator's cancel would. Pre-images are no longer
-    /// kept, and [`Replication::error`] says so.
+    /// Ends the copy job from outside, as an operator's cancel would. Without it no pre-image can
+    /// be kept, so the primary's writes fail from then on. [`Replication::error`] says so,
+    /// checkpoints fail, and a failover still leads to the last one.
     pub fn cancel_job(&self) {
-        let mut state = self.shared.state();
-        if state.stage == Stage::Running && state.filter.take().is_some() {
-            let text = "I/O error occurred: the copy job was cancelled";
-            state.latched = Some(control(&self.shared.options.name, ErrorKind::Io, text));
-        }
+        self.shared.cancel_job();
     }
 
     /// Ends the node: a merge that runs is cancelled before this returns, and images are written
-    /// out.
+    /// out. Requests fail afterwards.
     ///
     /// # Errors
-    /// An image that cannot be written.
+    /// An image that cannot be written, or requests that do not end; it may be called again then.
     pub async fn close(&self) -> Result<()> {
-        let merging = self.shared.state().merging.take();
-        if let Some(merging) = merging {
-            merging.abort();
-            while !merging.is_finished() {
-                tokio::task::yield_now().await;
-            }
-        }
-        self.shared.active.close().await?;
-        match &self.shared.hidden {
-            Some(hidden) => hidden.close().await,
-            None => Ok(()),
-        }
+        detach(Arc::clone(&self.shared).close()).await
+    }
+
+    fn guest(&self) -> &Gated {
+        &self.shared.guest
     }
 }
 
@@ -149,251 +118,6 @@ async fn open_image(
     Qcow2::open(file, options).await.map_err(Error::from)
 }
 
-impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn stage(&self) -> Stage {
-        self.state().stage
-    }
-
-    fn invalid(&self, text: &str) -> Error {
-        control(&self.options.name, ErrorKind::InvalidInput, text)
-    }
-
-    async fn start(&self) -> Result<()> {
-        let Some(hidden) = &self.hidden else {
-            return Err(self.invalid("Active disk doesn't have backing file"));
-        };
-        let Some(base) = &self.options.base else {
-            return Err(self.invalid("Hidden disk doesn't have backing file"));
-        };
-        let sizes = [self.active.size(), hidden.size(), base.size()];
-        if sizes.iter().any(|s| *s != sizes[0]) {
-            return Err(
-                self.invalid("Active disk, hidden disk, secondary disk's length are not the same")
-            );
-        }
-        let options = &self.options;
-        let known = options.top_id == options.name || options.above.contains(&options.top_id);
-        if !known {
-            return Err(self.invalid("No top_bs or it is invalid"));
-        }
-        // Both overlays begin empty: without a state record nobody knows what they hold.
-        self.active.make_empty(MakeEmpty::Keep).await?;
-        hidden.make_empty(MakeEmpty::Keep).await?;
-        let filter = CopyBeforeWrite::new(
-            Arc::clone(base),
-            Arc::clone(hidden) as Arc<dyn BlockDevice>,
-            CbwOptions {
-                discard_as_zeroes: true,
-                ..CbwOptions::new(&options.name).unit_bytes(options.unit_bytes)
-            },
-        )?;
-        let layers = vec![Arc::clone(hidden) as Arc<dyn BlockDevice>];
-        let view = ChainView::new(&options.name, layers, Arc::clone(base), filter.locks().clone());
-        self.below_active.set(Some(Arc::clone(&view) as Arc<dyn BlockDevice>));
-        let mut state = self.state();
-        state.filter = Some(filter);
-        state.view = Some(view);
-        state.stage = Stage::Running;
-        state.latched = None;
-        Ok(())
-    }
-
-    async fn checkpoint(&self) -> Result<()> {
-        let filter = self.state().filter.clone();
-        let (Some(filter), Some(hidden)) = (filter, &self.hidden) else {
-            return Err(self.invalid("Backup job was cancelled unexpectedly"));
-        };
-        filter.drain().await;
-        // The guest's part first: a failure in between leaves the old checkpoint whole.
-        self.active.make_empty(MakeEmpty::Keep).await.map_err(|e| {
-            control(&self.options.name, e.kind(), format!("Cannot make active disk empty: {e}"))
-        })?;
-        filter.checkpoint()?;
-        hidden.make_empty(MakeEmpty::Keep).await.map_err(|e| {
-            control(&self.options.name, e.kind(), format!("Cannot make hidden disk empty: {e}"))
-        })
-    }
-
-    /// Drops both buffers: the disk is what the primary wrote.
-    async fn stop(&self) -> Result<()> {
-        let filter = {
-            let mut state = self.state();
-            state.stage = Stage::Done;
-            state.latched = None;
-            state.view = None;
-            state.filter.take()
-        };
-        if let Some(filter) = filter {
-            filter.drain().await;
-        }
-        self.below_active.set(None);
-        self.active.make_empty(MakeEmpty::Keep).await?;
-        match &self.hidden {
-            Some(hidden) => hidden.make_empty(MakeEmpty::Keep).await,
-            None => Ok(()),
-        }
-    }
-
-    /// Begins the merge.
-    async fn failover(self: Arc<Self>) -> Result<()> {
-        let (filter, view) = {
-            let mut state = self.state();
-            state.stage = Stage::Failover;
-            state.latched = None;
-            (state.filter.take(), state.view.clone())
-        };
-        if let Some(filter) = filter {
-            filter.drain().await;
-        }
-        let (Some(view), Some(base)) = (view, &self.options.base) else {
-            return Err(self.invalid("Backup job was cancelled unexpectedly"));
-        };
-        let merged = MergedDisk::merging(
-            &self.options.name,
-            Arc::clone(base),
-            Arc::clone(&self.active) as Arc<dyn BlockDevice>,
-            vec![view],
-        );
-        self.state().merged = Some(Arc::clone(&merged));
-        let shared = Arc::clone(&self);
-        let task = tokio::spawn(async move {
-            let result = merged.merge().await;
-            match result {
-                Ok(()) => {
-                    merged.finish().await;
-                    let mut state = shared.state();
-                    state.stage = Stage::Done;
-                    state.latched = None;
-                }
-                Err(error) => {
-                    let mut state = shared.state();
-                    state.stage = Stage::Failed;
-                    let text = format!("I/O error occurred: {error}");
-                    state.latched = Some(control(&shared.options.name, error.kind(), text));
-                }
-            }
-        });
-        self.state().merging = Some(task.abort_handle());
-        Ok(())
-    }
-
-    /// The device that serves the guest now.
-    fn serving(&self, operation: Operation, offset: u64, len: u64) -> Result<Serving> {
-        let state = self.state();
-        match state.stage {
-            Stage::None => Err(Error::new(
-                operation,
-                ErrorKind::Io,
-                &self.options.name,
-                "Block replication is not running",
-            )
-            .at(offset, len)),
-            Stage::Running => Ok(Serving::Whole(Arc::clone(&self.active) as _)),
-            Stage::Failover => Ok(Serving::Whole(match &state.merged {
-                Some(merged) => Arc::clone(merged) as _,
-                None => Arc::clone(&self.active) as _,
-            })),
-            Stage::Failed => Ok(Serving::Split),
-            Stage::Done => match (&state.merged, &self.options.base) {
-                (Some(merged), _) => Ok(Serving::Whole(Arc::clone(merged) as _)),
-                (None, Some(base)) => Ok(Serving::Whole(Arc::clone(base))),
-                (None, None) => Err(self.invalid("Hidden disk doesn't have backing file")),
-            },
-        }
-    }
-
-    /// After a merge that failed: what active or hidden have is written to active, all else to
-    /// the secondary disk.
-    async fn write_split(&self, offset: u64, change: Change) -> Result<()> {
-        let (view, base) = match (&self.state().view, &self.options.base) {
-            (Some(view), Some(base)) => (Arc::clone(view), Arc::clone(base)),
-            _ => return Err(self.invalid("Hidden disk doesn't have backing file")),
-        };
-        let len = change.len();
-        let _guard = view.locks().lock(offset..offset + len, LockMode::Exclusive).await;
-        let mut done = 0;
-        while done < len {
-            let at = offset + done;
-            let own = self.active.layer_status(at, len - done).await?;
-            let (part, layered) = if own.flags.allocated {
-                (own.len, true)
-            } else {
-                let below = view.layer_status(at, own.len.min(len - done)).await?;
-                (below.len.min(own.len), below.flags.allocated)
-            };
-            let part = part.min(len - done);
-            let target: &dyn BlockDevice = if layered { &*self.active } else { &*base };
-            change.part(done, part).apply(target, at).await?;
-            done += part;
-        }
-        Ok(())
-    }
-}
-
-/// Who serves a request.
-enum Serving {
-    Whole(Arc<dyn BlockDevice>),
-    /// Decided range by range.
-    Split,
-}
-
-/// A change of contents.
-#[derive(Debug, Clone)]
-enum Change {
-    Write(Bytes, WriteFlags),
-    Zeroes(u64, ZeroFlags),
-}
-
-impl Change {
-    fn len(&self) -> u64 {
-        match self {
-            Change::Write(data, _) => data.len() as u64,
-            Change::Zeroes(len, _) => *len,
-        }
-    }
-
-    fn part(&self, from: u64, len: u64) -> Change {
-        match self {
-            // A part of data that is in memory: both fit.
-            Change::Write(data, flags) => {
-                Change::Write(data.slice(from as usize..(from + len) as usize), *flags)
-            }
-            Change::Zeroes(_, flags) => Change::Zeroes(len, *flags),
-        }
-    }
-
-    async fn apply(self, device: &dyn BlockDevice, offset: u64) -> Result<()> {
-        match self {
-            Change::Write(data, flags) => device.write(offset, data, flags).await,
-            Change::Zeroes(len, flags) => device.write_zeroes(offset, len, flags).await,
-        }
-    }
-}
-
-impl SecondaryNode {
-    fn change(&self, operation: Operation, offset: u64, change: Change) -> Io<'_, ()> {
-        let shared = Arc::clone(&self.shared);
-        Io::future(brep_block::detach(async move {
-            match shared.serving(operation, offset, change.len())? {
-                Serving::Whole(device) => change.apply(&*device, offset).await,
-                Serving::Split => shared.write_split(offset, change).await,
-            }
-        }))
-    }
-
-    /// The device that answers what changes nothing.
-    fn reader(&self, operation: Operation, offset: u64, len: u64) -> Result<Arc<dyn BlockDevice>> {
-        Ok(match self.shared.serving(operation, offset, len)? {
-            Serving::Whole(device) => device,
-            Serving::Split => Arc::clone(&self.shared.active) as _,
-        })
-    }
-}
-
 impl BlockDevice for SecondaryNode {
     fn name(&self) -> &str {
         &self.shared.options.name
@@ -403,43 +127,52 @@ impl BlockDevice for SecondaryNode {
         self.shared.active.size()
     }
 
+    /// What both the active and the secondary disk accept: after a failover requests go to the
+    /// latter.
     fn limits(&self) -> Limits {
-        self.shared.active.limits()
-    }
-
-    fn read(&self, offset: u64, len: usize) -> Io<'_, Bytes> {
-        match self.reader(Operation::Read, offset, len as u64) {
-            Ok(device) => Io::future(async move { device.read(offset, len).await }),
-            Err(error) => Io::err(error),
+        let active = self.shared.active.limits();
+        let Some(base) = &self.shared.options.base else { return active };
+        let base = base.limits();
+        Limits {
+            block_size: active.block_size.max(base.block_size),
+            preferred_size: active.preferred_size.max(base.preferred_size),
+            transfer_max: active.transfer_max.min(base.transfer_max),
+            fast_zero: active.fast_zero && base.fast_zero,
+            ..active
         }
     }
 
+    fn read(&self, offset: u64, len: usize) -> Io<'_, Bytes> {
+        self.guest().read(offset, len)
+    }
+
     fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
-        self.change(Operation::Write, offset, Change::Write(data, flags))
+        self.guest().write(offset, data, flags)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'_, ()> {
-        self.change(Operation::WriteZeroes, offset, Change::Zeroes(len, flags))
+        if flags.fast && !self.limits().fast_zero {
+            let text = "writing zeroes is not faster than writing";
+            let error =
+                Error::new(Operation::WriteZeroes, ErrorKind::Unsupported, self.name(), text);
+            return Io::err(error.at(offset, len));
+        }
+        // One that goes to several disks must not be refused by one of them.
+        self.guest().write_zeroes(offset, len, ZeroFlags { fast: false, ..flags })
     }
 
     /// Carried out as zeroing: what lies below must not shine through.
     fn discard(&self, offset: u64, len: u64) -> Io<'_, ()> {
         let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
-        self.change(Operation::Discard, offset, Change::Zeroes(len, flags))
+        self.guest().write_zeroes(offset, len, flags)
     }
 
     fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus> {
-        match self.reader(Operation::BlockStatus, offset, len) {
-            Ok(device) => Io::future(async move { device.block_status(offset, len).await }),
-            Err(error) => Io::err(error),
-        }
+        self.guest().block_status(offset, len)
     }
 
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
-        match self.reader(Operation::Flush, 0, 0) {
-            Ok(device) => Io::future(async move { device.flush(level).await }),
-            Err(error) => Io::err(error),
-        }
+        self.guest().flush(level)
     }
 
     /// Refused while the node is part of a replication: its disks must keep their size.
@@ -456,35 +189,22 @@ impl BlockDevice for SecondaryNode {
 
 impl Replication for SecondaryNode {
     fn start(&self, mode: ReplicationMode) -> Io<'_, ()> {
-        match check_start(self.name(), self.stage(), mode, ReplicationMode::Secondary) {
-            Ok(()) => Io::future(self.shared.start()),
-            Err(error) => Io::err(error),
-        }
+        Io::future(detach(Arc::clone(&self.shared).start(mode)))
     }
 
     fn checkpoint(&self) -> Io<'_, ()> {
-        match self.stage() {
-            Stage::None => Io::err(not_running(self.name())),
-            Stage::Running | Stage::Failed => Io::future(self.shared.checkpoint()),
-            Stage::Failover | Stage::Done => Io::ok(()),
-        }
+        Io::future(detach(Arc::clone(&self.shared).checkpoint()))
     }
 
     fn stop(&self, failover: bool) -> Io<'_, ()> {
-        match self.stage() {
-            Stage::None | Stage::Failed => Io::err(not_running(self.name())),
-            Stage::Failover | Stage::Done => Io::ok(()),
-            Stage::Running if failover => Io::future(Arc::clone(&self.shared).failover()),
-            Stage::Running => Io::future(self.shared.stop()),
-        }
+        Io::future(detach(Arc::clone(&self.shared).stop(failover)))
     }
 
     fn error(&self) -> Io<'_, ()> {
-        let state = self.shared.state();
-        match (state.stage, &state.latched) {
-            (Stage::None, _) => Io::err(not_running(self.name())),
-            (_, Some(error)) => Io::err(error.clone()),
-            (_, None) => Io::ok(()),
+        match self.shared.error() {
+            Some(error) => Io::err(error),
+            None if self.stage() == Stage::None => Io::err(not_running(self.name())),
+            None => Io::ok(()),
         }
     }
 }
