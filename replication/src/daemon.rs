@@ -74,17 +74,13 @@ impl ControlThread {
         handler: Arc<dyn Handler>,
         events: EventBus,
     ) -> Result<Self> {
-        let fail = move |path: &Path, e: std::io::Error| {
-            Error::failed(format!("control socket {}: {e}", path.display()))
-        };
+        // Its error names the path. Before the runtime: one that is dropped here, inside another,
+        // would panic.
+        let server = ControlServer::bind(&path).map_err(|e| Error::failed(e.to_string()))?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .map_err(|e| fail(&path, e))?;
-        let server = {
-            let _inside = runtime.enter();
-            ControlServer::bind(&path).map_err(|e| fail(&path, e))?
-        };
+            .map_err(|e| Error::failed(format!("cannot start the control thread: {e}")))?;
         let shutdown = CancellationToken::new();
         let token = shutdown.clone();
         let thread = std::thread::Builder::new()

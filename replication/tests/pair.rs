@@ -37,3 +37,13 @@ async fn writes_are_replicated_checkpointed_and_failed_over() {
     promoted.close();
     secondary.stop().await;
 }
+
+#[tokio::test]
+async fn a_control_socket_that_cannot_be_bound_is_an_error_that_names_it() {
+    let scratch = Scratch::new();
+    scratch.raw("s.raw", MIB, 1);
+    let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    config.control = Some(scratch.path("missing").join("control.sock"));
+    let error = Side::secondary(config).ended().await.unwrap_err();
+    assert!(error.to_string().contains("missing/control.sock"), "{error}");
+}
