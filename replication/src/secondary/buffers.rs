@@ -353,9 +353,7 @@ mod tests {
         let seq = {
             let pool = BufferPool::new(dir.path(), "vda", 1 << 20);
             pool.open(Some(set), &[], 0).await.unwrap();
-            let buffer = pool.take(set).await.unwrap();
-            buffer.image.close().await.unwrap();
-            buffer.seq
+            pool.take(set).await.unwrap().seq
         };
         let unfinished = dir.path().join("vda.1.qcow2.new");
         std::fs::write(&unfinished, b"QFI\xfb").unwrap();
