@@ -14,7 +14,9 @@ impl Epoch {
     /// The one that follows.
     #[must_use]
     pub fn next(self) -> Self {
-        Epoch(self.0 + 1)
+        // A peer may name any number; the highest has no successor, and terms that do not go up
+        // are refused.
+        Epoch(self.0.saturating_add(1))
     }
 }
 

@@ -66,8 +66,8 @@ async fn copy_piece(
     range: Range<u64>,
     mode: CopyMode,
 ) -> Result<u64> {
-    if mode == CopyMode::Compare {
-        group.clear_different(disk, &range);
+    // After a failure a range may differ although what is on its way makes it look equal.
+    if mode == CopyMode::Compare && !group.has_failures() {
         match same_on_peer(group, session, disk, &range).await {
             Ok(true) => return Ok(range.end),
             Ok(false) => group.mark_different(disk, &range),
@@ -133,10 +133,11 @@ fn change_of(data: bytes::Bytes, len: u64) -> Change {
     }
 }
 
-/// Compares the hashes of a range.
+/// Compares the hashes of a range; it counts as equal meanwhile.
 ///
-/// Without a lock, and right all the same: if the peer's content equals what was read here, then
-/// every write that was not in it is still on its way there, in order.
+/// The lock is held for the reading alone: a write that began before the session, and is sent to
+/// nobody, must have ended by then. Every later one that is not in what was read here is on its
+/// way to the peer, in order; if it fails it marks the range again.
 async fn same_on_peer(
     group: &Arc<Group>,
     session: &Session,
@@ -144,7 +145,12 @@ async fn same_on_peer(
     range: &Range<u64>,
 ) -> Result<bool> {
     let len = range.end - range.start;
-    let data = group.disks()[disk].image.device().read(range.start, len as usize).await?;
+    let part = &group.disks()[disk];
+    let data = {
+        let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
+        group.clear_different(disk, range);
+        part.image.device().read(range.start, len as usize).await?
+    };
     let mine: Vec<String> = data.chunks(HASH_CHUNK_BYTES as usize).map(hash_hex).collect();
     let theirs = session.hashes(disk, range.start, len, HASH_CHUNK_BYTES).await?;
     if theirs.len() != mine.len() {

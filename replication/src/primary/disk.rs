@@ -36,6 +36,7 @@ impl PrimaryDisk {
 
     async fn change(self, offset: u64, change: Change) -> Result<()> {
         let len = change.len();
+        let operation = change.operation();
         let counters = &self.group.counters;
         counters.guest_writes.fetch_add(1, Ordering::Relaxed);
         counters.guest_write_bytes.fetch_add(len, Ordering::Relaxed);
@@ -51,7 +52,13 @@ impl PrimaryDisk {
         let index = self.index;
         let finish = async move { group.finish_remote(begun, index, offset, len, admission).await };
         match self.group.config.ack {
-            Ack::Sync => finish.await,
+            Ack::Sync => {
+                finish.await;
+                // The peer was lost on the way, and that could not be recorded: whoever starts
+                // this side again must not find that it acknowledged this.
+                let fatal = self.group.check_fatal(self.index, operation);
+                return local.and(fatal.map_err(|e| e.at(offset, len)));
+            }
             Ack::Async => {
                 // Bounded by the window: the admission goes with it.
                 tokio::spawn(finish);

@@ -163,6 +163,11 @@ impl<T> Epochs<T> {
         self.running.failed = false;
     }
 
+    /// Whether a write of the current epoch has failed since the last repair.
+    pub(crate) fn has_failures(&self) -> bool {
+        self.running.failed
+    }
+
     /// Whether the epoch that was cut has ended on both sides.
     pub(crate) fn drained(&self) -> Drained {
         match self.ended {

@@ -299,12 +299,8 @@ impl Group {
         offset: u64,
         change: &Change,
     ) -> brep_block::Result<Begun> {
+        self.check_fatal(disk, change.operation()).map_err(|e| e.at(offset, change.len()))?;
         let mut core = self.core();
-        if let Some(reason) = &core.fatal {
-            let node = &self.disks[disk].name;
-            return Err(BlockError::new(change.operation(), ErrorKind::Io, node, reason.clone())
-                .at(offset, change.len()));
-        }
         core.dirty = true;
         let (epoch, route) = core.epochs.begin();
         let remote = match route {
@@ -323,6 +319,22 @@ impl Group {
             }
         };
         Ok(Begun { epoch, remote })
+    }
+
+    /// Whether changes may still be acknowledged.
+    pub(crate) fn check_fatal(&self, disk: usize, operation: Operation) -> brep_block::Result<()> {
+        match &self.core().fatal {
+            None => Ok(()),
+            Some(reason) => {
+                let node = &self.disks[disk].name;
+                Err(BlockError::new(operation, ErrorKind::Io, node, reason.clone()))
+            }
+        }
+    }
+
+    /// Whether a write of the current epoch has failed that was not sent again.
+    pub(crate) fn has_failures(&self) -> bool {
+        self.core().epochs.has_failures()
     }
 
     /// A write has ended on the local disk.
@@ -465,10 +477,18 @@ impl Group {
     }
 
     /// Ends the current epoch. None: there is no session, or a cut is outstanding.
-    pub(crate) fn start_cut(&self) -> Option<Epoch> {
+    ///
+    /// # Errors
+    /// The record could not be saved.
+    pub(crate) fn start_cut(&self) -> Result<Option<Epoch>> {
         let mut core = self.core();
         core.dirty = false;
-        core.epochs.start_cut()
+        let Some(epoch) = core.epochs.start_cut() else { return Ok(None) };
+        // The secondary may commit this epoch and this side never hear of it: it must not take
+        // itself for an older copy then. After a commit this is recorded already, after a void
+        // cut it is not.
+        core.store.update(|record| record.epoch = record.epoch.max(epoch))?;
+        Ok(Some(epoch))
     }
 
     pub(crate) fn drained(&self) -> Drained {
@@ -494,6 +514,10 @@ impl Group {
     pub(crate) fn committed(&self, epoch: Epoch) -> Result<()> {
         {
             let mut core = self.core();
+            if !core.epochs.is_of_session(epoch) {
+                // This side has begun a new line meanwhile; the checkpoint is not of it.
+                return Err(Error::failed("the secondary was lost during a commit"));
+            }
             core.epochs.committed();
             core.last_commit = Some(Instant::now());
             let next = core.epochs.current().next();

@@ -422,7 +422,7 @@ impl Session {
         let begun = Instant::now();
         let (sender, mut answers) = mpsc::channel(4);
         *self.answers.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
-        let Some(epoch) = self.group.start_cut() else {
+        let Some(epoch) = self.group.start_cut().map_err(Failure::Lost)? else {
             return Err(Failure::Lost(Error::failed("there is no session")));
         };
         // Bounded: a request that does not end loses the peer.
