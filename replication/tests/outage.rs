@@ -262,3 +262,24 @@ async fn a_seeded_secondary_is_compared_not_copied() {
     primary.stop().await;
     secondary.stop().await;
 }
+
+#[tokio::test]
+async fn sides_with_different_timeouts_do_not_lose_each_other_when_idle() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", MIB, 1);
+    scratch.raw("s.raw", MIB, 2);
+    // The secondary alone would send a heartbeat every 15 s.
+    let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    config.peer_timeout = Duration::from_secs(60);
+    let secondary = Side::secondary(config);
+    let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+    config.peer_timeout = Duration::from_millis(1000);
+    let primary = Side::primary(config);
+    primary.wait_state("in-sync").await;
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    let status = primary.status().await;
+    assert_eq!(status["link"], "connected", "{status}");
+    assert_eq!(status["epoch"], 2, "one session, one checkpoint: {status}");
+    primary.stop().await;
+    secondary.stop().await;
+}

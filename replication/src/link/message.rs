@@ -178,6 +178,8 @@ pub struct DiskInfo {
 pub struct Hello {
     /// Version of the messages.
     pub version: u32,
+    /// After so many milliseconds of silence the primary counts the secondary as lost.
+    pub timeout_ms: u64,
     /// Who speaks.
     pub side: Side,
 }
@@ -188,6 +190,8 @@ pub struct Hello {
 pub struct HelloAnswer {
     /// Version of the messages.
     pub version: u32,
+    /// After so many milliseconds of silence the secondary counts the primary as lost.
+    pub timeout_ms: u64,
     /// Who speaks.
     pub side: Side,
     /// There is a guest on the secondary: checkpoints are the manager's.

@@ -192,6 +192,7 @@ mod tests {
         };
         let answer = HelloAnswer {
             version: LINK_VERSION,
+            timeout_ms: 5000,
             side: Side { name: "s".into(), primary: false, ..side.clone() },
             guest: false,
             inconsistent: false,

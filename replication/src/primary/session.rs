@@ -17,7 +17,7 @@ use super::hello::{Decision, Refusal, decide};
 use crate::config::Ack;
 use crate::link::{
     CopyMode, Hello, LINK_VERSION, LinkReader, LinkWriter, Message, OPTION_BIND, OPTION_LINK,
-    StopReason, split,
+    StopReason, heartbeat_pause, split, timeout_ms,
 };
 use crate::secondary::write_link;
 use crate::{Epoch, Error, Result};
@@ -59,6 +59,8 @@ pub(super) struct Session {
     outbox: mpsc::Sender<Message>,
     copy: CopyMode,
     guest_on_peer: bool,
+    /// The longest silence of this side on the link.
+    heartbeat_pause: Duration,
     parts: Mutex<Option<Parts>>,
     /// Who waits for the next answer to a cut.
     answers: Mutex<Option<mpsc::Sender<Message>>>,
@@ -97,7 +99,7 @@ async fn try_establish(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     };
     let (mut reader, mut writer) = split(link.stream, &link.rest);
     let me = group.side();
-    let hello = Hello { version: LINK_VERSION, side: me.clone() };
+    let hello = Hello { version: LINK_VERSION, timeout_ms: timeout_ms(limit), side: me.clone() };
     writer.send(&Message::Hello(Box::new(hello)), limit).await?;
     let answer = match reader.receive_within(limit).await? {
         Message::HelloAnswer(answer) => answer,
@@ -141,6 +143,7 @@ async fn try_establish(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         outbox,
         copy,
         guest_on_peer: answer.guest,
+        heartbeat_pause: heartbeat_pause(limit, answer.timeout_ms),
         parts: Mutex::new(Some(Parts { reader, writer, messages })),
         answers: Mutex::new(None),
         hashes: Mutex::new(HashMap::new()),
@@ -200,7 +203,7 @@ impl Session {
             return "the session was run twice".to_owned();
         };
         let limit = self.group.config.peer_timeout;
-        let writing = tokio::spawn(write_link(writer, messages, limit));
+        let writing = tokio::spawn(write_link(writer, messages, self.heartbeat_pause, limit));
         let reason = tokio::select! {
             error = self.read(reader) => error.to_string(),
             reason = self.watch_connections() => reason,

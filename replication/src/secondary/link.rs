@@ -7,7 +7,10 @@ use tokio::sync::mpsc;
 
 use super::group::{Group, Terms};
 use super::session::Session;
-use crate::link::{HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, StopReason, split};
+use crate::link::{
+    HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, StopReason, heartbeat_pause, split,
+    timeout_ms,
+};
 use crate::status::LinkState;
 use crate::{Epoch, Error, Result};
 
@@ -54,6 +57,7 @@ impl Group {
         }
         let answer = HelloAnswer {
             version: LINK_VERSION,
+            timeout_ms: timeout_ms(limit),
             side: self.side(),
             guest: self.has_guest(),
             inconsistent: self.record().secondary().is_none_or(|s| s.inconsistent),
@@ -75,7 +79,7 @@ impl Group {
         if let Some(reason) = self.objection(&terms) {
             return refuse(writer, limit, reason).await;
         }
-        let (session, outbox) = Session::new(sync);
+        let (session, outbox) = Session::new(sync, heartbeat_pause(limit, hello.timeout_ms));
         if let Err(error) = self.begin_session(&terms, &session).await {
             let reason = format!("the secondary cannot begin: {error}");
             tracing::error!(%error, "cannot begin a session");
@@ -114,7 +118,7 @@ impl Group {
     ) -> Result<StopReason> {
         // The writer is a task of its own: heartbeats go on while a commit is being written.
         let limit = self.config.peer_timeout;
-        let writing = tokio::spawn(write_link(writer, outbox, limit));
+        let writing = tokio::spawn(write_link(writer, outbox, session.heartbeat_pause, limit));
         let result = tokio::select! {
             result = self.read_link(session, reader) => result,
             () = session.ending.cancelled() => Err(Error::failed("the session was ended here")),
@@ -250,15 +254,15 @@ pub(crate) fn hash_hex(data: &[u8]) -> String {
     Sha256::digest(data).iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Sends what is queued, and a heartbeat when there is nothing to send.
+/// Sends what is queued, and a heartbeat when there has been nothing to send for `pause`.
 pub(crate) async fn write_link<S>(
     mut writer: LinkWriter<S>,
     mut outbox: mpsc::Receiver<Message>,
+    pause: Duration,
     limit: Duration,
 ) where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite,
 {
-    let pause = limit / 4;
     loop {
         let message = match tokio::time::timeout(pause, outbox.recv()).await {
             Ok(Some(message)) => message,

@@ -25,6 +25,8 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 pub(crate) struct Session {
     pub(crate) token: Uuid,
     pub(crate) sync: bool,
+    /// The longest silence of this side on the link.
+    pub(crate) heartbeat_pause: Duration,
     /// The link task ends when this is cancelled.
     pub(crate) ending: CancellationToken,
     outbox: mpsc::Sender<Message>,
@@ -43,11 +45,15 @@ struct Slots {
 }
 
 impl Session {
-    pub(crate) fn new(sync: bool) -> (Arc<Self>, mpsc::Receiver<Message>) {
+    pub(crate) fn new(
+        sync: bool,
+        heartbeat_pause: Duration,
+    ) -> (Arc<Self>, mpsc::Receiver<Message>) {
         let (outbox, messages) = mpsc::channel(OUTBOX_LEN);
         let session = Session {
             token: Uuid::new_v4(),
             sync,
+            heartbeat_pause,
             ending: CancellationToken::new(),
             outbox,
             slots: Mutex::new(Slots::default()),
