@@ -1,4 +1,4 @@
-//! A primary that is started again.
+//! Sides that are started again.
 #![allow(missing_docs)]
 
 mod common;
@@ -41,4 +41,22 @@ async fn a_primary_that_meets_a_stranger_does_not_serve_its_guest() {
     assert!(attempt.await.is_err(), "the guest of the old primary was served");
     primary.stop().await;
     serving.abort();
+}
+
+/// A disk that was never replicated is not promoted along with those that were.
+#[tokio::test]
+async fn a_secondary_with_a_checkpoint_takes_no_further_disk() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", MIB, 1);
+    scratch.raw("s.raw", MIB, 2);
+    scratch.raw("t.raw", MIB, 3);
+    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    secondary.stop().await;
+    let disks = vec![scratch.disk("vda", "s.raw"), scratch.disk("vdb", "t.raw")];
+    let error = Side::secondary(scratch.secondary(disks)).ended().await.unwrap_err();
+    assert_eq!(error.exit_code(), 3, "{error}");
+    assert!(error.to_string().contains("vdb"), "{error}");
 }

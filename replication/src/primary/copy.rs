@@ -35,13 +35,16 @@ pub(super) async fn copy_differences(
 ) -> Result<()> {
     for disk in 0..group.disks().len() {
         let mut at = 0;
+        let mut failure = None;
         let mut pieces = FuturesUnordered::new();
         loop {
             if !group.is_attached() {
                 return Err(Error::failed("the secondary was lost during the copy"));
             }
             let next = group.next_different(disk, at, PIECE_BYTES);
-            if let Some(range) = next {
+            if let Some(range) = next
+                && failure.is_none()
+            {
                 // Found again only if it fails, in the next pass.
                 at = range.end;
                 pieces.push(copy_piece(group, session, disk, range, mode));
@@ -50,9 +53,15 @@ pub(super) async fn copy_differences(
                 }
             }
             match pieces.next().await {
-                Some(result) => at = at.max(result?),
+                Some(Ok(end)) => at = at.max(end),
+                // The others go on to their end: a piece that is dropped after its range was
+                // cleared is sent by nobody.
+                Some(Err(error)) => failure = failure.or(Some(error)),
                 None => break,
             }
+        }
+        if let Some(error) = failure {
+            return Err(error);
         }
     }
     Ok(())

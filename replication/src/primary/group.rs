@@ -19,7 +19,7 @@ use crate::control::EventBus;
 use crate::errors::ErrorLog;
 use crate::image::Image;
 use crate::link::{DiskInfo, Side};
-use crate::state::{Phase, PrimaryRecord, Record, RecordStore};
+use crate::state::{Phase, PrimaryRecord, Record, RecordStore, boot_id};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
 
@@ -195,7 +195,7 @@ impl Group {
             });
         }
         store.update(|record| {
-            record.clean = false;
+            record.begin_run(boot_id());
             if let Some(primary) = record.primary_mut() {
                 primary.disks =
                     disks.iter().map(|d| (d.name.clone(), d.image.device().size())).collect();

@@ -88,8 +88,8 @@ impl Group {
         }
         if secondary.inconsistent || record.com.is_none() {
             return Err(Error::refused(
-                "there is no complete checkpoint yet: the first full copy has not ended \
-                 (inconsistent). Let the primary finish it; nothing was changed",
+                "there is no complete checkpoint (inconsistent): a full copy has not ended, or \
+                 power was lost since. Let the primary copy everything; nothing was changed",
             ));
         }
         if target == Target::Latest {
@@ -143,6 +143,10 @@ impl Group {
                 });
             }
         })?;
+        // A side that forgot its promotion would let the old primary overwrite it.
+        if let Err(error) = self.sync_record() {
+            tracing::error!(%error, "the promotion may not survive a power loss");
+        }
         for (disk, top) in self.disks().iter().zip(tops) {
             disk.promote_onto(top).await?;
         }

@@ -15,7 +15,7 @@ use crate::control::EventBus;
 use crate::errors::ErrorLog;
 use crate::image::Image;
 use crate::link::{DiskInfo, Side, StopReason};
-use crate::state::{DiskRecord, Phase, Record, RecordStore, SecondaryRecord};
+use crate::state::{DiskRecord, Phase, Record, RecordStore, SecondaryRecord, boot_id};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Result};
 
@@ -108,14 +108,23 @@ impl Group {
             disks.push(Arc::new(open_disk(&config, disk, known, store.record()).await?));
         }
         check_known_disks(&secondary, &config)?;
-        store.update(|r| r.clean = false)?;
+        let mut power_lost = false;
+        store.update(|r| power_lost = r.begin_run(boot_id()))?;
+        // Else a power loss could bring the clean stop before this run back.
+        store.sync()?;
+        let reason = (power_lost && !store.record().is_primary()).then(|| {
+            tracing::error!("power was lost under the last run: the checkpoint cannot be trusted");
+            "power was lost under the last run, and what was not on stable storage with it: the \
+             checkpoint cannot be trusted"
+                .to_owned()
+        });
         let core = Core {
             receiving: store.record().epoch,
             store,
             session: None,
             closing: None,
             link: LinkState::Disconnected,
-            reason: None,
+            reason,
             peer: None,
             last_contact: None,
             last_commit: None,
@@ -413,8 +422,14 @@ impl Group {
         }
         if result.is_ok() {
             self.update_record(|r| r.clean = true)?;
+            self.sync_record()?;
         }
         result
+    }
+
+    /// Puts the record on stable storage.
+    pub(crate) fn sync_record(&self) -> Result<()> {
+        self.core().store.sync()
     }
 }
 
@@ -466,7 +481,7 @@ async fn open_disk(
     ReplicaDisk::open(disk, pool, image, known, record.set, seq_max).await
 }
 
-/// Every disk of the record must be given: a group is promoted as a whole.
+/// Every disk of the record must be given, and no other: a group is promoted as a whole.
 fn check_known_disks(secondary: &SecondaryRecord, config: &SecondaryConfig) -> Result<()> {
     for known in &secondary.disks {
         if !config.disks.iter().any(|d| d.name == known.name) {
@@ -475,6 +490,14 @@ fn check_known_disks(secondary: &SecondaryRecord, config: &SecondaryConfig) -> R
                 known.name, known.name
             )));
         }
+    }
+    let new = config.disks.iter().find(|d| !secondary.disks.iter().any(|k| k.name == d.name));
+    if let Some(new) = new.filter(|_| !secondary.disks.is_empty()) {
+        return Err(Error::refused(format!(
+            "disk {}: it is not part of the checkpoint that the state record names; leave it out, \
+             or move the state directory away and start over",
+            new.name
+        )));
     }
     Ok(())
 }

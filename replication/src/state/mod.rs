@@ -9,3 +9,4 @@ pub use record::{
     BufferRef, DiskRecord, Phase, PrimaryRecord, Promotion, Record, SecondaryRecord, Target,
 };
 pub use store::RecordStore;
+pub(crate) use store::boot_id;

@@ -24,6 +24,10 @@ pub struct Record {
     pub phase: Phase,
     /// The last run ended by itself.
     pub clean: bool,
+    /// The kernel's boot id during the last run: another one, and a run that did not end by
+    /// itself, mean that power was lost.
+    #[serde(default)]
+    pub boot: Option<String>,
 }
 
 /// The role, and what belongs to it.
@@ -144,7 +148,23 @@ impl Record {
             history: Vec::new(),
             phase,
             clean: false,
+            boot: None,
         }
+    }
+
+    /// A run begins. Returns whether the machine went down under the last one: then what had not
+    /// reached stable storage is lost, and nobody knows what that was.
+    pub fn begin_run(&mut self, boot: Option<String>) -> bool {
+        let lost = !self.clean && self.boot.is_some() && self.boot != boot;
+        self.clean = false;
+        self.boot = boot;
+        let secondary = self.secondary_mut().filter(|s| lost && s.promotion.is_none());
+        if let Some(secondary) = secondary {
+            // Pre-images and what they belong to are of different moments now.
+            secondary.inconsistent = true;
+            secondary.latest_ok = false;
+        }
+        lost
     }
 
     /// Begins a new line of writes that leaves the present one after `last`.
@@ -212,5 +232,26 @@ impl DiskRecord {
     /// Every buffer that this record needs.
     pub fn buffers(&self) -> impl Iterator<Item = BufferRef> + '_ {
         self.chain.iter().copied().chain(self.next).chain(self.active).chain(self.top)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_power_loss_is_told_from_a_kill_and_from_a_clean_stop() {
+        let boot = |id: &str| Some(id.to_owned());
+        let phase = Phase::Secondary(SecondaryRecord { latest_ok: true, ..Default::default() });
+        let mut record = Record::blank("s", phase);
+        let inconsistent = |r: &Record| r.secondary().is_some_and(|s| s.inconsistent);
+        assert!(!record.begin_run(boot("a")), "the first run");
+        assert!(!record.begin_run(boot("a")), "killed");
+        record.clean = true;
+        assert!(!record.begin_run(boot("b")), "stopped, and the machine was started again");
+        assert!(!inconsistent(&record));
+        assert!(record.begin_run(boot("c")), "the machine went down");
+        assert!(inconsistent(&record));
+        assert_eq!(record.secondary().map(|s| s.latest_ok), Some(false));
     }
 }

@@ -28,7 +28,8 @@ const PAYLOAD_MAX: usize = SLOT_LEN - HEADER_LEN;
 ///
 /// A save writes the slot that does not hold the newest record, with one call; so a process that
 /// is killed at any moment leaves the old record or the new one.
-/// A save reaches the page cache; surviving a power loss is not promised yet. The file is locked
+/// A save reaches the page cache; [`sync`](RecordStore::sync) makes it survive a power loss. The
+/// file is locked
 /// (`flock`) while it is open: one state directory serves one process.
 #[derive(Debug)]
 pub struct RecordStore {
@@ -125,6 +126,17 @@ impl RecordStore {
         Ok(())
     }
 
+    /// Puts the record on stable storage, where a power loss leaves it. Blocks.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn sync(&mut self) -> Result<()> {
+        self.file.sync_data().map_err(|error| {
+            self.broken = true;
+            io_error(&self.path, "flush", &error)
+        })
+    }
+
     /// Changes the record and saves it.
     ///
     /// # Errors
@@ -137,6 +149,12 @@ impl RecordStore {
         }
         self.save(record)
     }
+}
+
+/// The kernel's boot id, if it tells.
+pub(crate) fn boot_id() -> Option<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned())
 }
 
 fn io_error(path: &Path, what: &str, error: &io::Error) -> Error {
