@@ -35,7 +35,8 @@ async fn a_piece_that_cannot_be_read_does_not_take_its_neighbours_with_it() {
     let (refused, ()) = tokio::join!(primary.command("checkpoint", json!({})), release);
     assert!(refused.is_err(), "a checkpoint without what could not be read");
     primary.checkpoint().await;
-    assert_eq!(file(&scratch.path("p.raw")), file(&scratch.path("s.raw")));
+    let equal = file(&scratch.path("p.raw")) == file(&scratch.path("s.raw"));
+    assert!(equal, "the checkpoint is committed, and the disks differ");
     guest.close();
     primary.stop().await;
     secondary.stop().await;
