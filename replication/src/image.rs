@@ -61,7 +61,7 @@ impl Image {
 pub(crate) mod faults {
     use std::collections::HashMap;
     use std::path::{Path, PathBuf};
-    use std::sync::{Arc, LazyLock, Mutex};
+    use std::sync::{Arc, LazyLock, Mutex, Weak};
 
     use brep_block::{BlockDevice, Fault};
 
@@ -72,18 +72,22 @@ pub(crate) mod faults {
         pub(crate) lower: Arc<Fault>,
     }
 
-    static DISKS: LazyLock<Mutex<HashMap<PathBuf, Faults>>> = LazyLock::new(Mutex::default);
+    type Known = (Weak<Fault>, Weak<Fault>);
+
+    /// A disk that is closed gives its file back, so nobody is kept alive here.
+    static DISKS: LazyLock<Mutex<HashMap<PathBuf, Known>>> = LazyLock::new(Mutex::default);
 
     pub(super) fn over(path: &Path, device: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
         let lower = Fault::new(device);
         let upper = Fault::new(Arc::clone(&lower) as _);
-        let faults = Faults { upper: Arc::clone(&upper), lower };
-        DISKS.lock().unwrap().insert(path.to_owned(), faults);
+        let known = (Arc::downgrade(&upper), Arc::downgrade(&lower));
+        DISKS.lock().unwrap().insert(path.to_owned(), known);
         upper
     }
 
     /// The faults below the disk that was last opened under this path.
     pub(crate) fn of(path: &Path) -> Faults {
-        DISKS.lock().unwrap()[path].clone()
+        let (upper, lower) = DISKS.lock().unwrap()[path].clone();
+        Faults { upper: upper.upgrade().unwrap(), lower: lower.upgrade().unwrap() }
     }
 }

@@ -1,51 +1,16 @@
-use std::sync::Arc;
 use std::time::Duration;
 
-use brep_block::{BlockDevice, Operation, Rule, WriteFlags};
-use brep_nbd::client::Connection;
-use bytes::Bytes;
+use brep_block::{Operation, Rule};
 use serde_json::json;
-use tokio::task::JoinHandle;
 
-use super::common::{MIB, Scratch, Side, connect, file, fill};
-use crate::image::faults::{self, Faults};
-
-/// A pair, in sync, with a checkpoint.
-struct Pair {
-    scratch: Scratch,
-    primary: Side,
-    secondary: Side,
-    /// Below the secondary's disk.
-    disk: Faults,
-}
-
-impl Pair {
-    async fn new() -> Self {
-        let scratch = Scratch::new();
-        scratch.raw("p.raw", MIB, 1);
-        scratch.raw("s.raw", MIB, 2);
-        let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-        let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-        config.peer_timeout = Duration::from_secs(2);
-        let primary = Side::primary(config);
-        primary.wait_state("in-sync").await;
-        let disk = faults::of(&scratch.path("s.raw"));
-        Pair { scratch, primary, secondary, disk }
-    }
-}
-
-fn write(device: &Arc<Connection>, offset: u64, byte: u8) -> JoinHandle<brep_block::Result<()>> {
-    let device = Arc::clone(device);
-    tokio::spawn(async move {
-        device.write(offset, Bytes::from(vec![byte; 4096]), WriteFlags::default()).await
-    })
-}
+use super::common::{connect, file, fill};
+use super::{Pair, write};
 
 /// The link is lost while a write of it hangs in the secondary's disk. A failover that did not
 /// wait for that write would merge, and then be overwritten by it.
 #[tokio::test]
 async fn a_failover_waits_for_the_writes_of_a_session_that_is_lost_already() {
-    let Pair { scratch, primary, secondary, disk } = Pair::new().await;
+    let Pair { scratch, primary, secondary, disk, .. } = Pair::new().await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     fill(&*guest, 0, 65536, 0x11).await;
     primary.checkpoint().await;
@@ -71,7 +36,7 @@ async fn a_failover_waits_for_the_writes_of_a_session_that_is_lost_already() {
 /// `latest` was complete when the command came, but what was in flight then has failed since.
 #[tokio::test]
 async fn latest_is_refused_if_a_write_fails_while_the_session_is_drained() {
-    let Pair { scratch, primary, secondary, disk } = Pair::new().await;
+    let Pair { scratch, primary, secondary, disk, .. } = Pair::new().await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     primary.checkpoint().await;
     assert_eq!(secondary.status().await["latest-ok"], true);

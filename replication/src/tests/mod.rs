@@ -3,3 +3,61 @@
 mod common;
 mod copy;
 mod failover;
+mod invariants;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use brep_block::{BlockDevice, WriteFlags};
+use brep_nbd::client::Connection;
+use bytes::Bytes;
+use tokio::task::JoinHandle;
+
+use self::common::{MIB, Scratch, Side};
+use crate::image::faults::{self, Faults};
+
+/// A pair, in sync, with a peer timeout of two seconds.
+struct Pair {
+    scratch: Scratch,
+    primary: Side,
+    secondary: Side,
+    /// Below the primary's disk.
+    local: Faults,
+    /// Below the secondary's disk.
+    disk: Faults,
+}
+
+impl Pair {
+    async fn new() -> Self {
+        Self::start(false).await
+    }
+
+    /// With a guest on the secondary.
+    async fn with_guest() -> Self {
+        Self::start(true).await
+    }
+
+    async fn start(guest: bool) -> Self {
+        let scratch = Scratch::new();
+        scratch.raw("p.raw", MIB, 1);
+        scratch.raw("s.raw", MIB, 2);
+        let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+        config.guest_listen = guest.then(|| scratch.endpoint("s-guest.sock"));
+        let secondary = Side::secondary(config);
+        let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+        config.peer_timeout = Duration::from_secs(2);
+        let primary = Side::primary(config);
+        primary.wait_state("in-sync").await;
+        let local = faults::of(&scratch.path("p.raw"));
+        let disk = faults::of(&scratch.path("s.raw"));
+        Pair { scratch, primary, secondary, local, disk }
+    }
+}
+
+/// A write of 4096 bytes that goes on by itself.
+fn write(device: &Arc<Connection>, offset: u64, byte: u8) -> JoinHandle<brep_block::Result<()>> {
+    let device = Arc::clone(device);
+    tokio::spawn(async move {
+        device.write(offset, Bytes::from(vec![byte; 4096]), WriteFlags::default()).await
+    })
+}
