@@ -53,6 +53,8 @@ pub enum FormatError {
     TooBig(u64),
     #[error("L1 table is too small ({have} entries, {need} needed)")]
     L1TooSmall { have: u32, need: u64 },
+    #[error("active L1 table ends at {end}, beyond the end of the file ({file}): truncated?")]
+    L1BeyondEnd { end: u64, file: u64 },
     #[error("header extension {0:#010x} too large")]
     ExtensionTooLarge(u32),
     #[error("backing format name too long ({0} bytes)")]

@@ -97,6 +97,12 @@ pub(crate) async fn open(
         LoadError::Format(error) => format(error),
         LoadError::Device(error) => OpenError::Device(error),
     })?;
+    // The offset is below 2^63 and the table at most 32 MiB: the header was checked.
+    let l1_end = header.l1_offset + u64::from(header.l1_entries) * 8;
+    if l1_end > file.size() {
+        // Read as zeroes it would be an empty disk.
+        return Err(format(FormatError::L1BeyondEnd { end: l1_end, file: file.size() }));
+    }
     let l1 = file.read(header.l1_offset, header.l1_entries as usize * 8).await?;
     let l1 = L1 { offset: header.l1_offset, entries: decode_table(&l1) };
     let table_len = (header.refcount_table_clusters as usize) << header.geometry.cluster_bits;

@@ -192,6 +192,14 @@ async fn an_l1_table_that_is_too_large_too_small_or_misplaced() {
 }
 
 #[tokio::test]
+async fn an_l1_table_beyond_the_end_of_the_file_is_no_empty_disk() {
+    for offset in [1 << 40, (1 << 63) - (1 << 16)] {
+        let error = refused(&[(40, &u64s(offset))], RO).await;
+        assert!(matches!(error, FormatError::L1BeyondEnd { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_disk_that_is_too_big() {
     for size in [u64::MAX, 1 << 63] {
         assert_eq!(refused(&[(24, &u64s(size))], RO).await, FormatError::TooBig(size));
