@@ -89,25 +89,55 @@ fn d19_after_a_failed_merge_writes_go_where_the_range_is() {
     });
 }
 
-/// A write to the active disk copies the rest of its cluster from below: neither must it cover
-/// what the neighbour writes to the secondary disk meanwhile, nor must both wait for each other.
+/// Of a disk whose merge has failed: the hidden disk has 2 KiB in the middle of a cluster of the
+/// active disk, which has nothing of it.
+const CLUSTER: u64 = 512 * KIB;
+const KEPT: u64 = CLUSTER + 32 * KIB;
+
+async fn failed_in_a_cluster() -> S {
+    let s = Setup::mixed(MIB).started().await;
+    write(&*s.local(), KEPT, 2 * KIB, 0x22).await.unwrap();
+    s.base.fault.fail(Rule::new(Operation::Write));
+    s.node.stop(true).await.unwrap();
+    stage_is(&s.node, Stage::Failed).await;
+    s
+}
+
+fn spawn_write(s: &S, offset: u64, byte: u8) -> tokio::task::JoinHandle<brep_block::Result<()>> {
+    let node = Arc::clone(&s.node);
+    tokio::spawn(async move { write(&*node, offset, 512, byte).await })
+}
+
+/// A write to the active disk copies the rest of its cluster from below: that must not cover what
+/// a neighbour is writing to the secondary disk.
 #[test]
-fn d19_neighbours_in_one_cluster_do_not_lose_each_others_writes() {
+fn d19_write_in_a_cluster_does_not_lose_its_neighbours_write() {
     run(async {
-        let s = Setup::mixed(MIB).started().await;
-        let (cluster, kept) = (512 * KIB, 544 * KIB);
-        write(&*s.local(), kept, 2 * KIB, 0x22).await.unwrap();
-        s.base.fault.fail(Rule::new(Operation::Write));
-        s.node.stop(true).await.unwrap();
-        stage_is(&s.node, Stage::Failed).await;
-        let writes = [(kept + 100, 0x44), (kept + 16 * KIB, 0x55), (kept - 16 * KIB, 0x66)];
-        let hang = s.base.fault.hang(Rule::new(Operation::Read).range(cluster..cluster + 512));
-        let tasks = writes.map(|(offset, byte)| {
-            let node = Arc::clone(&s.node);
-            tokio::spawn(async move { write(&*node, offset, 512, byte).await })
-        });
+        let s = failed_in_a_cluster().await;
+        let hang = s.base.fault.hang(Rule::new(Operation::Write));
+        let neighbour = spawn_write(&s, KEPT + 16 * KIB, 0x55);
+        hang.reached(1).await;
+        let kept = spawn_write(&s, KEPT + 100, 0x44);
+        settle().await;
+        hang.release();
+        neighbour.await.unwrap().unwrap();
+        kept.await.unwrap().unwrap();
+        expect(&*s.node, KEPT, 100, 0x11).await;
+        expect(&*s.node, KEPT + 100, 512, 0x44).await;
+        expect(&*s.node, KEPT + 16 * KIB, 512, 0x55).await;
+    });
+}
+
+#[test]
+fn d19_requests_in_a_cluster_do_not_wait_for_each_other_for_ever() {
+    run(async {
+        let s = failed_in_a_cluster().await;
+        // The first write is copying what lies before it when the others come.
+        let hang = s.base.fault.hang(Rule::new(Operation::Read).range(CLUSTER..CLUSTER + 512));
+        let writes = [(KEPT + 100, 0x44), (KEPT + 16 * KIB, 0x55), (KEPT - 16 * KIB, 0x66)];
+        let tasks = writes.map(|(offset, byte)| spawn_write(&s, offset, byte));
         let node = Arc::clone(&s.node);
-        let read = tokio::spawn(async move { node.read(cluster, 64 << 10).await });
+        let read = tokio::spawn(async move { node.read(CLUSTER, 64 << 10).await });
         hang.reached(1).await;
         settle().await;
         hang.release();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use brep_block::{BlockDevice, Operation, Replication, Rule, ZeroFlags};
+use brep_qcow2::{OpenOptions, Qcow2};
 
 use crate::support::*;
 
@@ -171,6 +172,27 @@ fn d26_write_waits_for_every_part_of_the_copy() {
             nth += 1;
         }
         assert!(nth > 2, "a copy is at least data and mapping");
+    });
+}
+
+/// As a restart after a kill would find it at the moment at which the disk is overwritten.
+#[test]
+fn d26_pre_image_can_be_found_in_the_file_before_the_disk_is_overwritten() {
+    run(async {
+        for setup in setups() {
+            let unit = setup.unit_bytes;
+            let s = setup.started().await;
+            let hang = s.base.fault.hang(Rule::new(Operation::Write));
+            let local = s.local();
+            let write = tokio::spawn(async move { write(&*local, unit, 512, 0x22).await });
+            hang.reached(1).await;
+            let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+            let hidden = Qcow2::open(Arc::clone(&s.hidden.inner), options).await.unwrap();
+            assert_eq!(hidden.next_allocated(0).await.unwrap(), Some(unit..2 * unit));
+            expect(&*hidden, unit, unit, 0x11).await;
+            hang.release();
+            write.await.unwrap().unwrap();
+        }
     });
 }
 

@@ -116,6 +116,26 @@ fn primary_write_in_flight_at_a_checkpoint_belongs_to_it() {
     });
 }
 
+#[test]
+fn guest_read_in_flight_does_not_see_a_later_write_of_the_primary() {
+    run(async {
+        let s = Setup::subclusters(MIB).started().await;
+        // It has been decided that the secondary disk has the range.
+        let hang = s.base.fault.hang(Rule::new(Operation::Read));
+        let node = Arc::clone(&s.node);
+        let read = tokio::spawn(async move { node.read(0, 4096).await });
+        hang.reached(1).await;
+        let primary = spawn_write(s.local(), 0, 0x22);
+        settle().await;
+        hang.release();
+        let data = read.await.unwrap().unwrap();
+        assert!(data.iter().all(|b| *b == 0x11));
+        primary.await.unwrap().unwrap();
+        expect(&*s.base.inner, 0, 4096, 0x22).await;
+        expect(&*s.node, 0, 4096, 0x11).await;
+    });
+}
+
 /// Also on behalf of the primary, whose window is bounded.
 #[test]
 fn checkpoint_that_would_wait_too_long_changes_nothing() {
