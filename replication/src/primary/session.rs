@@ -338,7 +338,14 @@ impl Session {
     ) -> std::result::Result<(), Error> {
         let copying = async {
             while self.group.has_differences() {
-                copy_differences(&self.group, self, self.copy).await?;
+                let copied = copy_differences(&self.group, self, self.copy).await;
+                if let Err(error) = copied {
+                    // What cannot be read here keeps the copy from ending, and nothing else.
+                    if !self.group.is_attached() {
+                        return Err(error);
+                    }
+                    tracing::warn!(%error, "a part of the copy is tried again");
+                }
                 if self.group.has_differences() {
                     // One of the sides refuses some of it, and the errors say so.
                     tokio::time::sleep(COPY_RETRY).await;
