@@ -75,3 +75,13 @@ pub struct Commit {
     /// The last epoch that is contained.
     pub epoch: Epoch,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_highest_epoch_has_no_successor() {
+        assert_eq!(Epoch(u64::MAX).next(), Epoch(u64::MAX));
+    }
+}

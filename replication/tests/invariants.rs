@@ -151,7 +151,9 @@ async fn i17_a_disk_and_a_state_directory_have_one_owner() {
     let scratch = Scratch::new();
     let (primary, secondary) = pair(&scratch).await;
     let again = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    assert_eq!(again.ended().await.unwrap_err().exit_code(), 3);
+    let error = again.ended().await.unwrap_err();
+    assert_eq!(error.exit_code(), 3);
+    assert!(error.to_string().contains("another brep runs"), "{error}");
     let mut config = scratch.primary(vec![scratch.disk("vda", "s.raw")]);
     config.state_dir = scratch.path("other.state");
     config.guest_listen = scratch.endpoint("other.sock");

@@ -178,3 +178,103 @@ async fn i10_the_last_checkpoint_stays_promotable_during_a_resync() {
     primary.stop().await;
     secondary.stop().await;
 }
+
+/// I3: a cut that was never committed changes nothing for a failover, also after a restart: the
+/// secondary finds what the uncommitted epoch overwrote in the buffer that was the next.
+#[tokio::test]
+async fn i03_a_cut_without_a_commit_leaves_the_checkpoint_before_it() {
+    let Pair { scratch, primary, secondary, disk, .. } = Pair::with_guest().await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    let other = connect(scratch.endpoint("s-guest.sock"), "vda").await;
+    fill(&*guest, 0, 65536, 0x11).await;
+    let epoch = primary.checkpoint().await;
+    let checkpoint = file(&scratch.path("p.raw"));
+    fill(&*guest, 0, 8192, 0x22).await;
+    // The commit has to wait for the secondary's guest.
+    let hang = disk.upper.hang(Rule::new(Operation::Read).range(524_288..528_384));
+    let stuck = tokio::spawn(async move {
+        // The secondary stops while it waits: whatever it gets.
+        let _ = other.read(524_288, 4096).await;
+    });
+    hang.reached(1).await;
+    primary.command("checkpoint", json!({ "wait": "cut" })).await.unwrap();
+    fill(&*guest, 4096, 8192, 0x33).await;
+    drop(disk);
+    let stopping = tokio::spawn(secondary.stop());
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    hang.release();
+    stopping.await.unwrap();
+    stuck.await.unwrap();
+    guest.close();
+    primary.stop().await;
+
+    let secondary = super::Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let status = secondary.wait("up", |s| s["promotable"] == true).await;
+    assert_eq!(status["checkpoint"], epoch);
+    secondary.command("failover", json!({})).await.unwrap();
+    secondary.wait_state("promoted").await;
+    assert_eq!(file(&scratch.path("s.raw")), checkpoint);
+    secondary.stop().await;
+}
+
+/// A range that cannot be read is reported and keeps a copy from ending; it ends nothing else.
+#[tokio::test]
+async fn a_range_that_cannot_be_read_keeps_a_resync_from_ending_and_the_session_alive() {
+    let Pair { scratch, primary, secondary, local, .. } = Pair::new().await;
+    secondary.stop().await;
+    primary.wait_state("disconnected").await;
+    let secondary = super::Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    local.upper.fail(Rule::new(Operation::Read).range(524_288..528_384).forever());
+    primary.wait("refused", |s| s["link"] == "refused").await;
+    primary.command("resync", json!({ "full": true })).await.unwrap();
+    let copied = |s: &serde_json::Value| s["errors"][0]["operation"] == "read";
+    let status = primary.wait("reported", copied).await;
+    assert_eq!(status["link"], "connected", "{status}");
+    assert_eq!(status["disks"][0]["state"], "resyncing", "{status}");
+    local.upper.clear();
+    primary.wait_state("in-sync").await;
+    assert_eq!(file(&scratch.path("p.raw")), file(&scratch.path("s.raw")));
+    primary.stop().await;
+    secondary.stop().await;
+}
+
+/// I1, I2: what the local disk may still refuse is in no checkpoint.
+#[tokio::test]
+async fn i02_a_cut_waits_for_the_local_disk_too() {
+    let Pair { scratch, primary, secondary, local, .. } = Pair::new().await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    let hang = local.upper.hang(Rule::new(Operation::Write));
+    local.lower.fail(Rule::new(Operation::Write));
+    let before = write(&guest, 8192, 0x22);
+    hang.reached(1).await;
+    let mut checkpoint = Box::pin(primary.command("checkpoint", json!({})));
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut checkpoint).await;
+    assert!(early.is_err(), "a checkpoint of a write that the local disk does not have");
+    hang.release();
+    before.await.unwrap().unwrap_err();
+    checkpoint.await.unwrap();
+    assert_eq!(file(&scratch.path("p.raw")), file(&scratch.path("s.raw")));
+    guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+}
+
+/// I7: a write that the local disk has not ended holds an overlapping one up, so that both sides
+/// carry them out in one order.
+#[tokio::test]
+async fn i07_overlapping_writes_happen_in_one_order_on_both_sides() {
+    let Pair { scratch, primary, secondary, local, .. } = Pair::new().await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    let hang = local.upper.hang(Rule::new(Operation::Write));
+    let first = write(&guest, 8192, 0x22);
+    hang.reached(1).await;
+    let second = write(&guest, 10_240, 0x33);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    hang.release();
+    first.await.unwrap().unwrap();
+    second.await.unwrap().unwrap();
+    assert_eq!(file(&scratch.path("p.raw")), file(&scratch.path("s.raw")));
+    guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+}
