@@ -1,4 +1,5 @@
 #![doc = include_str!("../README.md")]
+mod change;
 pub mod config;
 pub mod control;
 mod daemon;

@@ -7,6 +7,7 @@ use brep_block::{
 };
 use bytes::Bytes;
 
+use crate::change::Change;
 use crate::status::Progress;
 
 /// Bytes that the merge copies, and locks, at a time.
@@ -55,45 +56,6 @@ impl Stack {
             status = BlockStatus { len: lower.len.min(status.len), flags: lower.flags };
         }
         Ok(status)
-    }
-}
-
-/// A change of contents.
-#[derive(Debug, Clone)]
-enum Change {
-    Write(Bytes, WriteFlags),
-    Zeroes(u64, ZeroFlags),
-}
-
-impl Change {
-    fn len(&self) -> u64 {
-        match self {
-            Change::Write(data, _) => data.len() as u64,
-            Change::Zeroes(len, _) => *len,
-        }
-    }
-
-    fn operation(&self) -> Operation {
-        match self {
-            Change::Write(..) => Operation::Write,
-            Change::Zeroes(..) => Operation::WriteZeroes,
-        }
-    }
-
-    /// The first `len` bytes of it.
-    fn head(&self, len: u64) -> Change {
-        match self {
-            // A prefix of data that is in memory: `len` fits.
-            Change::Write(data, flags) => Change::Write(data.slice(..len as usize), *flags),
-            Change::Zeroes(_, flags) => Change::Zeroes(len, *flags),
-        }
-    }
-
-    async fn apply(self, device: &dyn BlockDevice, offset: u64) -> Result<()> {
-        match self {
-            Change::Write(data, flags) => device.write(offset, data, flags).await,
-            Change::Zeroes(len, flags) => device.write_zeroes(offset, len, flags).await,
-        }
     }
 }
 
@@ -209,7 +171,7 @@ impl Shared {
         let Some(stack) = self.stack() else { return change.apply(&*self.base, offset).await };
         // The merge cannot pass this range while it is locked.
         let merged = self.merged.load(Ordering::Acquire).saturating_sub(offset).min(len);
-        let head = (merged > 0).then(|| change.head(merged));
+        let head = (merged > 0).then(|| change.part(0, merged));
         change.apply(&*stack.top, offset).await?;
         match head {
             Some(head) => head.apply(&*self.base, offset).await,

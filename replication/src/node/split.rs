@@ -2,12 +2,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use brep_block::{
-    BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, Operation, RangeLock, Result,
-    WriteFlags, ZeroFlags,
+    BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, RangeLock, Result, WriteFlags,
+    ZeroFlags,
 };
 use brep_qcow2::Qcow2;
 use bytes::Bytes;
 
+use crate::change::Change;
 use crate::view::ChainView;
 
 /// The disk after a merge that failed: it is read through its layers, and what active or hidden
@@ -22,46 +23,6 @@ pub(super) struct SplitDisk {
     pub(super) view: Arc<ChainView>,
     pub(super) base: Arc<dyn BlockDevice>,
     pub(super) locks: RangeLock,
-}
-
-/// A change of contents.
-#[derive(Debug)]
-enum Change {
-    Write(Bytes, WriteFlags),
-    Zeroes(u64, ZeroFlags),
-}
-
-impl Change {
-    fn len(&self) -> u64 {
-        match self {
-            Change::Write(data, _) => data.len() as u64,
-            Change::Zeroes(len, _) => *len,
-        }
-    }
-
-    fn operation(&self) -> Operation {
-        match self {
-            Change::Write(..) => Operation::Write,
-            Change::Zeroes(..) => Operation::WriteZeroes,
-        }
-    }
-
-    async fn apply_part(
-        &self,
-        from: u64,
-        len: u64,
-        device: &dyn BlockDevice,
-        offset: u64,
-    ) -> Result<()> {
-        match self {
-            // A part of data that is in memory: both ends fit.
-            Change::Write(data, flags) => {
-                let part = data.slice(from as usize..(from + len) as usize);
-                device.write(offset, part, *flags).await
-            }
-            Change::Zeroes(_, flags) => device.write_zeroes(offset, len, *flags).await,
-        }
-    }
 }
 
 impl SplitDisk {
@@ -98,7 +59,7 @@ impl SplitDisk {
                 let at = offset + done;
                 let (layered, part) = self.place(at, len - done).await?;
                 let device: &dyn BlockDevice = if layered { &*self.active } else { &*self.base };
-                change.apply_part(done, part, device, at).await?;
+                change.part(done, part).apply(device, at).await?;
                 done += part;
             }
             Ok(())

@@ -5,8 +5,9 @@ use brep_block::{BlockDevice, LockMode, WriteFlags, ZeroFlags};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
-use super::group::{Change, Group};
+use super::group::Group;
 use super::session::Session;
+use crate::change::Change;
 use crate::link::CopyMode;
 use crate::secondary::hash_hex;
 use crate::{Error, Result};

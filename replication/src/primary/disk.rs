@@ -7,7 +7,8 @@ use brep_block::{
 };
 use bytes::Bytes;
 
-use super::group::{Change, Group};
+use super::group::Group;
+use crate::change::Change;
 use crate::config::Ack;
 
 /// The guest's disk: the local image, with every change forwarded to the secondary.

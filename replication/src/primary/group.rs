@@ -1,18 +1,21 @@
+mod maps;
+mod window;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use brep_block::{Error as BlockError, ErrorKind, Io, Operation, RangeLock, WriteFlags, ZeroFlags};
+use brep_block::{Error as BlockError, RangeLock};
 use brep_hbitmap::HBitmap;
 use brep_nbd::client::Connection;
-use bytes::Bytes;
 use serde_json::json;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::ages::{Ages, Arrival};
-use super::epochs::{Drained, Epochs, Route};
+use self::window::HeldWrite;
+use super::ages::Ages;
+use super::epochs::{Drained, Epochs};
 use super::hello::{Refusal, Wish};
 use crate::config::PrimaryConfig;
 use crate::control::EventBus;
@@ -91,73 +94,6 @@ pub(crate) struct Counters {
     pub(crate) replicated_bytes: AtomicU64,
     pub(crate) checkpoints: AtomicU64,
     pub(crate) last_pause_us: AtomicU64,
-}
-
-/// A change on its way to a disk and to the peer.
-#[derive(Debug, Clone)]
-pub(crate) enum Change {
-    Write(Bytes, WriteFlags),
-    Zeroes(u64, ZeroFlags),
-}
-
-impl Change {
-    pub(crate) fn len(&self) -> u64 {
-        match self {
-            Change::Write(data, _) => data.len() as u64,
-            Change::Zeroes(len, _) => *len,
-        }
-    }
-
-    pub(crate) fn operation(&self) -> Operation {
-        match self {
-            Change::Write(..) => Operation::Write,
-            Change::Zeroes(..) => Operation::WriteZeroes,
-        }
-    }
-
-    fn submit(self, connection: &Connection, offset: u64) -> Io<'static, ()> {
-        // The secondary's stable storage is not asked for: its process is what is waited for.
-        match self {
-            Change::Write(data, _) => connection.start_write(offset, data, WriteFlags::default()),
-            Change::Zeroes(len, flags) => {
-                let flags = ZeroFlags { fua: false, fast: false, ..flags };
-                connection.start_write_zeroes(offset, len, flags)
-            }
-        }
-    }
-}
-
-/// A write of the next epoch, until the cut has been made.
-pub(crate) struct HeldWrite {
-    disk: usize,
-    offset: u64,
-    change: Change,
-    sent: oneshot::Sender<Io<'static, ()>>,
-}
-
-/// A write that has begun: what is on its way to the peer.
-pub(crate) struct Begun {
-    pub(crate) epoch: Epoch,
-    pub(crate) remote: Remote,
-}
-
-pub(crate) enum Remote {
-    Sent(Io<'static, ()>),
-    Held(oneshot::Receiver<Io<'static, ()>>),
-    Nowhere,
-}
-
-/// A request's place in the window; given back when it is dropped.
-pub(crate) struct Admission {
-    group: Arc<Group>,
-    arrival: Arrival,
-    _permits: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
-}
-
-impl Drop for Admission {
-    fn drop(&mut self) {
-        self.group.core().ages.leave(self.arrival);
-    }
 }
 
 impl std::fmt::Debug for Group {
@@ -271,148 +207,6 @@ impl Group {
                 .iter()
                 .map(|d| DiskInfo { name: d.name.clone(), size: size(d) })
                 .collect(),
-        }
-    }
-
-    /// Waits for room in the window. Requests that come while there is no peer need none.
-    pub(crate) async fn admit(self: &Arc<Self>, len: u64) -> Admission {
-        let (arrival, attached) = {
-            let mut core = self.core();
-            (core.ages.arrive(Instant::now()), core.epochs.is_attached())
-        };
-        let mut admission = Admission { group: Arc::clone(self), arrival, _permits: None };
-        if attached {
-            // A request larger than the window goes when the window is empty.
-            let bytes = len.clamp(1, self.config.window_bytes.clamp(1, u64::from(u32::MAX >> 4)));
-            let requests = Arc::clone(&self.window_requests).acquire_owned().await;
-            let bytes = Arc::clone(&self.window_bytes).acquire_many_owned(bytes as u32).await;
-            admission._permits = requests.ok().zip(bytes.ok());
-        }
-        admission
-    }
-
-    /// A write begins: it gets its epoch, and is sent, held, or marked as different. The caller
-    /// holds its range.
-    pub(crate) fn begin(
-        &self,
-        disk: usize,
-        offset: u64,
-        change: &Change,
-    ) -> brep_block::Result<Begun> {
-        self.check_fatal(disk, change.operation()).map_err(|e| e.at(offset, change.len()))?;
-        let mut core = self.core();
-        core.dirty = true;
-        let (epoch, route) = core.epochs.begin();
-        let remote = match route {
-            Route::Send => {
-                let connection = &core.connections[disk];
-                Remote::Sent(change.clone().submit(connection, offset))
-            }
-            Route::Hold => {
-                let (sent, wait) = oneshot::channel();
-                core.epochs.hold(HeldWrite { disk, offset, change: change.clone(), sent });
-                Remote::Held(wait)
-            }
-            Route::Nowhere => {
-                core.mark(disk, offset, change.len());
-                Remote::Nowhere
-            }
-        };
-        Ok(Begun { epoch, remote })
-    }
-
-    /// Whether changes may still be acknowledged.
-    pub(crate) fn check_fatal(&self, disk: usize, operation: Operation) -> brep_block::Result<()> {
-        match &self.core().fatal {
-            None => Ok(()),
-            Some(reason) => {
-                let node = &self.disks[disk].name;
-                Err(BlockError::new(operation, ErrorKind::Io, node, reason.clone()))
-            }
-        }
-    }
-
-    /// Whether a write of the current epoch has failed that was not sent again.
-    pub(crate) fn has_failures(&self) -> bool {
-        self.core().epochs.has_failures()
-    }
-
-    /// A write has ended on the local disk.
-    pub(crate) fn local_done(
-        &self,
-        epoch: Epoch,
-        disk: usize,
-        offset: u64,
-        len: u64,
-        result: &brep_block::Result<()>,
-    ) {
-        {
-            let mut core = self.core();
-            core.epochs.local_done(epoch, result.is_ok());
-            if result.is_err() {
-                // The peer may have what this disk has not. It is read back before the next cut.
-                core.mark(disk, offset, len);
-            }
-        }
-        if let Err(error) = result {
-            self.report(disk, error);
-        }
-        self.ended.notify_waiters();
-    }
-
-    /// Waits for a write's end on the peer, and takes note of it.
-    pub(crate) async fn finish_remote(
-        &self,
-        begun: Begun,
-        disk: usize,
-        offset: u64,
-        len: u64,
-        admission: Admission,
-    ) {
-        let result = match begun.remote {
-            Remote::Sent(io) => io.await,
-            Remote::Held(wait) => match wait.await {
-                Ok(io) => io.await,
-                Err(_) => Err(BlockError::new(
-                    Operation::Write,
-                    ErrorKind::NotConnected,
-                    &self.disks[disk].name,
-                    "the secondary was lost",
-                )),
-            },
-            Remote::Nowhere => return,
-        };
-        match result {
-            Ok(()) => {
-                self.core().epochs.remote_done(begun.epoch, true);
-                self.counters.replicated_writes.fetch_add(1, Ordering::Relaxed);
-                self.counters.replicated_bytes.fetch_add(len, Ordering::Relaxed);
-            }
-            Err(error) => {
-                {
-                    let mut core = self.core();
-                    core.mark(disk, offset, len);
-                    core.epochs.remote_done(begun.epoch, false);
-                }
-                self.remote_failed(disk, begun.epoch, &error);
-            }
-        }
-        drop(admission);
-        self.ended.notify_waiters();
-    }
-
-    fn remote_failed(&self, disk: usize, epoch: Epoch, error: &BlockError) {
-        let lost = matches!(
-            error.kind(),
-            ErrorKind::NotConnected | ErrorKind::TimedOut | ErrorKind::Shutdown
-        );
-        if lost {
-            // Before this write is acknowledged, the record says that the peer lacks it.
-            if self.core().epochs.is_of_session(epoch) {
-                self.lose_peer(&format!("a write failed: {}", error.detail()));
-            }
-        } else {
-            self.report(disk, error);
         }
     }
 
@@ -564,59 +358,6 @@ impl Group {
         }
     }
 
-    /// Bytes that the peer is not known to have.
-    pub(crate) fn bytes_behind(&self, disk: usize) -> u64 {
-        self.core().differs.get(disk).map_or(0, HBitmap::dirty_bytes)
-    }
-
-    /// The first range of a disk, from `offset` on, that differs; at most `max` bytes.
-    pub(crate) fn next_different(
-        &self,
-        disk: usize,
-        offset: u64,
-        max: u64,
-    ) -> Option<std::ops::Range<u64>> {
-        let core = self.core();
-        let map = core.differs.get(disk)?;
-        let granule = map.granularity();
-        let area = map.next_dirty_area(offset..map.size(), max)?;
-        // Whole granules: a bit is cleared for all of it.
-        let start = area.start - area.start % granule;
-        let end = area.end.next_multiple_of(granule).min(map.size());
-        Some(start..end)
-    }
-
-    /// The range, made longer to `len` bytes as far as whole granules go.
-    pub(crate) fn extend_range(
-        &self,
-        disk: usize,
-        range: &std::ops::Range<u64>,
-        len: u64,
-    ) -> std::ops::Range<u64> {
-        let core = self.core();
-        let Some(map) = core.differs.get(disk) else { return range.clone() };
-        let end = range.start.saturating_add(len).min(map.size());
-        let end = if end == map.size() { end } else { end - end % map.granularity() };
-        range.start..end.max(range.end)
-    }
-
-    /// Marks whole granules as equal, before they are read and sent.
-    pub(crate) fn clear_different(&self, disk: usize, range: &std::ops::Range<u64>) {
-        if let Some(map) = self.core().differs.get_mut(disk) {
-            map.reset(range.start, range.end - range.start);
-        }
-    }
-
-    /// Marks a range as different.
-    pub(crate) fn mark_different(&self, disk: usize, range: &std::ops::Range<u64>) {
-        self.core().mark(disk, range.start, range.end - range.start);
-    }
-
-    /// Whether any range of any disk differs.
-    pub(crate) fn has_differences(&self) -> bool {
-        self.core().differs.iter().any(|map| !map.is_empty())
-    }
-
     /// Everything that failed in this epoch has been sent again.
     pub(crate) fn repaired(&self) {
         self.core().epochs.repaired();
@@ -642,22 +383,6 @@ impl Core {
 
     pub(crate) fn fatal(&self) -> Option<&str> {
         self.fatal.as_deref()
-    }
-
-    fn mark(&mut self, disk: usize, offset: u64, len: u64) {
-        if let Some(map) = self.differs.get_mut(disk)
-            && len > 0
-        {
-            map.set(offset, len);
-        }
-    }
-
-    fn send_held(&mut self, held: std::collections::VecDeque<HeldWrite>) {
-        for write in held {
-            let io = write.change.submit(&self.connections[write.disk], write.offset);
-            // An owner that is gone does not take its write back.
-            let _ = write.sent.send(io);
-        }
     }
 
     /// Records that this side writes alone, on a new line if it was not alone before.
