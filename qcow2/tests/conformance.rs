@@ -42,12 +42,24 @@ async fn an_image_over_another_obeys_the_rules() {
     conforms(create, OpenOptions::default(), true, Options::default()).await;
 }
 
+async fn conforms_with_clusters(cluster_bits: u32, refcount_order: u32) {
+    let create = CreateOptions { cluster_bits, refcount_order, ..CreateOptions::default() };
+    conforms(create, OpenOptions::default(), false, Options::default()).await;
+}
+
 #[tokio::test]
-async fn images_with_odd_clusters_obey_the_rules() {
-    for (cluster_bits, refcount_order) in [(9, 6), (10, 0), (21, 3)] {
-        let create = CreateOptions { cluster_bits, refcount_order, ..CreateOptions::default() };
-        conforms(create, OpenOptions::default(), false, Options::default()).await;
-    }
+async fn an_image_with_clusters_of_512_bytes_obeys_the_rules() {
+    conforms_with_clusters(9, 6).await;
+}
+
+#[tokio::test]
+async fn an_image_with_clusters_of_1_kib_obeys_the_rules() {
+    conforms_with_clusters(10, 0).await;
+}
+
+#[tokio::test]
+async fn an_image_with_clusters_of_2_mib_obeys_the_rules() {
+    conforms_with_clusters(21, 3).await;
 }
 
 #[tokio::test]

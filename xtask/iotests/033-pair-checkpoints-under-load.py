@@ -11,8 +11,10 @@ from brep_pair import Pair, Writer, count_writes, snapshot
 # deadline_s: 120
 
 WRITERS = 4
-BLOCK = 64 << 10
+BLOCK = 16 << 10
 REGION = 16 << 20
+BLOCKS = REGION // BLOCK
+CUTS = 8
 
 
 def run(t):
@@ -20,16 +22,19 @@ def run(t):
         t.run("rm", "-rf", "alpha", "beta", "p.raw", "s.raw")
         pair = Pair(t, size=WRITERS * REGION, primary=["--ack", ack]).start()
         writers = [Writer(t, pair.guest(), n * REGION, BLOCK) for n in range(WRITERS)]
-        loads = [threading.Thread(target=w.write, args=(REGION // BLOCK,), daemon=True)
+        loads = [threading.Thread(target=w.write, args=(BLOCKS,), daemon=True)
                  for w in writers]
         for load in loads:
             load.start()
         t.wait_until(lambda: all(w.acknowledged > 4 for w in writers), "writes before")
-        for _ in range(8):
+        cuts = 0
+        # However fast the writers are: no cut without load, and the last one has writes after it.
+        while cuts < CUTS and all(w.acknowledged < BLOCKS // 2 for w in writers):
             before = [w.acknowledged for w in writers]
             pair.checkpoint()
             after = [w.acknowledged for w in writers]
-        t.expect(any(w.acknowledged < REGION // BLOCK for w in writers), "still under load")
+            cuts += 1
+        t.expect(cuts > 0, "a checkpoint under load")
         t.wait_until(lambda: sum(w.acknowledged for w in writers) > sum(after) + 4
                      or not any(load.is_alive() for load in loads), "writes after")
         pair.primary.kill9()
