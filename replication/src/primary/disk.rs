@@ -6,6 +6,7 @@ use brep_block::{
     detach,
 };
 use bytes::Bytes;
+use futures_util::future::join;
 
 use super::group::Group;
 use crate::change::Change;
@@ -45,27 +46,31 @@ impl PrimaryDisk {
         let locks = &self.group.disks()[self.index].locks;
         let guard = locks.lock(offset..offset + len, LockMode::Exclusive).await;
         let begun = self.group.begin(self.index, offset, &change)?;
-        let local = self.apply(offset, change).await;
-        self.group.local_done(begun.epoch, self.index, offset, len, &local);
-        // The order on the way to the peer is fixed; only the local leg needs the range.
-        drop(guard);
-        let group = Arc::clone(&self.group);
-        let index = self.index;
+        let epoch = begun.epoch;
+        let local = async {
+            let local = self.apply(offset, change).await;
+            self.group.local_done(epoch, self.index, offset, len, &local);
+            // The order on the way to the peer is fixed; only the local leg needs the range.
+            drop(guard);
+            local
+        };
+        // Beside the local leg: a local disk that is slow is not to be taken for a lost peer.
+        let (group, index) = (Arc::clone(&self.group), self.index);
         let finish = async move { group.finish_remote(begun, index, offset, len, admission).await };
         match self.group.config.ack {
             Ack::Sync => {
-                finish.await;
+                let (local, ()) = join(local, finish).await;
                 // The peer was lost on the way, and that could not be recorded: whoever starts
                 // this side again must not find that it acknowledged this.
                 let fatal = self.group.check_fatal(self.index, operation);
-                return local.and(fatal.map_err(|e| e.at(offset, len)));
+                local.and(fatal.map_err(|e| e.at(offset, len)))
             }
             Ack::Async => {
                 // Bounded by the window: the admission goes with it.
                 tokio::spawn(finish);
+                local.await
             }
         }
-        local
     }
 
     async fn apply(&self, offset: u64, change: Change) -> Result<()> {

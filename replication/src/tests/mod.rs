@@ -4,6 +4,7 @@ mod common;
 mod copy;
 mod failover;
 mod invariants;
+mod stall;
 
 use std::sync::Arc;
 use std::time::Duration;
