@@ -68,7 +68,7 @@ class Model:
 
         Writes that were acknowledged before `since` are in it, none that was submitted after
         `until` is, and neither is a write without those that were acknowledged before it was
-        submitted. With `whole`, each write is there as a whole or not at all.
+        submitted. With `whole`, each acknowledged write is there as a whole or not at all.
         """
         if len(image) != self.size:
             raise Failed(f"{what}: {len(image)} bytes, expected {self.size}")
@@ -105,7 +105,8 @@ class Model:
     def _check_whole(self, shown, what):
         for candidates in shown.values():
             write = candidates[0]
-            if len(candidates) > 1 or not write:
+            # What was never answered may have been torn when the server was killed.
+            if len(candidates) > 1 or not write or not write.acknowledged:
                 continue
             for block in range(write.first, write.end):
                 newest = max(w.over if w else -NEVER for w in shown[block])
