@@ -73,7 +73,12 @@ fn promotion(target: Target, answer: &Value) -> String {
             "\nlast contact with the primary {ago} ago; if it went on alone since, it has more"
         ));
     }
-    text.push_str("\nguests are served; the merge goes on in the background, see `brep status`");
+    text.push_str(match target {
+        Target::Latest => "\nguests are served; the disk files alone are the disks",
+        Target::Checkpoint => {
+            "\nguests are served; the merge goes on in the background, see `brep status`"
+        }
+    });
     text
 }
 

@@ -21,12 +21,12 @@ const EVENTS_MAX: usize = 1024;
 #[non_exhaustive]
 pub enum ClientError {
     /// The socket could not be connected to.
-    #[error("control socket {path}: {source}")]
+    #[error("control socket {path}: {cause}")]
     Connect {
         /// The socket.
         path: PathBuf,
         /// What the operating system said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// What is listening there does not speak this protocol.
     #[error("control socket {path}: not a brep control socket ({reason})")]
@@ -45,12 +45,12 @@ pub enum ClientError {
         timeout: Duration,
     },
     /// The connection ended.
-    #[error("control socket {path}: the connection ended: {source}")]
+    #[error("control socket {path}: the connection ended: {cause}")]
     Closed {
         /// The socket.
         path: PathBuf,
         /// What the operating system said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The command was refused or failed.
     #[error("{0}")]
@@ -100,7 +100,7 @@ impl ControlClient {
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, ClientError> {
         let deadline = deadline_after(timeout);
         let stream = connect_until(path, deadline)
-            .map_err(|source| ClientError::Connect { path: path.to_owned(), source })?;
+            .map_err(|cause| ClientError::Connect { path: path.to_owned(), cause })?;
         let mut client = ControlClient {
             stream,
             path: path.to_owned(),
@@ -231,10 +231,10 @@ impl ControlClient {
         if remaining.is_zero() { Err(self.timed_out()) } else { Ok(remaining) }
     }
 
-    fn broken(&self, source: io::Error) -> ClientError {
-        match source.kind() {
+    fn broken(&self, cause: io::Error) -> ClientError {
+        match cause.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.timed_out(),
-            _ => ClientError::Closed { path: self.path.clone(), source },
+            _ => ClientError::Closed { path: self.path.clone(), cause },
         }
     }
 

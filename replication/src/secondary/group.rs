@@ -49,6 +49,8 @@ pub(crate) struct Core {
     pub(crate) last_contact: Option<Instant>,
     pub(crate) last_commit: Option<Instant>,
     pub(crate) receiving: Epoch,
+    /// The primary copies; the next commit ends that.
+    pub(crate) copying: bool,
 }
 
 #[derive(Debug, Default)]
@@ -120,6 +122,7 @@ impl Group {
         });
         let core = Core {
             receiving: store.record().epoch,
+            copying: false,
             store,
             session: None,
             closing: None,
@@ -264,6 +267,8 @@ impl Group {
         }
         let mut core = self.core();
         core.receiving = terms.epoch;
+        // Every session begins with a copy, and no cut is made before it has ended.
+        core.copying = true;
         core.session = Some(Arc::clone(session));
         Ok(())
     }
@@ -310,7 +315,11 @@ impl Group {
             };
             self.commit_held(session, epoch).await?
         };
-        self.core().last_commit = Some(Instant::now());
+        {
+            let mut core = self.core();
+            core.last_commit = Some(Instant::now());
+            core.copying = false;
+        }
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
         self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
         let group = Arc::clone(self);

@@ -32,7 +32,11 @@ impl Group {
             durability: "process".to_owned(),
             promotable: Some(promoted || (!secondary.inconsistent && record.com.is_some())),
             latest_ok: Some(secondary.latest_ok),
-            disks: self.disks().iter().map(|d| disk_status(d, &secondary, core.link)).collect(),
+            disks: self
+                .disks()
+                .iter()
+                .map(|d| disk_status(d, &secondary, core.link, core.copying))
+                .collect(),
             errors: self.errors.list(),
             counters: Counters {
                 replicated_writes: self.counters.writes.load(Ordering::Relaxed),
@@ -50,13 +54,19 @@ fn elapsed_ms(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
-fn disk_status(disk: &ReplicaDisk, secondary: &SecondaryRecord, link: LinkState) -> DiskStatus {
+fn disk_status(
+    disk: &ReplicaDisk,
+    secondary: &SecondaryRecord,
+    link: LinkState,
+    copying: bool,
+) -> DiskStatus {
     let progress = disk.promoted().and_then(|p| p.progress());
     let state = match (&secondary.promotion, secondary.inconsistent, link) {
         (Some(_), ..) if progress.is_some() => DiskState::Promoting,
         (Some(_), ..) => DiskState::Promoted,
         (None, true, LinkState::Connected) => DiskState::Resyncing,
         (None, true, _) => DiskState::Inconsistent,
+        (None, false, LinkState::Connected) if copying => DiskState::Resyncing,
         (None, false, LinkState::Connected) => DiskState::InSync,
         (None, false, _) => DiskState::Disconnected,
     };
