@@ -1,3 +1,4 @@
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -25,6 +26,15 @@ const NAME_LEN_MAX: usize = 64;
 
 /// The end of the name of a file that is still being made.
 const UNFINISHED: &str = "qcow2.new";
+
+/// Epochs whose needs decide how much space a spare keeps.
+const RECENT_EPOCHS: usize = 16;
+
+/// A single unit may occupy a whole cluster.
+const UNITS_A_CLUSTER: u64 = 32;
+
+/// Space that a spare keeps in any case.
+const SPACE_MARGIN_BYTES: u64 = 16 << 20;
 
 /// What a buffer says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,6 +120,8 @@ struct PoolState {
     seq: u64,
     /// The next number for a file name.
     file_number: u32,
+    /// Bytes of pre-images that the last epochs had, the newest last.
+    recent_uses: VecDeque<u64>,
 }
 
 impl BufferPool {
@@ -123,6 +135,22 @@ impl BufferPool {
             size,
             state: Mutex::new(PoolState::default()),
         }
+    }
+
+    /// An epoch has ended that had so many bytes of pre-images.
+    pub(crate) fn note_use(&self, bytes: u64) {
+        let uses = &mut self.state().recent_uses;
+        if uses.len() == RECENT_EPOCHS {
+            uses.pop_front();
+        }
+        uses.push_back(bytes);
+    }
+
+    /// The space that a spare keeps: what the busiest of the recent epochs may have needed.
+    fn kept_space_bytes(&self) -> u64 {
+        let busiest = self.state().recent_uses.iter().copied().max();
+        // Without a measure nothing is given back.
+        busiest.map_or(u64::MAX, |bytes| bytes.saturating_mul(UNITS_A_CLUSTER) + SPACE_MARGIN_BYTES)
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, PoolState> {
@@ -308,6 +336,8 @@ impl BufferPool {
         if !buffer.image.is_empty().await? {
             buffer.image.make_empty(MakeEmpty::Keep).await?;
         }
+        // One bounded piece each time: slowly, so that it is not in anybody's way.
+        buffer.image.release_space(self.kept_space_bytes()).await?;
         self.state().spares.push(buffer);
         Ok(())
     }
@@ -367,6 +397,42 @@ mod tests {
         }
         let missing = pool.open(Some(set), &[BufferRef { seq: 99 }], seq).await.unwrap_err();
         assert!(missing.to_string().contains("vda.2.qcow2"), "{missing}");
+    }
+
+    #[tokio::test]
+    async fn a_spare_gives_space_back_slowly_when_epochs_have_become_small() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let set = SetId::random();
+        let pool = BufferPool::new(dir.path(), "vda", 256 << 20);
+        pool.open(Some(set), &[], 0).await.unwrap();
+        let epoch = async |bytes: u64| {
+            let buffer = pool.take(set).await.unwrap();
+            let mut at = 0;
+            while at < bytes {
+                let len = (bytes - at).min(1 << 20);
+                let data = Bytes::from(vec![7; len as usize]);
+                buffer.device().write(at, data, Default::default()).await.unwrap();
+                at += len;
+            }
+            pool.note_use(bytes);
+            pool.recycle(buffer).await.unwrap();
+            let file = std::fs::metadata(dir.path().join("vda.0.qcow2")).unwrap();
+            file.blocks() * 512
+        };
+        let large = epoch(64 << 20).await;
+        assert!(large >= 64 << 20, "a spare keeps its space: {large}");
+        let mut last = large;
+        for _ in 1..RECENT_EPOCHS {
+            last = epoch(4096).await;
+        }
+        assert_eq!(last, large, "a busy epoch is remembered");
+        let first = epoch(4096).await;
+        assert!(first < large && first >= large - (32 << 20), "piece by piece: {first}");
+        for _ in 0..8 {
+            last = epoch(4096).await;
+        }
+        assert!(last <= SPACE_MARGIN_BYTES + (2 << 20), "down to the margin: {last}");
     }
 
     #[test]

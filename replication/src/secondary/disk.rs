@@ -263,6 +263,8 @@ impl ReplicaDisk {
             let newest = state.chain.pop();
             let retired = std::mem::replace(&mut state.chain, newest.into_iter().collect());
             state.next = Some(fresh.next);
+            let epoch = state.copied_at_switch.saturating_sub(state.dropped_bytes);
+            self.pool.note_use(state.kept_bytes + epoch);
             state.kept_bytes = 0;
             state.dropped_bytes = state.copied_at_switch;
             let layers: Vec<_> = state.chain.iter().map(Buffer::device).collect();
