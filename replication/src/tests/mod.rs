@@ -4,6 +4,7 @@ mod common;
 mod copy;
 mod failover;
 mod invariants;
+mod slots;
 mod stall;
 
 use std::sync::Arc;

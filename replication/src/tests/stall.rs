@@ -2,8 +2,10 @@ use std::time::Duration;
 
 use brep_block::{Operation, Rule};
 
-use super::common::connect;
+use super::common::{MIB, Scratch, Side, connect, file};
 use super::{Pair, write};
+use crate::config::Ack;
+use crate::image::faults;
 
 /// The local disk hangs for longer than the peer may be silent. The peer has the write and is
 /// there: it is not lost over that, and needs no copy afterwards.
@@ -22,4 +24,38 @@ async fn a_local_disk_that_hangs_does_not_lose_the_peer() {
     guest.close();
     primary.stop().await;
     secondary.stop().await;
+}
+
+/// I17: the window bounds what is on its way to the peer, in requests and in bytes.
+#[tokio::test]
+async fn i17_no_more_is_on_its_way_to_the_peer_than_the_window_holds() {
+    for (requests, bytes) in [(2, 64 << 20), (4096, 2 * 4096)] {
+        let scratch = Scratch::new();
+        scratch.raw("p.raw", MIB, 1);
+        scratch.raw("s.raw", MIB, 2);
+        let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+        let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+        config.ack = Ack::Async;
+        config.window_requests = requests;
+        config.window_bytes = bytes;
+        let primary = Side::primary(config);
+        primary.wait_state("in-sync").await;
+        let disk = faults::of(&scratch.path("s.raw"));
+        let hang = disk.upper.hang(Rule::new(Operation::Write).forever());
+        let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+        let writes: Vec<_> = (0..8).map(|i| write(&guest, i * 4096, 0x5a)).collect();
+        hang.reached(2).await;
+        let early = tokio::time::timeout(Duration::from_millis(300), hang.reached(3)).await;
+        assert!(early.is_err(), "a third write was sent: {requests} requests, {bytes} bytes");
+        let acknowledged = writes.iter().filter(|w| w.is_finished()).count();
+        assert_eq!(acknowledged, 2, "no write is acknowledged that has no place in the window");
+        hang.release();
+        for write in writes {
+            write.await.unwrap().unwrap();
+        }
+        guest.close();
+        primary.stop().await;
+        assert_eq!(file(&scratch.path("p.raw")), file(&scratch.path("s.raw")));
+        secondary.stop().await;
+    }
 }

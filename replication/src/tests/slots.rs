@@ -1,0 +1,87 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use brep_block::{BlockDevice, Operation, Rule};
+use brep_nbd::client::{ConnectOptions, Connection, connect_private};
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::common::{MIB, Scratch, Side, file, fill};
+use super::write;
+use crate::image::faults;
+use crate::link::{
+    CopyMode, DiskInfo, Hello, LINK_VERSION, Message, OPTION_BIND, OPTION_LINK, Side as Identity,
+    split,
+};
+use crate::{Epoch, Generation, SetId};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A primary of which only the protocol is there.
+fn identity() -> Identity {
+    Identity {
+        name: "p".into(),
+        run: Uuid::new_v4(),
+        set: Some(SetId::random()),
+        cur: Some(Generation::random()),
+        fork: None,
+        com: None,
+        epoch: Epoch(0),
+        history: Vec::new(),
+        primary: true,
+        disks: vec![DiskInfo { name: "vda".into(), size: MIB }],
+    }
+}
+
+fn bound(scratch: &Scratch, token: Uuid, slot: u32) -> ConnectOptions {
+    let data: Vec<u8> = [token.as_bytes().as_slice(), &slot.to_be_bytes()].concat();
+    ConnectOptions {
+        private_options: vec![(OPTION_BIND, data.into())],
+        ..ConnectOptions::new(scratch.endpoint("s.sock"), "vda")
+    }
+}
+
+/// I15: binding a slot closes its old holder and waits for what that one has started; else a late
+/// write of a dead connection would come after the writes of its successor.
+#[tokio::test]
+async fn i15_a_slot_changes_hands_only_when_its_old_holder_has_nothing_in_flight() {
+    let scratch = Scratch::new();
+    scratch.raw("s.raw", MIB, 2);
+    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    secondary.wait("up", |s| s["role"] == "secondary").await;
+
+    let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
+    let endpoint = scratch.endpoint("s.sock");
+    let link = connect_private(&endpoint, OPTION_LINK, version, LIMIT).await.unwrap();
+    let (mut reader, mut writer) = split(link.stream, &link.rest);
+    let me = identity();
+    let (set, cur) = (me.set.unwrap(), me.cur.unwrap());
+    let hello = Hello { version: LINK_VERSION, timeout_ms: 60_000, side: me };
+    writer.send(&Message::Hello(Box::new(hello)), LIMIT).await.unwrap();
+    assert!(matches!(reader.receive_within(LIMIT).await.unwrap(), Message::HelloAnswer(_)));
+    let start = Message::Start { set, cur, epoch: Epoch(1), copy: CopyMode::Full, sync: true };
+    writer.send(&start, LIMIT).await.unwrap();
+    let Message::Started { token } = reader.receive_within(LIMIT).await.unwrap() else {
+        panic!("no token")
+    };
+
+    let old = Connection::connect(&bound(&scratch, token, 0)).await.unwrap();
+    let hang = faults::of(&scratch.path("s.raw")).upper.hang(Rule::new(Operation::Write));
+    let late = write(&old, 8192, 0x66);
+    hang.reached(1).await;
+    // Another slot is another connection's affair.
+    let other = Connection::connect(&bound(&scratch, token, 1)).await.unwrap();
+    let options = bound(&scratch, token, 0);
+    let mut binding = Box::pin(Connection::connect(&options));
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut binding).await;
+    assert!(early.is_err(), "the slot was given away while a write of its holder goes on");
+    hang.release();
+    let new: Arc<Connection> = binding.await.unwrap();
+    fill(&*new, 8192, 4096, 0x77).await;
+    // Whether the late write was still answered is open; that it comes first is not.
+    let _ = late.await.unwrap();
+    assert!(old.start_read(0, 512).await.is_err(), "the old holder is closed");
+    assert_eq!(other.read(8192, 4096).await.unwrap(), vec![0x77; 4096]);
+    assert_eq!(&file(&scratch.path("s.raw"))[8192..12288], [0x77; 4096]);
+    secondary.stop().await;
+}
