@@ -11,11 +11,36 @@ use serde_json::{Map, Value};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::DiskConfig;
-use crate::control::{CommandError, ControlServer, EventBus, Handler};
+use crate::control::{
+    ArgumentKind, ArgumentSpec, CommandError, CommandSpec, ControlServer, EventBus, Handler,
+};
 use crate::{Error, ErrorKind, Result};
 
 /// How long a checkpoint command waits unless it says otherwise.
 const CHECKPOINT_LIMIT: Duration = Duration::from_secs(60);
+
+/// The commands of either side; one that makes no sense on a side is refused there, with the
+/// reason.
+pub(crate) const COMMANDS: &[CommandSpec] = &[
+    CommandSpec::new("query-status", &[]),
+    CommandSpec::new(
+        "checkpoint",
+        &[
+            ArgumentSpec::optional("wait", ArgumentKind::Enum(&["cut", "commit"])),
+            ArgumentSpec::optional("timeout-ms", ArgumentKind::Integer),
+        ],
+    ),
+    CommandSpec::new(
+        "failover",
+        &[ArgumentSpec::optional("to", ArgumentKind::Enum(&["checkpoint", "latest"]))],
+    ),
+    CommandSpec::new(
+        "replication-stop",
+        &[ArgumentSpec::optional("discard-checkpoint", ArgumentKind::Boolean)],
+    ),
+    CommandSpec::new("resync", &[ArgumentSpec::optional("full", ArgumentKind::Boolean)]),
+    CommandSpec::new("quit", &[]),
+];
 
 /// Makes the state directory, and checks what can be checked of the disks' names.
 pub(crate) fn prepare(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {

@@ -25,7 +25,7 @@ use self::disk::PrimaryDisk;
 use self::group::Group;
 use self::session::{Attempt, CheckpointRequest, establish};
 use crate::config::PrimaryConfig;
-use crate::control::{ArgumentKind, ArgumentSpec, CommandError, CommandSpec, EventBus, Handler};
+use crate::control::{CommandError, CommandSpec, EventBus, Handler};
 use crate::daemon::{self, on_data_thread};
 use crate::link::StopReason;
 use crate::status::LinkState;
@@ -245,30 +245,9 @@ struct PrimaryHandler {
     requests: mpsc::Sender<CheckpointRequest>,
 }
 
-const COMMANDS: &[CommandSpec] = &[
-    CommandSpec::new("query-status", &[]),
-    CommandSpec::new(
-        "checkpoint",
-        &[
-            ArgumentSpec::optional("wait", ArgumentKind::Enum(&["cut", "commit"])),
-            ArgumentSpec::optional("timeout-ms", ArgumentKind::Integer),
-        ],
-    ),
-    CommandSpec::new(
-        "failover",
-        &[ArgumentSpec::optional("to", ArgumentKind::Enum(&["checkpoint", "latest"]))],
-    ),
-    CommandSpec::new(
-        "replication-stop",
-        &[ArgumentSpec::optional("discard-checkpoint", ArgumentKind::Boolean)],
-    ),
-    CommandSpec::new("resync", &[ArgumentSpec::optional("full", ArgumentKind::Boolean)]),
-    CommandSpec::new("quit", &[]),
-];
-
 impl Handler for PrimaryHandler {
     fn commands(&self) -> &'static [CommandSpec] {
-        COMMANDS
+        daemon::COMMANDS
     }
 
     fn execute(

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use self::exports::{GuestExports, PeerExports};
 use self::group::Group;
 use crate::config::SecondaryConfig;
-use crate::control::{ArgumentKind, ArgumentSpec, CommandError, CommandSpec, EventBus, Handler};
+use crate::control::{CommandError, CommandSpec, EventBus, Handler};
 use crate::daemon::{self, on_data_thread};
 use crate::link::StopReason;
 use crate::state::Target;
@@ -84,30 +84,9 @@ struct SecondaryHandler {
     data: tokio::runtime::Handle,
 }
 
-const COMMANDS: &[CommandSpec] = &[
-    CommandSpec::new("query-status", &[]),
-    CommandSpec::new(
-        "checkpoint",
-        &[
-            ArgumentSpec::optional("wait", ArgumentKind::Enum(&["cut", "commit"])),
-            ArgumentSpec::optional("timeout-ms", ArgumentKind::Integer),
-        ],
-    ),
-    CommandSpec::new(
-        "failover",
-        &[ArgumentSpec::optional("to", ArgumentKind::Enum(&["checkpoint", "latest"]))],
-    ),
-    CommandSpec::new(
-        "replication-stop",
-        &[ArgumentSpec::optional("discard-checkpoint", ArgumentKind::Boolean)],
-    ),
-    CommandSpec::new("resync", &[ArgumentSpec::optional("full", ArgumentKind::Boolean)]),
-    CommandSpec::new("quit", &[]),
-];
-
 impl Handler for SecondaryHandler {
     fn commands(&self) -> &'static [CommandSpec] {
-        COMMANDS
+        daemon::COMMANDS
     }
 
     fn execute(
