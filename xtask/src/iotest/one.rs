@@ -36,7 +36,7 @@ pub(crate) enum Verdict {
 pub(crate) struct Harness {
     /// Scratch folders, short enough for the paths of unix sockets.
     folder: PathBuf,
-    library: PathBuf,
+    lib_dir: PathBuf,
     binary: PathBuf,
     python: PathBuf,
     bless: bool,
@@ -53,7 +53,7 @@ impl Harness {
             .with_context(|| format!("cannot make a folder in {}", parent.display()))?;
         Ok(Self {
             folder,
-            library: tests.join("lib"),
+            lib_dir: tests.join("lib"),
             binary: binary.to_owned(),
             python: python()?,
             bless: options.bless,
@@ -96,7 +96,7 @@ impl Harness {
             .arg("-B")
             .arg(&test.script)
             .env("BREP", &self.binary)
-            .env("PYTHONPATH", &self.library)
+            .env("PYTHONPATH", &self.lib_dir)
             .env("PYTHONUNBUFFERED", "1")
             .env("LC_ALL", "C.UTF-8")
             .env("TMPDIR", &scratch.work)
