@@ -1,6 +1,7 @@
 //! The secondary: receives the writes of a primary, keeps what they overwrite since the last
 //! checkpoint, and can become the disk.
 mod buffers;
+mod commands;
 mod disk;
 mod exports;
 mod failover;
@@ -14,17 +15,15 @@ use std::time::Duration;
 
 use brep_nbd::Endpoint;
 use brep_nbd::server::{Exports, Server, ServerConfig};
-use futures_util::future::BoxFuture;
-use serde_json::{Map, Value, json};
 use tokio_util::sync::CancellationToken;
 
+use self::commands::SecondaryHandler;
 use self::exports::{GuestExports, PeerExports};
 use self::group::Group;
 use crate::config::SecondaryConfig;
-use crate::control::{CommandError, CommandSpec, EventBus, Handler};
-use crate::daemon::{self, on_data_thread};
+use crate::control::EventBus;
+use crate::daemon;
 use crate::link::StopReason;
-use crate::state::Target;
 use crate::{Error, Result};
 
 pub(crate) use link::{hash_hex, write_link};
@@ -76,78 +75,4 @@ async fn serve(endpoint: &Endpoint, exports: Arc<dyn Exports>) -> Result<Arc<Ser
     let serving = Arc::clone(&server);
     tokio::spawn(async move { serving.serve(listener).await });
     Ok(server)
-}
-
-/// Commands of the control socket.
-struct SecondaryHandler {
-    group: Arc<Group>,
-    data: tokio::runtime::Handle,
-}
-
-impl Handler for SecondaryHandler {
-    fn commands(&self) -> &'static [CommandSpec] {
-        daemon::COMMANDS
-    }
-
-    fn execute(
-        &self,
-        command: &str,
-        arguments: Map<String, Value>,
-    ) -> BoxFuture<'_, std::result::Result<Value, CommandError>> {
-        let command = command.to_owned();
-        Box::pin(async move { Ok(self.command(&command, &arguments).await?) })
-    }
-}
-
-impl SecondaryHandler {
-    async fn command(&self, command: &str, arguments: &Map<String, Value>) -> Result<Value> {
-        let group = Arc::clone(&self.group);
-        let text = |name: &str| arguments.get(name).and_then(Value::as_str).map(str::to_owned);
-        let flag = |name: &str| arguments.get(name).and_then(Value::as_bool).unwrap_or(false);
-        match command {
-            "query-status" => Ok(json!(group.status())),
-            "checkpoint" => {
-                let limit = daemon::checkpoint_limit(arguments);
-                on_data_thread(&self.data, async move { checkpoint(&group, limit).await }).await
-            }
-            "failover" => {
-                let target = match text("to").as_deref() {
-                    Some("latest") => Target::Latest,
-                    _ => Target::Checkpoint,
-                };
-                on_data_thread(&self.data, async move {
-                    group.failover(target).await.map(|report| json!(report))
-                })
-                .await
-            }
-            "replication-stop" => {
-                let discard = flag("discard-checkpoint");
-                on_data_thread(&self.data, async move {
-                    group.stop(discard).await?;
-                    group.stopping.cancel();
-                    Ok(json!({}))
-                })
-                .await
-            }
-            "resync" => Err(Error::refused(
-                "this is the secondary; a resync copies from the primary: run `brep resync \
-                 --full` there",
-            )),
-            "quit" => {
-                group.stopping.cancel();
-                Ok(json!({}))
-            }
-            other => Err(Error::usage(format!("unknown command {other}"))),
-        }
-    }
-}
-
-async fn checkpoint(group: &Arc<Group>, limit: Duration) -> Result<Value> {
-    let Some(session) = group.session() else {
-        return Err(Error::refused(
-            "no primary is connected; a checkpoint is taken by both sides together",
-        ));
-    };
-    let epoch = session.request_checkpoint(limit).await?;
-    Ok(json!({ "epoch": epoch }))
 }
