@@ -1,10 +1,14 @@
 //! `cargo xtask deps`: what the tests use, and the installing of what is missing.
 
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::backports;
+use crate::guest;
 use crate::programs::{self, PROGRAMS, Source};
+use crate::workspace::Workspace;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -15,42 +19,71 @@ pub(crate) struct Args {
 
 /// Succeeds if nothing is missing in the end.
 pub(crate) fn main(args: &Args) -> Result<bool> {
+    let workspace = Workspace::find()?;
     if args.install {
-        install(&missing_packages())?;
+        install(&workspace)?;
     }
     let mut complete = true;
-    for program in PROGRAMS {
-        match programs::find(program.name) {
-            Some(path) => println!("{:<14} {}", program.name, path.display()),
-            None => {
-                complete = false;
-                println!("{:<14} missing: {}", program.name, program.remedy());
-            }
+    let mut tell = |name: &str, path: Option<PathBuf>, remedy: &str| {
+        complete &= path.is_some();
+        match path {
+            Some(path) => println!("{name:<18} {}", path.display()),
+            None => println!("{name:<18} missing: {remedy}"),
         }
+    };
+    for program in PROGRAMS {
+        tell(program.name, programs::find(program.name), &program.remedy());
     }
+    let guest = guest::is_there(&workspace).then(|| workspace.guest());
+    tell("a Linux guest", guest, programs::INSTALL);
     Ok(complete)
 }
 
-fn missing_packages() -> Vec<&'static str> {
-    let mut packages: Vec<_> = PROGRAMS
+fn install(workspace: &Workspace) -> Result<()> {
+    let missing: Vec<Source> = PROGRAMS
         .iter()
         .filter(|program| programs::find(program.name).is_none())
-        .filter_map(|program| match program.source {
-            Source::Debian(package) => Some(package),
-            Source::Command(_) => None,
-        })
+        .map(|program| program.source)
         .collect();
+    let plain = packages(&missing, |source| match source {
+        Source::Debian(package) => Some(package),
+        _ => None,
+    });
+    let newer = packages(&missing, |source| match source {
+        Source::DebianBackports(package) => Some(package),
+        _ => None,
+    });
+    let wants_guest = !guest::is_there(workspace);
+    if plain.is_empty() && newer.is_empty() && !wants_guest {
+        return Ok(());
+    }
+    let suite = if newer.is_empty() { None } else { Some(backports::enable()?) };
+    // The list of packages on a new machine is empty or old.
+    apt_get(&["update"])?;
+    apt_install(&[], &plain)?;
+    if let Some(suite) = suite {
+        apt_install(&["--target-release", &suite], &newer)?;
+    }
+    if wants_guest {
+        guest::prepare(workspace)?;
+    }
+    Ok(())
+}
+
+fn packages(
+    sources: &[Source],
+    package: impl Fn(Source) -> Option<&'static str>,
+) -> Vec<&'static str> {
+    let mut packages: Vec<_> = sources.iter().filter_map(|source| package(*source)).collect();
     packages.dedup();
     packages
 }
 
-fn install(packages: &[&str]) -> Result<()> {
+fn apt_install(options: &[&str], packages: &[&str]) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }
-    // The list of packages on a new machine is empty or old.
-    apt_get(&["update"])?;
-    apt_get(&[&["install", "--yes", "--no-install-recommends"], packages].concat())
+    apt_get(&[&["install", "--yes", "--no-install-recommends"], options, packages].concat())
 }
 
 fn apt_get(args: &[&str]) -> Result<()> {

@@ -122,13 +122,13 @@ fn list(workspace: &Workspace, select: &[String]) -> Result<()> {
 pub(crate) fn run(workspace: &Workspace, options: &Options) -> Result<Summary> {
     let binary = options.binary.clone().unwrap_or_else(|| workspace.brep());
     let binary = binary.canonicalize().with_context(|| format!("no {}", binary.display()))?;
-    run_folder(&workspace.iotests(), &binary, options)
+    run_folder(&workspace.iotests(), &binary, &workspace.guest(), options)
 }
 
 /// Runs the selected tests of a folder.
-fn run_folder(folder: &Path, binary: &Path, options: &Options) -> Result<Summary> {
+fn run_folder(folder: &Path, binary: &Path, guest: &Path, options: &Options) -> Result<Summary> {
     let tests = discover::select(discover::all(folder)?, &options.select)?;
-    let harness = Harness::new(folder, binary, options)?;
+    let harness = Harness::new(folder, binary, guest, options)?;
     let queue = Mutex::new(VecDeque::from(tests));
     let summary = Mutex::new(Summary::default());
     thread::scope(|scope| {

@@ -1,6 +1,8 @@
 //! Tasks of the brep workspace: `cargo xtask test`, `cargo xtask iotest`, `cargo xtask deps`.
 
+mod backports;
 mod deps;
+mod guest;
 mod iotest;
 mod process;
 mod programs;

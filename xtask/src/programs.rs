@@ -15,10 +15,14 @@ pub(crate) struct Program {
 pub(crate) enum Source {
     /// This Debian package.
     Debian(&'static str),
+    /// This package from the backports of the Debian release.
+    DebianBackports(&'static str),
     /// This command, which a person has to run.
     Command(&'static str),
 }
 
+/// What brings Debian packages.
+pub(crate) const INSTALL: &str = "cargo xtask deps --install";
 /// How to get `cargo nextest`, which no Debian package has.
 pub(crate) const INSTALL_NEXTEST: &str = "cargo install --locked cargo-nextest";
 
@@ -34,6 +38,12 @@ pub(crate) const PROGRAMS: &[Program] = &[
     Program { name: "fio", source: Source::Debian("fio"), needed: false },
     Program { name: "mkfs.ext4", source: Source::Debian("e2fsprogs"), needed: false },
     Program { name: "debugfs", source: Source::Debian("e2fsprogs"), needed: false },
+    Program { name: "e2fsck", source: Source::Debian("e2fsprogs"), needed: false },
+    Program {
+        name: "qemu-system-x86_64",
+        source: Source::DebianBackports("qemu-system-x86"),
+        needed: false,
+    },
 ];
 
 /// Where a program lies, if it is in the search path.
@@ -58,7 +68,7 @@ impl Program {
     /// The command that brings the program.
     pub(crate) fn remedy(&self) -> String {
         match self.source {
-            Source::Debian(_) => "cargo xtask deps --install".to_owned(),
+            Source::Debian(_) | Source::DebianBackports(_) => INSTALL.to_owned(),
             Source::Command(command) => command.to_owned(),
         }
     }

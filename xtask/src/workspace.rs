@@ -53,6 +53,11 @@ impl Workspace {
         self.root.join("xtask/iotests")
     }
 
+    /// The Linux guest of the end-to-end tests.
+    pub(crate) fn guest(&self) -> PathBuf {
+        self.target.join("guest")
+    }
+
     /// A cargo command in the workspace.
     pub(crate) fn cargo(&self) -> Command {
         let mut command = cargo();

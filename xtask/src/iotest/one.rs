@@ -38,6 +38,8 @@ pub(crate) struct Harness {
     folder: PathBuf,
     lib_dir: PathBuf,
     binary: PathBuf,
+    /// The Linux guest, which may be missing.
+    guest: PathBuf,
     python: PathBuf,
     bless: bool,
     /// Keep the scratch folders of tests that pass.
@@ -45,7 +47,12 @@ pub(crate) struct Harness {
 }
 
 impl Harness {
-    pub(crate) fn new(tests: &Path, binary: &Path, options: &Options) -> Result<Self> {
+    pub(crate) fn new(
+        tests: &Path,
+        binary: &Path,
+        guest: &Path,
+        options: &Options,
+    ) -> Result<Self> {
         let parent = std::env::temp_dir();
         let folder = (0..1000)
             .map(|n| parent.join(format!("iotest-{}-{n}", std::process::id())))
@@ -55,6 +62,7 @@ impl Harness {
             folder,
             lib_dir: tests.join("lib"),
             binary: binary.to_owned(),
+            guest: guest.to_owned(),
             python: python()?,
             bless: options.bless,
             keep: options.keep,
@@ -96,6 +104,7 @@ impl Harness {
             .arg("-B")
             .arg(&test.script)
             .env("BREP", &self.binary)
+            .env("BREP_GUEST", &self.guest)
             .env("PYTHONPATH", &self.lib_dir)
             .env("PYTHONUNBUFFERED", "1")
             .env("LC_ALL", "C.UTF-8")

@@ -18,7 +18,8 @@ fn folder(name: &str, body: &str, expected: Option<&str>) -> TempDir {
 }
 
 fn run_all(folder: &TempDir, options: &Options) -> Summary {
-    run_folder(folder.path(), Path::new("/bin/true"), options).expect("the runner runs")
+    run_folder(folder.path(), Path::new("/bin/true"), Path::new(""), options)
+        .expect("the runner runs")
 }
 
 fn run_one(body: &str, expected: Option<&str>) -> Summary {
@@ -113,7 +114,7 @@ fn tests_are_selected_by_number_and_by_word() {
         assert_eq!(run_all(&folder, &options).passed, 1, "{selector}");
     }
     let options = Options { select: vec!["11".into()], ..Options::default() };
-    assert!(run_folder(folder.path(), Path::new("/bin/true"), &options).is_err());
+    assert!(run_folder(folder.path(), Path::new("/bin/true"), Path::new(""), &options).is_err());
 }
 
 #[test]
