@@ -16,7 +16,7 @@ const ZERO_BYTES_MAX: u64 = 1 << 30;
 /// Copies what is still to copy of some units; the caller holds them exclusively. On failure
 /// every unit of the request counts as not copied; what is in the target already does no harm.
 pub(crate) async fn copy_units(shared: &Shared, epoch: &Epoch, units: &Range<u64>) -> Result<()> {
-    let bytes = shared.unit.bytes_of(units, shared.source.size());
+    let bytes = epoch.unit.bytes_of(units, shared.source.size());
     let result = copy_and_secure(shared, epoch, units, &bytes).await;
     result.map_err(|error| {
         let nodes = format!(
@@ -39,10 +39,10 @@ async fn copy_and_secure(
     let mut at = bytes.start;
     let mut copied_units = 0;
     while at < bytes.end {
-        let (side, len) = epoch.locate(shared.unit, &(at..bytes.end), bytes.end).await?;
+        let (side, len) = epoch.locate(&(at..bytes.end), bytes.end).await?;
         if side == Side::Source {
             copy_run(shared, epoch, at..at + len).await?;
-            copied_units += len.div_ceil(shared.unit.bytes());
+            copied_units += len.div_ceil(epoch.unit.bytes());
         }
         at += len;
     }
@@ -59,12 +59,12 @@ async fn copy_and_secure(
 
 /// Copies a range of which nothing has been copied, in pieces of bounded size.
 async fn copy_run(shared: &Shared, epoch: &Epoch, run: Range<u64>) -> Result<()> {
-    let piece_max = piece_bytes_max(shared, &*epoch.target);
+    let piece_max = piece_bytes_max(shared, epoch);
     let mut at = run.start;
     while at < run.end {
         let left = run.end - at;
         let zeroes =
-            if left >= STATUS_BYTES_MIN { known_zeroes(shared, at, left).await } else { 0 };
+            if left >= STATUS_BYTES_MIN { known_zeroes(shared, epoch, at, left).await } else { 0 };
         if zeroes > 0 {
             write_zeroes(shared, epoch, at, zeroes).await?;
             at += zeroes;
@@ -78,12 +78,12 @@ async fn copy_run(shared: &Shared, epoch: &Epoch, run: Range<u64>) -> Result<()>
 }
 
 /// How many bytes, in whole units, the source knows to be zero without reading them.
-async fn known_zeroes(shared: &Shared, at: u64, left: u64) -> u64 {
+async fn known_zeroes(shared: &Shared, epoch: &Epoch, at: u64, left: u64) -> u64 {
     // Asked in bounded steps too: the cost of an answer may grow with the question.
     let asked = left.min(ZERO_BYTES_MAX);
     match shared.source.block_status(at, asked).await {
         Ok(status) if status.flags.zero && status.len >= asked => asked,
-        Ok(status) if status.flags.zero => status.len - status.len % shared.unit.bytes(),
+        Ok(status) if status.flags.zero => status.len - status.len % epoch.unit.bytes(),
         // The status is only a hint: reading tells.
         _ => 0,
     }
@@ -91,7 +91,7 @@ async fn known_zeroes(shared: &Shared, at: u64, left: u64) -> u64 {
 
 async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> Result<()> {
     let data = shared.read_source(at, len).await?;
-    let unit = usize::try_from(shared.unit.bytes()).unwrap_or(usize::MAX);
+    let unit = usize::try_from(epoch.unit.bytes()).unwrap_or(usize::MAX);
     let mut from = 0;
     while from < data.len() {
         let (zero, end) = zero_run(&data, from, unit);
@@ -130,10 +130,10 @@ fn zero_run(data: &Bytes, from: usize, unit: usize) -> (bool, usize) {
 }
 
 /// A multiple of the unit where the devices allow it, else of what both accept.
-fn piece_bytes_max(shared: &Shared, target: &dyn BlockDevice) -> u64 {
-    let (source, target) = (shared.source.limits(), target.limits());
+fn piece_bytes_max(shared: &Shared, epoch: &Epoch) -> u64 {
+    let (source, target) = (shared.source.limits(), epoch.target.limits());
     let max = PIECE_BYTES_MAX.min(source.transfer_max.into()).min(target.transfer_max.into());
-    let unit = shared.unit.bytes();
+    let unit = epoch.unit.bytes();
     let step = if max >= unit { unit } else { source.block_size.max(target.block_size).into() };
     (max - max % step).max(step)
 }

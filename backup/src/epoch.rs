@@ -41,6 +41,7 @@ impl Unit {
 #[derive(Debug)]
 pub(crate) struct Epoch {
     pub(crate) target: Arc<dyn BlockDevice>,
+    pub(crate) unit: Unit,
     copied: Mutex<UnitSet>,
     assume: Copied,
     broken: AtomicBool,
@@ -54,8 +55,8 @@ pub(crate) enum Side {
 }
 
 impl Epoch {
-    pub(crate) fn new(target: Arc<dyn BlockDevice>, assume: Copied) -> Self {
-        Epoch { target, copied: Mutex::default(), assume, broken: AtomicBool::new(false) }
+    pub(crate) fn new(target: Arc<dyn BlockDevice>, unit: Unit, assume: Copied) -> Self {
+        Epoch { target, unit, copied: Mutex::default(), assume, broken: AtomicBool::new(false) }
     }
 
     /// Whether every unit is known to be copied. "Yes" stays true until the epoch ends.
@@ -82,12 +83,8 @@ impl Epoch {
 
     /// Where the first bytes of the range are to be read from, and how many bytes that holds
     /// for. To be called under a lock on the range.
-    pub(crate) async fn locate(
-        &self,
-        unit: Unit,
-        bytes: &Range<u64>,
-        size: u64,
-    ) -> Result<(Side, u64)> {
+    pub(crate) async fn locate(&self, bytes: &Range<u64>, size: u64) -> Result<(Side, u64)> {
+        let unit = self.unit;
         let units = unit.covering(bytes);
         let (copied, count) = self.status(units.clone());
         let run = unit.bytes_of(&(units.start..units.start + count), size);

@@ -33,7 +33,6 @@ pub struct CopyBeforeWrite {
 pub(crate) struct Shared {
     pub(crate) name: String,
     pub(crate) source: Arc<dyn BlockDevice>,
-    pub(crate) unit: Unit,
     pub(crate) barrier: Option<FlushLevel>,
     pub(crate) counters: Counters,
     pub(crate) locks: RangeLock,
@@ -82,13 +81,13 @@ impl CopyBeforeWrite {
         target: Arc<dyn BlockDevice>,
         options: CbwOptions,
     ) -> Result<Arc<Self>> {
-        check_unit(&options, &*source)?;
+        check_unit(&options.name, options.unit_bytes, &*source)?;
         check_target(&options.name, &source, &target, options.unit_bytes)?;
-        let epoch = Arc::new(Epoch::new(target, options.assume));
+        let unit = Unit::new(options.unit_bytes);
+        let epoch = Arc::new(Epoch::new(target, unit, options.assume));
         let shared = Shared {
             name: options.name,
             source,
-            unit: Unit::new(options.unit_bytes),
             barrier: options.barrier,
             counters: Counters::default(),
             locks: RangeLock::new(),
@@ -123,10 +122,10 @@ impl CopyBeforeWrite {
         Arc::clone(&self.shared.epoch().target)
     }
 
-    /// Bytes that are copied together.
+    /// Bytes that are copied together in this epoch.
     #[must_use]
     pub fn unit_bytes(&self) -> u64 {
-        self.shared.unit.bytes()
+        self.shared.epoch().unit.bytes()
     }
 
     /// Waits until no request is in flight. Requests that arrive meanwhile are waited for too:
@@ -151,9 +150,23 @@ impl CopyBeforeWrite {
     /// [`ErrorKind::Locked`] if a request is in flight, and as [`new`](Self::new) if the target is
     /// not acceptable. Nothing has changed then.
     pub fn switch_target(&self, target: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>> {
+        self.switch_target_with_unit(target, self.unit_bytes())
+    }
+
+    /// The same, with another unit from now on: `target` may allocate more at a time than the one
+    /// before, or less. What [`CbwOptions::unit_bytes`] demands holds.
+    ///
+    /// # Errors
+    /// As [`switch_target`](Self::switch_target), and if the unit is not acceptable.
+    pub fn switch_target_with_unit(
+        &self,
+        target: Arc<dyn BlockDevice>,
+        unit_bytes: u64,
+    ) -> Result<Arc<dyn BlockDevice>> {
         let shared = &self.shared;
-        check_target(&shared.name, &shared.source, &target, shared.unit.bytes())?;
-        self.begin_epoch(Some(target))
+        check_unit(&shared.name, unit_bytes, &*shared.source)?;
+        check_target(&shared.name, &shared.source, &target, unit_bytes)?;
+        self.begin_epoch(Some((target, Unit::new(unit_bytes))))
     }
 
     /// Begins a new epoch with the same target: every unit is to be copied again. The target is
@@ -165,14 +178,18 @@ impl CopyBeforeWrite {
         self.begin_epoch(None).map(drop)
     }
 
-    fn begin_epoch(&self, target: Option<Arc<dyn BlockDevice>>) -> Result<Arc<dyn BlockDevice>> {
+    fn begin_epoch(
+        &self,
+        target: Option<(Arc<dyn BlockDevice>, Unit)>,
+    ) -> Result<Arc<dyn BlockDevice>> {
         let mut state = self.shared.state();
         if state.in_flight > 0 {
             let why = format!("{} requests are in flight", state.in_flight);
             return Err(control_error(&self.shared.name, ErrorKind::Locked, why));
         }
-        let target = target.unwrap_or_else(|| Arc::clone(&state.epoch.target));
-        let new = Arc::new(Epoch::new(target, Copied::Nothing));
+        let (target, unit) =
+            target.unwrap_or_else(|| (Arc::clone(&state.epoch.target), state.epoch.unit));
+        let new = Arc::new(Epoch::new(target, unit, Copied::Nothing));
         let old = std::mem::replace(&mut state.epoch, new);
         drop(state);
         Ok(Arc::clone(&old.target))
@@ -276,7 +293,7 @@ impl Shared {
         bytes: &Range<u64>,
         operation: Operation,
     ) -> Result<RangeGuard> {
-        let units = self.unit.covering(bytes);
+        let units = epoch.unit.covering(bytes);
         // Counted before the look at the switch: whoever switches copying off sees us, or we him.
         let copy = Copying::new(self);
         if !self.enabled.load(Ordering::SeqCst) {
@@ -288,7 +305,7 @@ impl Shared {
             drop(copy);
             return Ok(self.locks.lock(bytes.clone(), LockMode::Exclusive).await);
         }
-        let widened = self.unit.bytes_of(&units, self.source.size());
+        let widened = epoch.unit.bytes_of(&units, self.source.size());
         let guard = self.locks.lock(widened, LockMode::Exclusive).await;
         if epoch.holds(&units) {
             return Ok(guard);
@@ -432,13 +449,12 @@ pub(crate) async fn read_aligned(device: &dyn BlockDevice, offset: u64, len: u64
     }
 }
 
-fn check_unit(options: &CbwOptions, source: &dyn BlockDevice) -> Result<()> {
-    let unit = options.unit_bytes;
+fn check_unit(name: &str, unit: u64, source: &dyn BlockDevice) -> Result<()> {
     if !unit.is_power_of_two() || !(512..=1 << 30).contains(&unit) {
         let why = format!("a copy unit of {unit} bytes is no power of two from 512 to 1 GiB");
-        return Err(control_error(&options.name, ErrorKind::InvalidInput, why));
+        return Err(control_error(name, ErrorKind::InvalidInput, why));
     }
-    check_block_size(&options.name, source, unit)
+    check_block_size(name, source, unit)
 }
 
 fn check_target(

@@ -257,9 +257,9 @@ impl Inner {
         let shared = self.filter.shared();
         let epoch = shared.epoch();
         let size = shared.source.size();
-        let units_max = (BACKGROUND_BYTES_MAX / shared.unit.bytes()).max(1);
+        let units_max = (BACKGROUND_BYTES_MAX / epoch.unit.bytes()).max(1);
         let (started, mut limit) = (Instant::now(), RateLimit::default());
-        let end = size.div_ceil(shared.unit.bytes());
+        let end = size.div_ceil(epoch.unit.bytes());
         let mut at = 0;
         while at < end {
             let (copied, count) = epoch.status(at..end);
@@ -272,7 +272,7 @@ impl Inner {
             }
             let units = at..at + count.min(units_max);
             let _ticket = shared.enter();
-            let bytes = shared.unit.bytes_of(&units, size);
+            let bytes = epoch.unit.bytes_of(&units, size);
             let _guard = shared.locks.lock(bytes, LockMode::Exclusive).await;
             // The guest may have been here first.
             if !epoch.holds(&units) {

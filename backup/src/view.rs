@@ -72,7 +72,7 @@ impl SnapshotAccess {
 
     /// Reads as much from the start of the range as one device has.
     async fn read_run(&self, epoch: &Epoch, bytes: &Range<u64>) -> Result<(Bytes, u64)> {
-        let (side, len) = epoch.locate(self.shared.unit, bytes, self.size()).await?;
+        let (side, len) = epoch.locate(bytes, self.size()).await?;
         let device = self.device(epoch, side);
         Ok((read_aligned(device, bytes.start, len).await?, len))
     }
@@ -81,7 +81,7 @@ impl SnapshotAccess {
         let _reader = Reader::new(self);
         let _guard = self.shared.locks.lock(bytes.clone(), LockMode::Shared).await;
         let epoch = self.intact_epoch(Operation::BlockStatus, &bytes)?;
-        let (side, len) = epoch.locate(self.shared.unit, &bytes, self.size()).await?;
+        let (side, len) = epoch.locate(&bytes, self.size()).await?;
         let mut status = self.device(&epoch, side).block_status(bytes.start, len).await?;
         status.len = status.len.min(len);
         // To its readers the view is a device without layers.

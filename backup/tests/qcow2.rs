@@ -57,6 +57,37 @@ async fn a_small_write_copies_its_sub_clusters_only() {
     assert_eq!(target.allocated_bytes().await.unwrap(), 4096);
 }
 
+/// An image made by somebody else may allocate whole clusters; the next one need not.
+#[tokio::test]
+async fn each_epoch_copies_what_its_target_allocates_at_a_time() {
+    let source = Probe::new("disk", SIZE);
+    source.fill(0x11);
+    let file = Memory::new_growable("file", 0) as Arc<dyn BlockDevice>;
+    Qcow2::create(&file, &CreateOptions::new(SIZE)).await.unwrap();
+    let coarse = buffer(file, false).await;
+    let fine = buffer(Memory::new_growable("file", 0), true).await;
+    let filter = filter(&source, &coarse, Copied::Nothing);
+    let view = SnapshotAccess::new("view", &filter);
+    let write = async |at: u64, byte: u8| {
+        filter.write(at, Bytes::from(vec![byte; 512]), WriteFlags::default()).await.unwrap();
+    };
+    for (target, unit) in [(&coarse, 65536), (&fine, 2048), (&coarse, 65536)] {
+        let checkpoint = source.content();
+        target.make_empty(MakeEmpty::Keep).await.unwrap();
+        filter.switch_target_with_unit(target.clone(), target.subcluster_size()).unwrap();
+        assert_eq!(filter.unit_bytes(), unit);
+        write(70_000, 0x22).await;
+        write(76_000, 0x33).await;
+        let expected = if unit == 65536 { unit } else { 2 * unit };
+        assert_eq!(target.allocated_bytes().await.unwrap(), expected);
+        let shown = view.read(0, SIZE as usize).await.unwrap();
+        assert!(shown == checkpoint, "unit {unit}");
+    }
+    let odd = filter.switch_target_with_unit(fine.clone(), 3000).unwrap_err();
+    assert!(odd.to_string().contains("no power of two"), "{odd}");
+    assert_eq!(filter.unit_bytes(), 65536);
+}
+
 #[tokio::test]
 async fn a_kill_at_any_moment_finds_every_pre_image() {
     let source = Probe::new("disk", SIZE);
