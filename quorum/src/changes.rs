@@ -119,7 +119,7 @@ impl Shared {
                 errors.push(error);
             }
         }
-        if total - errors.len() >= self.threshold {
+        if total - errors.len() >= self.settings.vote_threshold {
             return Ok(());
         }
         self.events.failure(&self.name, offset, len);
@@ -158,7 +158,7 @@ impl Shared {
                 errors.push(error);
             }
         }
-        if total - errors.len() >= self.threshold {
+        if total - errors.len() >= self.settings.vote_threshold {
             return Ok(());
         }
         Err(self.too_few(errors, Operation::Flush, 0, 0))

@@ -1,16 +1,19 @@
 #![doc = include_str!("../README.md")]
 mod changes;
+mod child_change;
 mod error;
 mod events;
 mod join;
 mod members;
+pub mod option_text;
 mod options;
 mod quorum;
 mod reads;
 mod replication;
 mod tally;
 
+pub use child_change::ChildChange;
 pub use error::QuorumError;
 pub use events::{EventSink, QuorumEvent, QuorumOperation};
-pub use options::{Child, QuorumOptions, ReadPattern};
+pub use options::{Child, QuorumOptions, ReadPattern, Settings};
 pub use quorum::Quorum;

@@ -55,13 +55,9 @@ impl Child {
     }
 }
 
-/// How a [`Quorum`](crate::Quorum) works (spec: quorum, options).
-#[derive(Clone)]
-pub struct QuorumOptions {
-    /// The name under which errors and events speak of the quorum.
-    pub name: String,
-    /// The children, in order.
-    pub children: Vec<Child>,
+/// What a [`Quorum`](crate::Quorum) demands of its children (spec: quorum, options).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Settings {
     /// How many children must succeed, or agree. 1 to the number of children.
     pub vote_threshold: usize,
     /// How reads are answered.
@@ -72,6 +68,60 @@ pub struct QuorumOptions {
     /// Write what won a vote to the children that lost it. Without effect with
     /// [`ReadPattern::Fifo`].
     pub rewrite_corrupted: bool,
+}
+
+impl Settings {
+    /// Voting reads, nothing repaired.
+    #[must_use]
+    pub fn new(vote_threshold: usize) -> Self {
+        Settings {
+            vote_threshold,
+            read_pattern: ReadPattern::Quorum,
+            blkverify: false,
+            rewrite_corrupted: false,
+        }
+    }
+
+    /// Whether so many children can do it.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
+    pub fn check(&self, children: usize) -> Result<(), QuorumError> {
+        if children == 0 {
+            return Err(QuorumError::NoChildren);
+        }
+        if self.vote_threshold < 1 {
+            return Err(QuorumError::ThresholdTooLow);
+        }
+        if self.vote_threshold > children {
+            return Err(QuorumError::ThresholdTooHigh);
+        }
+        if self.compares() {
+            if children != 2 || self.vote_threshold != 2 {
+                return Err(QuorumError::BlkverifyChildren);
+            }
+            if self.rewrite_corrupted {
+                return Err(QuorumError::BlkverifyRewrite);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether `blkverify` has an effect.
+    pub(crate) fn compares(&self) -> bool {
+        self.blkverify && self.read_pattern == ReadPattern::Quorum
+    }
+}
+
+/// How a [`Quorum`](crate::Quorum) works.
+#[derive(Clone)]
+pub struct QuorumOptions {
+    /// The name under which errors and events speak of the quorum.
+    pub name: String,
+    /// The children, in order.
+    pub children: Vec<Child>,
+    /// What it demands of them.
+    pub settings: Settings,
     /// Carry a discard out as a write of zeroes that may unmap, so that the children stay equal:
     /// what a discarded range reads as is up to each device. On by default.
     pub discard_as_zeroes: bool,
@@ -89,10 +139,7 @@ impl QuorumOptions {
         QuorumOptions {
             name: name.into(),
             children,
-            vote_threshold,
-            read_pattern: ReadPattern::Quorum,
-            blkverify: false,
-            rewrite_corrupted: false,
+            settings: Settings::new(vote_threshold),
             discard_as_zeroes: true,
             serialise_overlaps: true,
             events: None,
@@ -102,7 +149,14 @@ impl QuorumOptions {
     /// The same with another read pattern.
     #[must_use]
     pub fn read_pattern(mut self, read_pattern: ReadPattern) -> Self {
-        self.read_pattern = read_pattern;
+        self.settings.read_pattern = read_pattern;
+        self
+    }
+
+    /// The same with other demands, for example those of an option string.
+    #[must_use]
+    pub fn settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
         self
     }
 
@@ -114,24 +168,7 @@ impl QuorumOptions {
     }
 
     pub(crate) fn check(&self) -> Result<(), QuorumError> {
-        let count = self.children.len();
-        if count == 0 {
-            return Err(QuorumError::NoChildren);
-        }
-        if self.vote_threshold < 1 {
-            return Err(QuorumError::ThresholdTooLow);
-        }
-        if self.vote_threshold > count {
-            return Err(QuorumError::ThresholdTooHigh);
-        }
-        if self.read_pattern == ReadPattern::Quorum && self.blkverify {
-            if count != 2 || self.vote_threshold != 2 {
-                return Err(QuorumError::BlkverifyChildren);
-            }
-            if self.rewrite_corrupted {
-                return Err(QuorumError::BlkverifyRewrite);
-            }
-        }
+        self.settings.check(self.children.len())?;
         self.check_parents()?;
         common_size(&self.name, &self.children).map(drop).map_err(QuorumError::Size)
     }
@@ -151,8 +188,7 @@ impl fmt::Debug for QuorumOptions {
         f.debug_struct("QuorumOptions")
             .field("name", &self.name)
             .field("children", &self.children)
-            .field("vote_threshold", &self.vote_threshold)
-            .field("read_pattern", &self.read_pattern)
+            .field("settings", &self.settings)
             .finish_non_exhaustive()
     }
 }

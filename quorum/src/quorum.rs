@@ -10,7 +10,7 @@ use crate::changes::Change;
 use crate::events::Events;
 use crate::join::inline;
 use crate::members::{Member, Members};
-use crate::{Child, QuorumError, QuorumOptions, ReadPattern};
+use crate::{Child, QuorumError, QuorumOptions, Settings};
 
 /// Several devices with the same content, used as one (spec: quorum).
 ///
@@ -25,10 +25,7 @@ pub struct Quorum {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) name: String,
-    pub(crate) threshold: usize,
-    pub(crate) pattern: ReadPattern,
-    pub(crate) blkverify: bool,
-    pub(crate) rewrite_corrupted: bool,
+    pub(crate) settings: Settings,
     pub(crate) discard_as_zeroes: bool,
     /// Orders requests that overlap, if that is our business.
     pub(crate) locks: Option<RangeLock>,
@@ -45,13 +42,9 @@ impl Quorum {
     /// If the options contradict each other or the children do not agree on their size.
     pub fn new(options: QuorumOptions) -> Result<Arc<Self>, QuorumError> {
         options.check()?;
-        let voting = options.read_pattern == ReadPattern::Quorum;
         let shared = Shared {
             name: options.name,
-            threshold: options.vote_threshold,
-            pattern: options.read_pattern,
-            blkverify: voting && options.blkverify,
-            rewrite_corrupted: voting && options.rewrite_corrupted,
+            settings: options.settings,
             discard_as_zeroes: options.discard_as_zeroes,
             locks: options.serialise_overlaps.then(RangeLock::new),
             members: Members::new(options.children),
@@ -68,7 +61,7 @@ impl Quorum {
     /// # Errors
     /// [`QuorumError::BlkverifyAdd`], [`QuorumError::HasParent`].
     pub async fn add_child(&self, child: Child) -> Result<String, QuorumError> {
-        if self.shared.blkverify {
+        if self.shared.settings.compares() {
             return Err(QuorumError::BlkverifyAdd);
         }
         self.shared.members.add(child).await
@@ -81,7 +74,8 @@ impl Quorum {
     /// [`QuorumError::NoSuchChild`], [`QuorumError::TooFewChildren`].
     pub async fn remove_child(&self, name: &str) -> Result<Arc<dyn BlockDevice>, QuorumError> {
         let shared = &self.shared;
-        let member = shared.members.remove(&shared.name, name, shared.threshold).await?;
+        let member =
+            shared.members.remove(&shared.name, name, shared.settings.vote_threshold).await?;
         let mut replicating = shared.replicating();
         if replicating.as_ref().is_some_and(|child| Arc::ptr_eq(child, &member)) {
             *replicating = None;

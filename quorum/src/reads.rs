@@ -15,7 +15,7 @@ use crate::tally::{Version, versions, winner};
 impl Shared {
     pub(crate) async fn read(self: &Arc<Self>, offset: u64, len: usize) -> Result<Bytes> {
         let ticket = Ticket::new(&self.members).await;
-        match self.pattern {
+        match self.settings.read_pattern {
             ReadPattern::Fifo => self.read_fifo(&ticket.list, offset, len).await,
             ReadPattern::Quorum => self.read_voting(&ticket.list, offset, len).await,
         }
@@ -60,7 +60,7 @@ impl Shared {
                 }
             }
         }
-        if contents.len() < self.threshold {
+        if contents.len() < self.settings.vote_threshold {
             self.events.failure(&self.name, offset, bytes);
             return Err(self.too_few(errors, Operation::Read, offset, bytes));
         }
@@ -80,11 +80,12 @@ impl Shared {
         if contents.iter().all(|(_, data)| data == first) {
             return Ok(first.clone());
         }
-        if self.blkverify {
+        if self.settings.blkverify {
             return Err(self.mismatch(&contents, offset, len));
         }
         let versions = versions(contents);
-        let best = winner(&versions).filter(|&i| versions[i].voters.len() >= self.threshold);
+        let best =
+            winner(&versions).filter(|&i| versions[i].voters.len() >= self.settings.vote_threshold);
         let Some(best) = best else {
             self.events.failure(&self.name, offset, len);
             let why = "too few children agree on the content";
@@ -111,7 +112,7 @@ impl Shared {
             let len = elected.len() as u64;
             self.events.bad(QuorumOperation::Read, member.device.name(), None, offset, len);
         }
-        if self.rewrite_corrupted {
+        if self.settings.rewrite_corrupted {
             let mut calls = Vec::with_capacity(losers.len());
             for member in losers {
                 calls.push(member.device.write(offset, elected.clone(), WriteFlags::default()));

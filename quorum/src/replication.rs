@@ -46,7 +46,7 @@ impl Shared {
             let why = "The replication mode for quorum should be 'primary'";
             return Err(self.refused(ErrorKind::InvalidInput, why));
         }
-        if self.pattern != ReadPattern::Fifo {
+        if self.settings.read_pattern != ReadPattern::Fifo {
             let why = "Block replication needs read pattern 'fifo'";
             return Err(self.refused(ErrorKind::InvalidInput, why));
         }

@@ -27,7 +27,7 @@ async fn a_child_is_added_last_and_gets_the_writes_from_then_on() {
 
 #[tokio::test]
 async fn blkverify_takes_no_more_children() {
-    let rig = rig(2, 2, |options| options.blkverify = true);
+    let rig = rig(2, 2, |options| options.settings.blkverify = true);
     let error = rig.quorum.add_child(Child::new(memory(2).0 as _)).await.unwrap_err();
     assert_eq!(error.to_string(), "Cannot add a child to a quorum in blkverify mode");
 }

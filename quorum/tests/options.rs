@@ -54,9 +54,9 @@ fn an_unknown_read_pattern_is_refused() {
 fn blkverify_wants_two_children_and_threshold_two() {
     let make = |count: usize, threshold, pattern, rewrite| {
         let mut options = QuorumOptions::new("q", threshold, children(&vec![512; count]));
-        options.blkverify = true;
-        options.rewrite_corrupted = rewrite;
-        options.read_pattern = pattern;
+        options.settings.blkverify = true;
+        options.settings.rewrite_corrupted = rewrite;
+        options.settings.read_pattern = pattern;
         Quorum::new(options)
     };
     assert!(make(2, 2, ReadPattern::Quorum, false).is_ok());

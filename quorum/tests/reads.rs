@@ -80,7 +80,7 @@ async fn on_a_tie_the_version_seen_latest_wins() {
 
 #[tokio::test]
 async fn outvoted_children_are_rewritten_if_wanted_but_not_failed_ones() {
-    let rig = rig(4, 2, |options| options.rewrite_corrupted = true);
+    let rig = rig(4, 2, |options| options.settings.rewrite_corrupted = true);
     rig.write(0, 7).await.unwrap();
     rig.put(1, 0, 8).await;
     rig.put(3, 0, 9).await;
@@ -92,7 +92,7 @@ async fn outvoted_children_are_rewritten_if_wanted_but_not_failed_ones() {
 
 #[tokio::test]
 async fn a_rewrite_that_fails_does_not_fail_the_read() {
-    let rig = rig(3, 2, |options| options.rewrite_corrupted = true);
+    let rig = rig(3, 2, |options| options.settings.rewrite_corrupted = true);
     rig.put(2, 0, 8).await;
     rig.fault[2].fail(failing(Operation::Write, 28));
     assert_eq!(rig.read(0).await.unwrap(), 0);
@@ -100,7 +100,7 @@ async fn a_rewrite_that_fails_does_not_fail_the_read() {
 
 #[tokio::test]
 async fn a_rewrite_never_undoes_a_write_that_came_meanwhile() {
-    let rig = rig(3, 2, |options| options.rewrite_corrupted = true);
+    let rig = rig(3, 2, |options| options.settings.rewrite_corrupted = true);
     rig.put(2, 0, 8).await;
     let hang = rig.fault[2].hang(Rule::new(Operation::Write));
     let quorum = rig.quorum.clone();
@@ -117,7 +117,7 @@ async fn a_rewrite_never_undoes_a_write_that_came_meanwhile() {
 
 #[tokio::test]
 async fn blkverify_fails_a_read_at_the_first_difference() {
-    let rig = rig(2, 2, |options| options.blkverify = true);
+    let rig = rig(2, 2, |options| options.settings.blkverify = true);
     rig.write(0, 7).await.unwrap();
     assert_eq!(rig.read(0).await.unwrap(), 7);
     rig.memory[1].write(100, Bytes::from_static(&[1]), WriteFlags::default()).await.unwrap();
@@ -163,7 +163,7 @@ async fn fifo_returns_the_last_error_and_no_failure_event() {
 async fn failures_of_a_child_with_ignored_errors_are_not_reported() {
     for pattern in [ReadPattern::Fifo, ReadPattern::Quorum] {
         let rig = rig(2, 1, |options: &mut QuorumOptions| {
-            options.read_pattern = pattern;
+            options.settings.read_pattern = pattern;
             options.children[0].ignore_errors = true;
         });
         rig.fault[0].fail(failing(Operation::Read, 5));

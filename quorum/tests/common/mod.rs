@@ -36,7 +36,7 @@ pub fn rig(count: usize, threshold: usize, edit: impl FnOnce(&mut QuorumOptions)
 }
 
 pub fn fifo(count: usize, threshold: usize) -> Rig {
-    rig(count, threshold, |options| options.read_pattern = ReadPattern::Fifo)
+    rig(count, threshold, |options| options.settings.read_pattern = ReadPattern::Fifo)
 }
 
 pub fn failing(operation: Operation, errno: i32) -> Rule {
