@@ -104,9 +104,17 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     Ok(summary.failed == 0)
 }
 
-/// Builds the binary in the profile of the unit tests.
+/// The packages whose example programs are tested as well.
+const EXAMPLES_OF: [&str; 2] = ["brep-quorum", "brep-backup"];
+
+/// Builds the binary, and the examples, in the profile of the unit tests.
 pub(crate) fn build(workspace: &Workspace) -> Result<()> {
-    let outcome = process::run(workspace.cargo().args(["build", "--package", "brep"]))?;
+    let mut cargo = workspace.cargo();
+    cargo.args(["build", "--bins", "--examples", "--package", "brep"]);
+    for package in EXAMPLES_OF {
+        cargo.args(["--package", package]);
+    }
+    let outcome = process::run(&mut cargo)?;
     ensure!(outcome.success, "brep does not build");
     Ok(())
 }

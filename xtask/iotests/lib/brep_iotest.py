@@ -160,6 +160,13 @@ class Test:
     def brep(self, *args, code=0, **options):
         return self.run(self.brep_path, *args, code=code, **options)
 
+    def example(self, name):
+        """The path of one of the crates' example programs."""
+        path = pathlib.Path(os.environ["BREP_EXAMPLES"]) / name
+        if not path.exists():
+            raise Failed(f"{path} is not built: `cargo xtask iotest` builds it")
+        return path
+
     def log_brep(self, *args, **options):
         """Runs brep with any exit code, and logs the command, what it said, and its code."""
         result = self.brep(*args, code=None, **options)
@@ -194,9 +201,9 @@ class Test:
             raise Failed(result.describe())
         return result
 
-    def daemon(self, name, *argv, ready=None, deadline_s=10):
+    def daemon(self, name, *argv, ready=None, deadline_s=10, stdin=subprocess.DEVNULL):
         """Starts a process with its output in NAME.log, and waits until `ready()` is true."""
-        daemon = Daemon(self, name, [str(arg) for arg in argv])
+        daemon = Daemon(self, name, [str(arg) for arg in argv], stdin)
         self._daemons.append(daemon)
         if ready:
             def is_ready():
@@ -317,12 +324,12 @@ def pattern(length, seed):
 class Daemon:
     """A process of the test's own. Signals go to nobody else."""
 
-    def __init__(self, test, name, argv):
+    def __init__(self, test, name, argv, stdin=subprocess.DEVNULL):
         self.test, self.name, self.argv = test, name, argv
         self.log_path = test.dir / f"{name}.log"
         # A daemon that is started again goes on in its log.
         with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            self.process = subprocess.Popen(argv, stdin=stdin, stdout=log, stderr=log,
                                             preexec_fn=_die_with_parent)
         self.pid = self.process.pid
 

@@ -38,6 +38,8 @@ pub(crate) struct Harness {
     folder: PathBuf,
     lib_dir: PathBuf,
     binary: PathBuf,
+    /// The crates' example programs.
+    examples: PathBuf,
     /// The Linux guest, which may be missing.
     guest: PathBuf,
     python: PathBuf,
@@ -62,6 +64,7 @@ impl Harness {
             folder,
             lib_dir: tests.join("lib"),
             binary: binary.to_owned(),
+            examples: binary.with_file_name("examples"),
             guest: guest.to_owned(),
             python: python()?,
             bless: options.bless,
@@ -104,6 +107,7 @@ impl Harness {
             .arg("-B")
             .arg(&test.script)
             .env("BREP", &self.binary)
+            .env("BREP_EXAMPLES", &self.examples)
             .env("BREP_GUEST", &self.guest)
             .env("PYTHONPATH", &self.lib_dir)
             .env("PYTHONUNBUFFERED", "1")
