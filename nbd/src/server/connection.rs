@@ -1,7 +1,7 @@
 use std::any::Any;
 use std::fmt;
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Poll, Waker};
 
@@ -70,6 +70,8 @@ pub struct Connection {
     completions: Mutex<Vec<Completion>>,
     export_name: OnceLock<String>,
     data: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
+    /// The client has announced its end.
+    disconnected: AtomicBool,
     pub(super) requests: AtomicU64,
     pub(super) errors: AtomicU64,
     pub(super) bytes_received: AtomicU64,
@@ -90,6 +92,7 @@ impl Connection {
             completions: Mutex::default(),
             export_name: OnceLock::new(),
             data: Mutex::default(),
+            disconnected: AtomicBool::new(false),
             requests: AtomicU64::new(0),
             errors: AtomicU64::new(0),
             bytes_received: AtomicU64::new(0),
@@ -129,6 +132,16 @@ impl Connection {
     /// Whether [`closed`](Self::closed) would resolve at once.
     pub fn is_closed(&self) -> bool {
         self.ended.is_cancelled()
+    }
+
+    /// Whether the client has ended the transmission itself, by `NBD_CMD_DISC`; if not, requests
+    /// of it may have been lost on the way.
+    pub fn has_disconnected(&self) -> bool {
+        self.disconnected.load(Ordering::Acquire)
+    }
+
+    pub(super) fn note_disconnect(&self) {
+        self.disconnected.store(true, Ordering::Release);
     }
 
     /// Attaches something of the user's, in place of what was attached before.

@@ -25,6 +25,11 @@ pub trait Exports: Send + Sync + 'static {
     /// Sent to the client. Where the option has no error reply the connection is closed.
     fn open(&self, name: &str, connection: &Arc<Connection>) -> Result<Export, OptionError>;
 
+    /// A client has chosen this export: its requests follow.
+    fn begin(&self, export: &Export, connection: &Arc<Connection>) {
+        let _ = (export, connection);
+    }
+
     /// An option of the private range (`PRIVATE_OPTION_BASE` and up), which means nothing to NBD.
     /// The handshake's deadline stands still meanwhile. The future is dropped if the connection
     /// is closed by [`Connection::close`] or by the end of a shutdown.

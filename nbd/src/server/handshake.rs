@@ -106,6 +106,7 @@ impl<'a> Driver<'a> {
     fn transmission(self, agreed: Box<Agreed>) -> Result<Outcome, HandshakeError> {
         // The option that leads here is the last one that was opened.
         let export = self.opened.ok_or(HandshakeError::Stopped)?;
+        self.exports.begin(&export, self.connection);
         Ok(Outcome::Transmission { export, agreed, input: self.input })
     }
 

@@ -202,6 +202,7 @@ impl<'a> Session<'a> {
                 Err(error) => return self.violation(&error.to_string()),
             };
             if header.command == Command::DISC {
+                self.connection.note_disconnect();
                 return self.end_requests();
             }
             if header.command == Command::WRITE && header.len > PAYLOAD_LEN_MAX {
