@@ -34,6 +34,7 @@ fn run(command: Command) -> Outcome {
         Command::Status(args) => cmd::status::run(&args),
         Command::Checkpoint(args) => cmd::control::checkpoint(&args),
         Command::Failover(args) => cmd::control::failover(&args),
+        Command::Start(args) => cmd::control::start(&args),
         Command::Stop(args) => cmd::control::stop(&args),
         Command::Resync(args) => cmd::control::resync(&args),
         Command::Image(args) => match args.command {

@@ -39,6 +39,18 @@ pub enum Ack {
     Async,
 }
 
+/// What a primary finds at its peer's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum PeerKind {
+    /// A brep secondary.
+    #[default]
+    Brep,
+    /// A stock NBD server with a writable export for each disk, such as QEMU's COLO secondary.
+    /// There is no link: no identity, no heartbeats, and no checkpoints by this side; the manager
+    /// takes them on the peer while the guest is stopped.
+    Plain,
+}
+
 /// How a primary is run.
 #[derive(Debug, Clone)]
 pub struct PrimaryConfig {
@@ -50,6 +62,10 @@ pub struct PrimaryConfig {
     pub state_dir: PathBuf,
     /// Where the secondary listens. None: the primary runs alone.
     pub peer: Option<Endpoint>,
+    /// What listens there.
+    pub peer_kind: PeerKind,
+    /// Replication begins at once; if not, on command.
+    pub start: bool,
     /// Where guests connect.
     pub guest_listen: Endpoint,
     /// The control socket; by default `control.sock` in the state directory.
@@ -85,6 +101,11 @@ pub struct SecondaryConfig {
     pub listen: Endpoint,
     /// Where this side's guest connects; the manager then decides when checkpoints are taken.
     pub guest_listen: Option<Endpoint>,
+    /// The primary is a plain NBD client, such as QEMU's replication driver. It is then the only
+    /// one that may write, brep primaries are refused, and checkpoints are the manager's.
+    pub plain_primary: bool,
+    /// Replication begins at once; if not, on command.
+    pub start: bool,
     /// The control socket; by default `control.sock` in the state directory.
     pub control: Option<PathBuf>,
     /// A primary that is silent for longer is gone. Default 5 s.

@@ -38,6 +38,7 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
         "replication-stop",
         &[ArgumentSpec::optional("discard-checkpoint", ArgumentKind::Boolean)],
     ),
+    CommandSpec::new("replication-start", &[]),
     CommandSpec::new("resync", &[ArgumentSpec::optional("full", ArgumentKind::Boolean)]),
     CommandSpec::new("quit", &[]),
 ];

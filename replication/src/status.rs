@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::node::Stage;
+
 /// The state of one side of a pair.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -10,6 +12,8 @@ pub struct Status {
     pub name: String,
     /// What this side is now.
     pub role: Role,
+    /// How far replication has come on this side.
+    pub replication: Stage,
     /// The process id of the daemon.
     pub pid: u32,
     /// Identity of the set of disks; absent on a blank secondary.
@@ -40,6 +44,9 @@ pub struct Status {
     pub promotable: Option<bool>,
     /// True if `failover --to latest` is possible (secondary).
     pub latest_ok: Option<bool>,
+    /// What is not promised although it usually is, because the other side is no brep.
+    #[serde(default)]
+    pub lapsed: Vec<String>,
     /// One entry a disk.
     pub disks: Vec<DiskStatus>,
     /// Failures that no guest was told of, the newest last; at most 32.

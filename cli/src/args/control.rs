@@ -71,6 +71,16 @@ pub(crate) enum Target {
     Latest,
 }
 
+/// Begin to replicate: after --no-start, or again after a stop by command
+#[derive(Debug, Args)]
+#[command(after_help = "\
+On a secondary that is run with --plain-primary it says that both sides' disks are equal now: what
+the disk holds becomes the checkpoint.")]
+pub(crate) struct StartArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+}
+
 /// Stop an instance; its buffers are kept
 #[derive(Debug, Args)]
 #[command(after_help = "\

@@ -8,7 +8,8 @@ mod pair;
 
 pub(crate) use address::{check_plaintext, endpoint_without_export, without_tls};
 pub(crate) use control::{
-    CheckpointArgs, ControlArgs, FailoverArgs, ResyncArgs, StatusArgs, StopArgs, Target, Wait,
+    CheckpointArgs, ControlArgs, FailoverArgs, ResyncArgs, StartArgs, StatusArgs, StopArgs, Target,
+    Wait,
 };
 pub(crate) use disk::{format_by_name, unknown_format};
 pub(crate) use image::{
@@ -54,6 +55,7 @@ pub(crate) enum Command {
     Status(StatusArgs),
     Checkpoint(CheckpointArgs),
     Failover(FailoverArgs),
+    Start(StartArgs),
     Stop(StopArgs),
     Resync(ResyncArgs),
     Image(ImageArgs),

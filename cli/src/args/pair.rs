@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use brep_nbd::NbdUri;
-use brep_replication::config::{Ack, DiskConfig, PrimaryConfig, SecondaryConfig};
+use brep_replication::config::{Ack, DiskConfig, PeerKind, PrimaryConfig, SecondaryConfig};
 use clap::{Args, ValueEnum};
 
 use super::address::{check_plaintext, endpoint_without_export};
@@ -42,6 +42,10 @@ pub(crate) struct SideArgs {
     #[arg(long, value_name = "LEVEL", default_value = "process")]
     durability: Durability,
 
+    /// Wait with replication for `brep start`, or the control socket's command
+    #[arg(long)]
+    no_start: bool,
+
     /// Listen beyond loopback although nothing is encrypted
     #[arg(long)]
     allow_plaintext: bool,
@@ -66,6 +70,14 @@ enum OnPeerLost {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PeerKindArg {
+    /// A brep secondary
+    Brep,
+    /// A stock NBD server, such as QEMU's COLO secondary; checkpoints are the manager's
+    Plain,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum AckArg {
     /// The secondary has it too
     Sync,
@@ -87,6 +99,10 @@ pub(crate) struct PrimaryArgs {
     /// Where the secondary listens; without it the primary runs alone
     #[arg(long, value_name = "URI")]
     peer: Option<NbdUri>,
+
+    /// What listens there
+    #[arg(long, value_name = "KIND", default_value = "brep", requires = "peer")]
+    peer_kind: PeerKindArg,
 
     /// Where guests connect; exports are the names of the disks
     #[arg(long, value_name = "URI")]
@@ -135,6 +151,12 @@ pub(crate) struct SecondaryArgs {
     /// Where this side's own guest connects; a manager then decides about checkpoints
     #[arg(long, value_name = "URI")]
     guest_listen: Option<NbdUri>,
+
+    /// The primary is a plain NBD client, such as QEMU's replication driver
+    ///
+    /// It is then the only one that may write to the replica; a manager decides about checkpoints.
+    #[arg(long)]
+    plain_primary: bool,
 }
 
 impl PrimaryArgs {
@@ -158,6 +180,11 @@ impl PrimaryArgs {
             disks: side.disks,
             state_dir: side.state_dir,
             peer,
+            peer_kind: match self.peer_kind {
+                PeerKindArg::Brep => PeerKind::Brep,
+                PeerKindArg::Plain => PeerKind::Plain,
+            },
+            start: side.start,
             guest_listen,
             control: side.control,
             ack: match self.ack {
@@ -196,6 +223,8 @@ impl SecondaryArgs {
             state_dir: side.state_dir,
             listen,
             guest_listen,
+            plain_primary: self.plain_primary,
+            start: side.start,
             control: side.control,
             peer_timeout: side.peer_timeout,
             allow_plaintext: side.allow_plaintext,
@@ -209,6 +238,7 @@ struct Side {
     state_dir: PathBuf,
     control: Option<PathBuf>,
     peer_timeout: Duration,
+    start: bool,
     allow_plaintext: bool,
 }
 
@@ -248,6 +278,7 @@ impl SideArgs {
             state_dir: std::path::absolute(self.state_dir)?,
             control: self.control.map(std::path::absolute).transpose()?,
             peer_timeout: self.peer_timeout,
+            start: !self.no_start,
             allow_plaintext: self.allow_plaintext,
         })
     }

@@ -6,7 +6,9 @@ use brep_replication::control::{ClientError, ControlClient};
 use brep_replication::status::{DiskState, Status};
 use serde_json::{Value, json};
 
-use crate::args::{CheckpointArgs, ControlArgs, FailoverArgs, ResyncArgs, StopArgs, Target, Wait};
+use crate::args::{
+    CheckpointArgs, ControlArgs, FailoverArgs, ResyncArgs, StartArgs, StopArgs, Target, Wait,
+};
 use crate::exit::{Failure, OK, Outcome};
 use crate::instances::Registry;
 use crate::{output, units};
@@ -80,6 +82,11 @@ fn promotion(target: Target, answer: &Value) -> String {
         }
     });
     text
+}
+
+pub(crate) fn start(args: &StartArgs) -> Outcome {
+    let answer = ask(&args.control, "replication-start", Value::Null)?;
+    report(&args.control, &answer, || "replication runs".into())
 }
 
 pub(crate) fn stop(args: &StopArgs) -> Outcome {

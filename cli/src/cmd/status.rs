@@ -56,6 +56,9 @@ fn render(status: &Status, paint: Paint) -> String {
         let _ =
             write!(text, "\n{} {disk}: {}{times}", paint.apply(Colour::Red, "!"), error.message);
     }
+    for lapsed in &status.lapsed {
+        let _ = write!(text, "\n{} {lapsed}", paint.apply(Colour::Yellow, "not promised:"));
+    }
     if let Some(reason) = &status.reason {
         let _ = write!(text, "\n{} {reason}", paint.apply(Colour::Yellow, "why:"));
     }
@@ -183,6 +186,7 @@ fn counters(status: &Status) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use brep_replication::node::Stage;
     use brep_replication::status::{Counters, Progress};
 
     fn disk() -> DiskStatus {
@@ -202,6 +206,8 @@ mod tests {
         Status {
             name: "host-a".into(),
             role: Role::Primary,
+            replication: Stage::Running,
+            lapsed: Vec::new(),
             pid: 7,
             set: None,
             cur: None,

@@ -15,9 +15,11 @@ pub use primary::{Forward, PrimaryNode};
 pub use secondary::{SecondaryNode, SecondaryOptions};
 
 use brep_block::{Error, ErrorKind, Operation, ReplicationMode};
+use serde::{Deserialize, Serialize};
 
 /// How far a node has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Stage {
     /// Not started.

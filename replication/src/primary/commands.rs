@@ -53,6 +53,10 @@ impl PrimaryHandler {
                 let group = Arc::clone(&self.group);
                 on_data_thread(&self.data, async move { resync(&group) }).await
             }
+            "replication-start" => {
+                self.group.start_replication()?;
+                Ok(json!({}))
+            }
             "replication-stop" | "quit" => {
                 self.group.stopping.cancel();
                 Ok(json!({}))

@@ -8,7 +8,7 @@ use brep_block::{Error as BlockError, RangeLock};
 use brep_hbitmap::HBitmap;
 use brep_nbd::client::Connection;
 use serde_json::json;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -22,6 +22,7 @@ use crate::control::EventBus;
 use crate::errors::ErrorLog;
 use crate::image::Image;
 use crate::link::{DiskInfo, Side};
+use crate::node::Stage;
 use crate::state::{Phase, PrimaryRecord, Record, RecordStore, boot_id};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
@@ -42,6 +43,8 @@ pub(crate) struct Group {
     window_requests: Arc<Semaphore>,
     /// A write has ended that a cut may be waiting for.
     pub(crate) ended: Notify,
+    /// Whether replication is to run; the session task follows it.
+    stage: watch::Sender<Stage>,
     /// The session task has something to do: a command, or a peer to be tried again.
     pub(crate) wake: Notify,
     /// Guests are gone and everything is replicated: the session may end.
@@ -158,6 +161,10 @@ impl Group {
             last_commit: None,
             dirty: false,
         };
+        let stage = match config.start && config.peer.is_some() {
+            true => Stage::Running,
+            false => Stage::None,
+        };
         Ok(Arc::new(Group {
             window_bytes: Arc::new(Semaphore::new(window_bytes as usize)),
             window_requests: Arc::new(Semaphore::new(config.window_requests)),
@@ -169,6 +176,7 @@ impl Group {
             disks,
             core: Mutex::new(core),
             ended: Notify::new(),
+            stage: watch::Sender::new(stage),
             wake: Notify::new(),
             quiesced: CancellationToken::new(),
             guest_allowed: CancellationToken::new(),
@@ -363,6 +371,57 @@ impl Group {
         self.core().epochs.repaired();
     }
 
+    /// The peer has given a sign of life.
+    pub(crate) fn heard(&self) {
+        self.core().last_contact = Some(Instant::now());
+    }
+
+    pub(crate) fn stage(&self) -> Stage {
+        *self.stage.borrow()
+    }
+
+    /// Resolves when replication is to run, or is not to run any more.
+    pub(crate) async fn until_stage(&self, running: bool) {
+        let mut stage = self.stage.subscribe();
+        // The sender lives as long as this.
+        let _ = stage.wait_for(|s| (*s == Stage::Running) == running).await;
+    }
+
+    /// Begins to replicate: the peer is connected to, now and whenever it is lost.
+    ///
+    /// # Errors
+    /// It runs already, or there is no peer.
+    pub(crate) fn start_replication(&self) -> Result<()> {
+        if self.config.peer.is_none() {
+            return Err(Error::refused("no --peer was given: there is nothing to replicate to"));
+        }
+        if self.stage.send_replace(Stage::Running) == Stage::Running {
+            return Err(Error::refused("Block replication is running or done"));
+        }
+        Ok(())
+    }
+
+    /// Ends replication; the guest goes on alone. Returns when the peer gets nothing more.
+    ///
+    /// # Errors
+    /// It does not run.
+    #[expect(dead_code, reason = "the control commands that call it come next")]
+    pub(crate) async fn stop_replication(&self) -> Result<()> {
+        if self.stage() != Stage::Running {
+            return Err(Error::refused("Block replication is not running"));
+        }
+        self.stage.send_replace(Stage::Done);
+        loop {
+            let ended = self.ended.notified();
+            let mut ended = std::pin::pin!(ended);
+            ended.as_mut().enable();
+            if !self.is_attached() {
+                return Ok(());
+            }
+            ended.await;
+        }
+    }
+
     pub(crate) fn is_attached(&self) -> bool {
         self.core().epochs.is_attached()
     }
@@ -379,6 +438,11 @@ impl Core {
 
     pub(crate) fn record(&self) -> &Record {
         self.store.record()
+    }
+
+    /// Whether a peer was ever connected.
+    pub(crate) fn had_peer(&self) -> bool {
+        matches!(&self.store.record().phase, Phase::Primary(p) if p.had_peer)
     }
 
     pub(crate) fn fatal(&self) -> Option<&str> {

@@ -104,6 +104,20 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
     )
 }
 
+/// Decides about a stock NBD server, which says nothing of what it holds.
+pub(crate) fn decide_plain(had_peer: bool, wish: Wish) -> Decision {
+    if wish.resync || !had_peer {
+        let compare = wish.seeded && !wish.resync;
+        return Decision::Start(if compare { CopyMode::Compare } else { CopyMode::Full });
+    }
+    refuse_secondary(
+        "a plain NBD server does not say what it holds: it was connected before, and may lack \
+         writes"
+            .to_owned(),
+        "brep resync --full",
+    )
+}
+
 fn disks_differ(me: &Side, peer: &Side) -> Option<String> {
     let names =
         |side: &Side| side.disks.iter().map(|d| d.name.as_str()).collect::<Vec<_>>().join(", ");
@@ -215,6 +229,18 @@ mod tests {
         assert_eq!(decide(&me, &answer, Wish::default()), Decision::Start(CopyMode::Full));
         let wish = Wish { seeded: true, ..Wish::default() };
         assert_eq!(decide(&me, &answer, wish), Decision::Start(CopyMode::Compare));
+    }
+
+    #[test]
+    fn a_plain_peer_is_copied_once_and_then_only_on_command() {
+        let seeded = Wish { seeded: true, resync: false };
+        assert_eq!(decide_plain(false, Wish::default()), Decision::Start(CopyMode::Full));
+        assert_eq!(decide_plain(false, seeded), Decision::Start(CopyMode::Compare));
+        let refused = refusal(decide_plain(true, seeded));
+        assert_eq!(refused.advice.as_deref(), Some("brep resync --full"));
+        assert!(refused.is_secondary && !refused.superseded);
+        let resync = Wish { seeded: true, resync: true };
+        assert_eq!(decide_plain(true, resync), Decision::Start(CopyMode::Full));
     }
 
     #[test]

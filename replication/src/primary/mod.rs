@@ -4,8 +4,11 @@ mod commands;
 mod copy;
 mod disk;
 mod epochs;
+mod establish;
 mod group;
 mod hello;
+mod link;
+mod plain;
 mod session;
 mod status;
 
@@ -23,9 +26,10 @@ use tokio_util::sync::CancellationToken;
 
 use self::commands::PrimaryHandler;
 use self::disk::PrimaryDisk;
+use self::establish::{Attempt, establish};
 use self::group::Group;
-use self::session::{Attempt, CheckpointRequest, establish};
-use crate::config::PrimaryConfig;
+use self::session::CheckpointRequest;
+use crate::config::{PeerKind, PrimaryConfig};
 use crate::control::EventBus;
 use crate::daemon;
 use crate::link::StopReason;
@@ -109,6 +113,9 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
     let was_connected = group.record().primary_mut().is_some_and(|p| p.had_peer && !p.alone);
     if !was_connected {
         group.allow_guest(false);
+    } else if group.config.peer_kind == PeerKind::Plain {
+        // There is no hello to wait for: that nobody was promoted is the manager's to know.
+        group.allow_guest(true);
     }
     let Some(peer) = group.config.peer.clone() else {
         group.allow_guest(true);
@@ -116,6 +123,11 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
     };
     let mut pause = RETRY_FIRST;
     while !group.stopping.is_cancelled() {
+        tokio::select! {
+            () = group.until_stage(true) => {}
+            () = group.stopping.cancelled() => return,
+            () = refuse_requests(&group, &mut requests, "replication has not been started") => {}
+        }
         if attempt(&group, &peer, &mut requests).await {
             pause = RETRY_FIRST;
         }
@@ -125,6 +137,7 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = group.wake.notified() => {}
+            () = group.until_stage(false) => {}
             () = group.stopping.cancelled() => {}
             () = refuse_requests(&group, &mut requests, "the secondary is not connected") => {}
         }
@@ -140,6 +153,7 @@ async fn attempt(
 ) -> bool {
     let connecting = tokio::select! {
         attempt = establish(group, peer) => attempt,
+        () = group.until_stage(false) => return false,
         () = group.stopping.cancelled() => return false,
     };
     match connecting {
@@ -148,8 +162,10 @@ async fn attempt(
             tracing::info!(%peer, "session begun");
             group.events.emit("BREP_CONNECTED", json!({ "peer": peer.to_string() }));
             let stop = async {
-                group.quiesced.cancelled().await;
-                StopReason::Shutdown
+                tokio::select! {
+                    () = group.quiesced.cancelled() => StopReason::Shutdown,
+                    () = group.until_stage(false) => StopReason::Stopped,
+                }
             };
             let reason = session.run(requests, stop).await;
             if group.quiesced.is_cancelled() {

@@ -1,50 +1,24 @@
-use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use brep_nbd::client::{ClientError, ConnectOptions, Connection, connect_private};
-use brep_nbd::{Endpoint, Stream};
-use bytes::{BufMut, Bytes, BytesMut};
+use brep_nbd::client::Connection;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep_until, timeout};
-use uuid::Uuid;
+use tokio::time::{Instant, sleep_until};
 
 use super::copy::copy_differences;
 use super::epochs::Drained;
 use super::group::Group;
-use super::hello::{Decision, Refusal, decide};
-use crate::config::Ack;
-use crate::link::{
-    CopyMode, Hello, LINK_VERSION, LinkReader, LinkWriter, Message, OPTION_BIND, OPTION_LINK,
-    StopReason, heartbeat_pause, split, timeout_ms,
-};
-use crate::secondary::write_link;
+use super::link::{CutAnswers, Link};
+use super::plain::Plain;
+use crate::link::{CopyMode, StopReason};
 use crate::{Epoch, Error, Result};
-
-/// Messages that wait to be sent.
-const OUTBOX_LEN: usize = 64;
-
-/// How long a commit may take on the secondary. The guest does not wait for it.
-const COMMIT_LIMIT: Duration = Duration::from_secs(60);
 
 /// Pause before what could not be copied is tried again.
 const COPY_RETRY: Duration = Duration::from_secs(1);
 
 /// Cuts that are tried for one checkpoint: a write that fails meanwhile is sent again.
 const CUT_TRIES: usize = 3;
-
-/// What became of an attempt to connect.
-pub(super) enum Attempt {
-    /// A session; the group is attached.
-    Session(Box<Session>),
-    /// Reached, and not begun.
-    Refused(Refusal),
-    /// Not reached.
-    Unreachable(Error),
-}
-
-type HashesSender = oneshot::Sender<Result<Vec<String>>>;
 
 /// A request for a checkpoint.
 pub(crate) struct CheckpointRequest {
@@ -53,220 +27,55 @@ pub(crate) struct CheckpointRequest {
     pub(crate) answer: oneshot::Sender<Result<Epoch>>,
 }
 
+/// Who is at the other end.
+pub(super) enum Peer {
+    Brep(Link),
+    Plain(Plain),
+}
+
 /// One stay of the secondary.
 pub(super) struct Session {
     group: Arc<Group>,
-    outbox: mpsc::Sender<Message>,
+    peer: Peer,
     copy: CopyMode,
-    guest_on_peer: bool,
-    /// The longest silence of this side on the link.
-    heartbeat_pause: Duration,
-    parts: Mutex<Option<Parts>>,
-    /// Who waits for the next answer to a cut.
-    answers: Mutex<Option<mpsc::Sender<Message>>>,
-    /// Who waits for the hashes of a range, by disk and first byte.
-    hashes: Mutex<HashMap<(u32, u64), HashesSender>>,
     connections: Vec<Arc<Connection>>,
 }
 
-/// What the tasks of a session take with them.
-struct Parts {
-    reader: LinkReader<Stream>,
-    writer: LinkWriter<Stream>,
-    messages: mpsc::Receiver<Message>,
-}
-
-/// Tries once to begin a session.
-pub(super) async fn establish(group: &Arc<Group>, peer: &Endpoint) -> Attempt {
-    match try_establish(group, peer).await {
-        Ok(attempt) => attempt,
-        Err(error) => Attempt::Unreachable(error),
-    }
-}
-
-async fn try_establish(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
-    let limit = group.config.peer_timeout;
-    let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
-    let link = match connect_private(peer, OPTION_LINK, version, limit).await {
-        Ok(link) => link,
-        Err(ClientError::Unsupported { .. }) => {
-            return Ok(Attempt::Refused(Refusal::new(
-                format!("{peer} is an NBD server, but no brep secondary"),
-                "start brep secondary there, or correct --peer",
-            )));
-        }
-        Err(error) => return Err(Error::failed(error.to_string())),
-    };
-    let (mut reader, mut writer) = split(link.stream, &link.rest);
-    let me = group.side();
-    let hello = Hello { version: LINK_VERSION, timeout_ms: timeout_ms(limit), side: me.clone() };
-    writer.send(&Message::Hello(Box::new(hello)), limit).await?;
-    let answer = match reader.receive_within(limit).await? {
-        Message::HelloAnswer(answer) => answer,
-        Message::Refuse { reason, advice } => {
-            return Ok(Attempt::Refused(Refusal { advice, ..Refusal::new(reason, "") }));
-        }
-        other => return Err(Error::failed(format!("unexpected message {other:?}"))),
-    };
-    let wish = group.core().wish;
-    let copy = match decide(&me, &answer, wish) {
-        Decision::Start(copy) => copy,
-        Decision::Refuse(refusal) => {
-            let refuse =
-                Message::Refuse { reason: refusal.reason.clone(), advice: refusal.advice.clone() };
-            // The secondary shows the reason too; if it cannot be told, ours is enough.
-            let _ = writer.send(&refuse, limit).await;
-            return Ok(Attempt::Refused(refusal));
-        }
-    };
-    let (Some(set), Some(cur)) = (me.set, me.cur) else {
-        return Err(Error::failed("the state record has no identity"));
-    };
-    let epoch = me.epoch.max(answer.side.epoch).max(group.core().epoch()).next();
-    let sync = group.config.ack == Ack::Sync;
-    writer.send(&Message::Start { set, cur, epoch, copy, sync }, limit).await?;
-    // The secondary may have to close an older session and to make buffers first.
-    let token = match reader.receive_within(limit.max(Duration::from_secs(35))).await? {
-        Message::Started { token } => token,
-        Message::Refuse { reason, advice } => {
-            let refusal = Refusal { advice, is_secondary: true, ..Refusal::new(reason, "") };
-            return Ok(Attempt::Refused(refusal));
-        }
-        other => return Err(Error::failed(format!("unexpected message {other:?}"))),
-    };
-    let connections = connect_disks(group, peer, token).await?;
-    group.attach(epoch, connections.clone(), &format!("{} ({peer})", answer.side.name))?;
-    group.core().last_contact = Some(Instant::now());
-    let (outbox, messages) = mpsc::channel(OUTBOX_LEN);
-    Ok(Attempt::Session(Box::new(Session {
-        group: Arc::clone(group),
-        outbox,
-        copy,
-        guest_on_peer: answer.guest,
-        heartbeat_pause: heartbeat_pause(limit, answer.timeout_ms),
-        parts: Mutex::new(Some(Parts { reader, writer, messages })),
-        answers: Mutex::new(None),
-        hashes: Mutex::new(HashMap::new()),
-        connections,
-    })))
-}
-
-/// One data connection a disk, bound to the session by its token.
-async fn connect_disks(
-    group: &Arc<Group>,
-    peer: &Endpoint,
-    token: Uuid,
-) -> Result<Vec<Arc<Connection>>> {
-    let config = &group.config;
-    let mut connections = Vec::new();
-    for (slot, disk) in group.disks().iter().enumerate() {
-        let mut bind = BytesMut::new();
-        bind.put_slice(token.as_bytes());
-        bind.put_u32(u32::try_from(slot).unwrap_or(u32::MAX));
-        let options = ConnectOptions {
-            name: format!("{} on the secondary", disk.name),
-            connect_timeout: config.peer_timeout,
-            request_timeout: config.peer_timeout,
-            private_options: vec![(OPTION_BIND, bind.freeze())],
-            // The window is the bound; nothing waits in a second queue.
-            in_flight_max: config.window_requests,
-            in_flight_bytes_max: config.window_bytes,
-            queued_max: config.window_requests.max(16_384),
-            queued_bytes_max: config.window_bytes.max(256 << 20),
-            ..ConnectOptions::new(peer.clone(), disk.name.clone())
-        };
-        let connection =
-            Connection::connect(&options).await.map_err(|e| Error::failed(e.to_string()))?;
-        let size = disk.image.device().size();
-        if connection.export().size != size {
-            return Err(Error::failed(format!(
-                "disk {}: {} bytes here, {} on the secondary",
-                disk.name,
-                size,
-                connection.export().size
-            )));
-        }
-        connections.push(connection);
-    }
-    Ok(connections)
-}
-
 impl Session {
+    pub(super) fn new(
+        group: &Arc<Group>,
+        peer: Peer,
+        copy: CopyMode,
+        connections: Vec<Arc<Connection>>,
+    ) -> Self {
+        Session { group: Arc::clone(group), peer, copy, connections }
+    }
+
     /// Runs until the peer is lost, stops, or `stop` is done; returns why.
     pub(super) async fn run(
         &self,
         requests: &mut mpsc::Receiver<CheckpointRequest>,
         stop: impl Future<Output = StopReason>,
     ) -> String {
-        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(Parts { reader, writer, messages }) = parts else {
-            return "the session was run twice".to_owned();
+        let peer = async {
+            match &self.peer {
+                Peer::Brep(link) => link.run().await,
+                Peer::Plain(plain) => plain.run().await,
+            }
         };
-        let limit = self.group.config.peer_timeout;
-        let writing = tokio::spawn(write_link(writer, messages, self.heartbeat_pause, limit));
-        let reason = tokio::select! {
-            error = self.read(reader) => error.to_string(),
+        let stopped = async {
+            let reason = stop.await;
+            if let Peer::Brep(link) = &self.peer {
+                link.stop(reason).await;
+            }
+            "replication was stopped here".to_owned()
+        };
+        tokio::select! {
+            reason = peer => reason,
             reason = self.watch_connections() => reason,
             reason = self.watch_ages() => reason,
             error = self.work(requests) => error.to_string(),
-            reason = stop => {
-                let _ = self.outbox.send(Message::Stop { reason }).await;
-                // Give it a moment to be sent; the other side notices the end in any case.
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                "replication was stopped here".to_owned()
-            }
-        };
-        writing.abort();
-        reason
-    }
-
-    /// Reads the link until it ends.
-    async fn read(&self, mut reader: LinkReader<Stream>) -> Error {
-        loop {
-            let message = match reader.receive_within(self.group.config.peer_timeout).await {
-                Ok(message) => message,
-                Err(error) => return error,
-            };
-            self.group.core().last_contact = Some(Instant::now());
-            if let Err(error) = self.handle(message) {
-                return error;
-            }
-        }
-    }
-
-    fn handle(&self, message: Message) -> Result<()> {
-        match message {
-            Message::Heartbeat => Ok(()),
-            Message::CutDone { .. } | Message::Committed { .. } | Message::CutFailed { .. } => {
-                let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-                match answers.as_ref().is_some_and(|a| a.try_send(message).is_ok()) {
-                    true => Ok(()),
-                    false => Err(Error::failed("link: an answer that nobody asked for")),
-                }
-            }
-            Message::HashAnswer { disk, offset, hashes, error } => {
-                let waiting = self
-                    .hashes
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .remove(&(disk, offset));
-                if let Some(waiting) = waiting {
-                    let _ = waiting.send(error.map_or(Ok(hashes), |e| Err(Error::failed(e))));
-                }
-                Ok(())
-            }
-            Message::CheckpointRequest { id } => {
-                self.group.core().checkpoint_for_peer = Some(id);
-                self.group.wake.notify_one();
-                Ok(())
-            }
-            Message::Stop { reason } => Err(Error::failed(match reason {
-                StopReason::Promoted => "the secondary has been promoted",
-                StopReason::Replaced => "another session has replaced this one",
-                StopReason::Shutdown => "the secondary went away",
-                StopReason::Stopped => "the secondary stopped replication",
-            })),
-            other => Err(Error::failed(format!("link: unexpected message {other:?}"))),
+            reason = stopped => reason,
         }
     }
 
@@ -295,10 +104,11 @@ impl Session {
             Ok(()) => {}
             Err(error) => return error,
         }
-        let interval = match self.group.config.checkpoint_interval {
+        let interval = match &self.peer {
             // The manager of the secondary's guest decides.
-            Some(_) if self.guest_on_peer => None,
-            interval => interval,
+            Peer::Brep(link) if link.guest_on_peer => None,
+            Peer::Plain(_) => None,
+            Peer::Brep(_) => self.group.config.checkpoint_interval,
         };
         loop {
             let tick = async {
@@ -351,7 +161,10 @@ impl Session {
                     tokio::time::sleep(COPY_RETRY).await;
                 }
             }
-            self.outbox.send(Message::CopyDone).await.map_err(|_| Error::failed("the link is gone"))
+            match &self.peer {
+                Peer::Brep(link) => link.copy_done().await,
+                Peer::Plain(_) => Ok(()),
+            }
         };
         let refusing = async {
             // No cuts while a copy runs: nobody is left to wait.
@@ -378,11 +191,8 @@ impl Session {
         let CheckpointRequest { wait_cut, answer } = request;
         let mut answer = Some(answer);
         let result = self.checkpoint(wait_cut.then_some(&mut answer)).await;
-        let told = match &result {
-            Ok(epoch) => Ok(*epoch),
-            Err(Failure::Void(error) | Failure::Lost(error)) => Err(error.clone()),
-        };
         if let Some(answer) = answer {
+            let told = result.as_ref().map(|epoch| *epoch).map_err(|f| f.error().clone());
             let _ = answer.send(told);
         }
         result.map(drop)
@@ -391,11 +201,10 @@ impl Session {
     async fn checkpoint_for_peer(&self) -> std::result::Result<(), Failure> {
         let Some(id) = self.group.core().checkpoint_for_peer.take() else { return Ok(()) };
         let result = self.checkpoint(None).await;
-        let (epoch, error) = match &result {
-            Ok(epoch) => (Some(*epoch), None),
-            Err(Failure::Void(error) | Failure::Lost(error)) => (None, Some(error.to_string())),
-        };
-        let _ = self.outbox.send(Message::CheckpointAnswer { id, epoch, error }).await;
+        if let Peer::Brep(link) = &self.peer {
+            let told = result.as_ref().map(|epoch| *epoch).map_err(|f| f.error().clone());
+            link.answer_checkpoint(id, &told).await;
+        }
         result.map(drop)
     }
 
@@ -430,8 +239,10 @@ impl Session {
     /// Cuts the current epoch on both sides. None: a write of it has failed, try again.
     async fn cut(&self) -> std::result::Result<Option<Cut>, Failure> {
         let begun = Instant::now();
-        let (sender, mut answers) = mpsc::channel(4);
-        *self.answers.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+        let mut answers = match &self.peer {
+            Peer::Brep(link) => Some(link.expect_cut()),
+            Peer::Plain(_) => None,
+        };
         let Some(epoch) = self.group.start_cut().map_err(Failure::Lost)? else {
             return Err(Failure::Lost(Error::failed("there is no session")));
         };
@@ -440,15 +251,16 @@ impl Session {
             self.group.void_cut();
             return Ok(None);
         }
-        self.send(Message::Cut { epoch }).await?;
-        let answer = timeout(self.group.config.peer_timeout, answers.recv()).await;
-        match answer {
-            Ok(Some(Message::CutDone { epoch: done })) if done == epoch => {}
-            Ok(Some(Message::CutFailed { reason, .. })) => {
+        let cut = match (&self.peer, &mut answers) {
+            (Peer::Brep(link), Some(answers)) => link.cut(epoch, answers).await,
+            (Peer::Plain(plain), _) => plain.flush().await.map_err(Failure::Void),
+            (Peer::Brep(_), None) => Err(Failure::Lost(Error::failed("nobody waits for the cut"))),
+        };
+        if let Err(failure) = cut {
+            if matches!(failure, Failure::Void(_)) {
                 self.group.void_cut();
-                return Err(Failure::Void(Error::failed(reason)));
             }
-            _ => return Err(Failure::Lost(Error::failed("no answer to a cut"))),
+            return Err(failure);
         }
         self.group.release();
         let pause_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -457,13 +269,11 @@ impl Session {
     }
 
     async fn wait_commit(&self, cut: Cut) -> std::result::Result<(), Failure> {
-        let Cut { epoch, mut answers } = cut;
-        match timeout(COMMIT_LIMIT, answers.recv()).await {
-            Ok(Some(Message::Committed { epoch: done })) if done == epoch => {
-                self.group.committed(epoch).map_err(Failure::Lost)
-            }
-            _ => Err(Failure::Lost(Error::failed("a checkpoint was not committed"))),
+        let Cut { epoch, answers } = cut;
+        if let (Peer::Brep(link), Some(mut answers)) = (&self.peer, answers) {
+            link.committed(epoch, &mut answers).await?;
         }
+        self.group.committed(epoch).map_err(Failure::Lost)
     }
 
     /// Waits until every write of the ended epoch has ended on both sides.
@@ -479,13 +289,6 @@ impl Session {
         }
     }
 
-    async fn send(&self, message: Message) -> std::result::Result<(), Failure> {
-        self.outbox
-            .send(message)
-            .await
-            .map_err(|_| Failure::Lost(Error::failed("the link is gone")))
-    }
-
     /// The peer's hashes of a range of a disk.
     pub(super) async fn hashes(
         &self,
@@ -494,16 +297,9 @@ impl Session {
         length: u64,
         chunk: u32,
     ) -> Result<Vec<String>> {
-        let disk = u32::try_from(disk).map_err(|_| Error::failed("too many disks"))?;
-        let (answer, wait) = oneshot::channel();
-        self.hashes.lock().unwrap_or_else(PoisonError::into_inner).insert((disk, offset), answer);
-        self.outbox
-            .send(Message::HashRequest { disk, offset, length, chunk })
-            .await
-            .map_err(|_| Error::failed("the link is gone"))?;
-        match timeout(COMMIT_LIMIT, wait).await {
-            Ok(Ok(result)) => result,
-            _ => Err(Error::failed("the secondary sent no hashes")),
+        match &self.peer {
+            Peer::Brep(link) => link.hashes(disk, offset, length, chunk).await,
+            Peer::Plain(plain) => plain.hashes(disk, offset, length, chunk).await,
         }
     }
 }
@@ -511,13 +307,21 @@ impl Session {
 /// A cut that is made and not committed.
 struct Cut {
     epoch: Epoch,
-    answers: mpsc::Receiver<Message>,
+    answers: Option<CutAnswers>,
 }
 
 /// Why there was no checkpoint.
-enum Failure {
+pub(super) enum Failure {
     /// It was not made; the session goes on.
     Void(Error),
     /// The session is over.
     Lost(Error),
+}
+
+impl Failure {
+    fn error(&self) -> &Error {
+        match self {
+            Failure::Void(error) | Failure::Lost(error) => error,
+        }
+    }
 }

@@ -3,8 +3,9 @@ use std::sync::atomic::Ordering;
 use tokio::time::Instant;
 
 use super::group::{Core, Group};
-use crate::config::Ack;
-use crate::state::Phase;
+use super::plain::LAPSED;
+use crate::config::{Ack, PeerKind};
+use crate::node::Stage;
 use crate::status::{Counters, DiskState, DiskStatus, LinkState, Progress, Role, Status};
 
 impl Group {
@@ -33,6 +34,7 @@ impl Group {
         Status {
             name: self.config.name.clone(),
             role: Role::Primary,
+            replication: self.stage(),
             pid: std::process::id(),
             set: record.set.map(|s| s.to_string()),
             cur: record.cur.map(|c| c.to_string()),
@@ -54,6 +56,10 @@ impl Group {
             durability: "process".to_owned(),
             promotable: None,
             latest_ok: None,
+            lapsed: match self.config.peer_kind {
+                PeerKind::Brep => Vec::new(),
+                PeerKind::Plain => LAPSED.iter().map(|text| (*text).to_owned()).collect(),
+            },
             disks,
             errors: self.errors.list(),
             counters: Counters {
@@ -91,6 +97,13 @@ impl Group {
                 )),
                 Some("start the secondary, or make it reachable".to_owned()),
             ),
+            LinkState::Disconnected if self.stage() != Stage::Running => (
+                Some(match self.stage() {
+                    Stage::None => "replication has not been started".to_owned(),
+                    _ => "replication was stopped here".to_owned(),
+                }),
+                Some("brep start".to_owned()),
+            ),
             LinkState::Disconnected => (
                 Some(core.reason.clone().unwrap_or_else(|| "not connected yet".to_owned())),
                 Some("start brep secondary, or make it reachable".to_owned()),
@@ -102,12 +115,11 @@ impl Group {
 }
 
 fn disk_state(core: &Core) -> DiskState {
-    let had_peer = matches!(&core.record().phase, Phase::Primary(p) if p.had_peer);
     match core.link {
         _ if core.fatal().is_some() => DiskState::Failed,
         LinkState::Connected if core.copying => DiskState::Resyncing,
         LinkState::Connected => DiskState::InSync,
-        _ if had_peer => DiskState::Disconnected,
+        _ if core.had_peer() => DiskState::Disconnected,
         _ => DiskState::Alone,
     }
 }

@@ -52,6 +52,13 @@ impl SecondaryHandler {
                 })
                 .await
             }
+            "replication-start" => {
+                on_data_thread(&self.data, async move {
+                    group.start_replication().await?;
+                    Ok(json!({}))
+                })
+                .await
+            }
             "replication-stop" => {
                 let discard = flag("discard-checkpoint");
                 on_data_thread(&self.data, async move {
@@ -75,6 +82,9 @@ impl SecondaryHandler {
 }
 
 async fn checkpoint(group: &Arc<Group>, limit: Duration) -> Result<Value> {
+    if group.plain.is_some() {
+        return group.checkpoint_plain().await.map(|epoch| json!({ "epoch": epoch }));
+    }
     let Some(session) = group.session() else {
         return Err(Error::refused(
             "no primary is connected; a checkpoint is taken by both sides together",

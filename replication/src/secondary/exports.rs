@@ -9,7 +9,9 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use uuid::Uuid;
 
+use super::disk::ReplicaDisk;
 use super::group::Group;
+use super::plain::PlainDevice;
 use super::session::Session;
 use crate::gate::Gated;
 use crate::link::{LINK_VERSION, OPTION_BIND, OPTION_LINK};
@@ -38,6 +40,9 @@ impl Exports for PeerExports {
         if self.0.serves_guests_here() {
             return Ok(guest_export(&disk));
         }
+        if self.0.plain.is_some() {
+            return self.plain_export(&disk, connection);
+        }
         let bound = connection
             .data()
             .and_then(|data| data.downcast::<Weak<Session>>().ok())
@@ -56,10 +61,16 @@ impl Exports for PeerExports {
                 ));
             }
         }
-        let filter =
-            disk.filter().map_err(|e| OptionError::new(OptionErrorCode::Unknown, e.to_string()))?;
-        let device = ReplicaDevice { filter, group: Arc::clone(&self.0), name: disk.name.clone() };
-        Ok(Export::new(disk.name.clone(), Arc::new(device)))
+        Ok(Export::new(disk.name.clone(), Arc::new(self.replica(&disk)?)))
+    }
+
+    fn begin(&self, export: &Export, connection: &Arc<Connection>) {
+        let disk = self.0.disks().iter().position(|d| d.name == export.canonical_name);
+        if let Some(disk) = disk
+            && !self.0.serves_guests_here()
+        {
+            self.0.plain_connected(disk, connection);
+        }
     }
 
     fn private_option<'a>(
@@ -84,7 +95,31 @@ impl Exports for PeerExports {
 }
 
 impl PeerExports {
+    fn replica(&self, disk: &ReplicaDisk) -> std::result::Result<ReplicaDevice, OptionError> {
+        let filter =
+            disk.filter().map_err(|e| OptionError::new(OptionErrorCode::Unknown, e.to_string()))?;
+        Ok(ReplicaDevice { filter, group: Arc::clone(&self.0), name: disk.name.clone() })
+    }
+
+    fn plain_export(
+        &self,
+        disk: &Arc<ReplicaDisk>,
+        connection: &Arc<Connection>,
+    ) -> std::result::Result<Export, OptionError> {
+        let disks = self.0.disks();
+        let index = disks.iter().position(|d| Arc::ptr_eq(d, disk)).unwrap_or_default();
+        let device = PlainDevice::new(self.replica(disk)?, &self.0, index, connection);
+        Ok(Export::new(disk.name.clone(), Arc::new(device)))
+    }
+
     fn link(&self, connection: &Arc<Connection>, data: &[u8]) -> PrivateReply {
+        if self.0.plain.is_some() {
+            return PrivateReply::Error(OptionError::new(
+                OptionErrorCode::Policy,
+                "this secondary is run for a plain NBD primary; for a brep primary start it \
+                 without --plain-primary",
+            ));
+        }
         if data != LINK_VERSION.to_be_bytes() {
             return PrivateReply::Error(OptionError::new(
                 OptionErrorCode::Policy,
@@ -129,14 +164,14 @@ impl Exports for GuestExports {
 }
 
 fn describe(group: &Group, what: &str) -> Vec<ExportDescription> {
-    let describe = |d: &Arc<super::disk::ReplicaDisk>| ExportDescription {
+    let describe = |d: &Arc<ReplicaDisk>| ExportDescription {
         name: d.name.clone(),
         description: what.to_owned(),
     };
     group.disks().iter().map(describe).collect()
 }
 
-fn guest_export(disk: &super::disk::ReplicaDisk) -> Export {
+fn guest_export(disk: &ReplicaDisk) -> Export {
     let device = Gated(Arc::clone(disk.gate()));
     // All connections use one device, and its flush covers all of them.
     let mut export = Export::new(disk.name.clone(), Arc::new(device));
@@ -147,7 +182,7 @@ fn guest_export(disk: &super::disk::ReplicaDisk) -> Export {
 /// What the primary writes to: a write that fails here is known to the record before the primary
 /// learns of it.
 #[derive(Debug)]
-struct ReplicaDevice {
+pub(super) struct ReplicaDevice {
     filter: Arc<CopyBeforeWrite>,
     group: Arc<Group>,
     name: String,

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::buffers::Buffer;
 use super::group::Group;
+use super::plain::Claim;
 use crate::link::StopReason;
 use crate::state::{BufferRef, DiskRecord, Promotion, Target};
 use crate::{Epoch, Error, Generation, Result};
@@ -233,6 +234,10 @@ impl Group {
                  --discard-checkpoint` drops them and leaves the disks as last received. To keep \
                  the checkpoint, end the process with SIGTERM instead"
             )));
+        }
+        self.core().set_stopped();
+        if let Some(plain) = &self.plain {
+            plain.set_claim(Claim::None);
         }
         self.end_session(StopReason::Stopped).await?;
         if discard {

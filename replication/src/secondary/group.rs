@@ -9,12 +9,14 @@ use uuid::Uuid;
 
 use super::buffers::{Buffer, BufferPool};
 use super::disk::{Fresh, ReplicaDisk};
+use super::plain::{Claim, Plain};
 use super::session::Session;
 use crate::config::{DiskConfig, SecondaryConfig};
 use crate::control::EventBus;
 use crate::errors::ErrorLog;
 use crate::image::Image;
 use crate::link::{DiskInfo, Side, StopReason};
+use crate::node::Stage;
 use crate::state::{DiskRecord, Phase, Record, RecordStore, SecondaryRecord, boot_id};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Result};
@@ -29,6 +31,8 @@ pub(crate) struct Group {
     pub(crate) events: EventBus,
     pub(crate) errors: ErrorLog,
     pub(crate) stopping: CancellationToken,
+    /// What is known of a plain primary; none if primaries are brep's.
+    pub(super) plain: Option<Plain>,
     disks: Vec<Arc<ReplicaDisk>>,
     core: Mutex<Core>,
     /// Held while a hello is decided, a failover runs, or replication is stopped.
@@ -49,6 +53,10 @@ pub(crate) struct Core {
     pub(crate) last_contact: Option<Instant>,
     pub(crate) last_commit: Option<Instant>,
     pub(crate) receiving: Epoch,
+    /// Primaries are let in: not before a start, and not after a stop.
+    started: bool,
+    /// Replication was stopped by command.
+    stopped: bool,
     /// The primary copies; the next commit ends that.
     pub(crate) copying: bool,
 }
@@ -70,6 +78,20 @@ impl std::fmt::Debug for Group {
 impl Core {
     pub(crate) fn session_is_sync(&self) -> Option<bool> {
         self.session.as_ref().map(|s| s.sync)
+    }
+
+    /// Lets primaries in. False: they are let in already.
+    pub(crate) fn set_started(&mut self) -> bool {
+        !std::mem::replace(&mut self.started, true)
+    }
+
+    /// No primary is let in any more.
+    pub(crate) fn set_stopped(&mut self) {
+        (self.started, self.stopped) = (false, true);
+    }
+
+    pub(crate) fn is_started(&self) -> bool {
+        self.started
     }
 
     /// Whether a session is the present one.
@@ -122,6 +144,8 @@ impl Group {
         });
         let core = Core {
             receiving: store.record().epoch,
+            started: config.start,
+            stopped: false,
             copying: false,
             store,
             session: None,
@@ -133,6 +157,7 @@ impl Group {
             last_commit: None,
         };
         Ok(Arc::new(Group {
+            plain: config.plain_primary.then(Plain::default),
             config,
             run: Uuid::new_v4(),
             events,
@@ -179,6 +204,26 @@ impl Group {
 
     pub(crate) fn update_record(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
         self.core().store.update(change)
+    }
+
+    /// How far replication has come.
+    pub(crate) fn stage(&self) -> Stage {
+        let core = self.core();
+        match core.store.record().secondary().and_then(|s| s.promotion.as_ref()) {
+            Some(promotion) if promotion.merged => return Stage::Done,
+            Some(_) => return Stage::Failover,
+            None => {}
+        }
+        let running = match self.plain.as_ref().map(Plain::claim) {
+            Some(Claim::None) => false,
+            Some(Claim::Holds | Claim::Broken(_)) => true,
+            None => core.started,
+        };
+        match (running, core.stopped) {
+            (true, _) => Stage::Running,
+            (false, true) => Stage::Done,
+            (false, false) => Stage::None,
+        }
     }
 
     pub(crate) fn is_promoted(&self) -> bool {
@@ -407,6 +452,9 @@ impl Group {
     pub(crate) fn replica_write_failed(&self, disk: &str, error: &brep_block::Error) {
         if let Some(session) = self.session() {
             session.note_failed_write();
+        }
+        if let Some(plain) = &self.plain {
+            plain.break_claim(format!("one failed ({error})"));
         }
         let entry = self.errors.add(disk, error);
         self.events.emit("BREP_ERROR", json!(entry));

@@ -51,9 +51,13 @@ impl Group {
         };
         // One at a time, and none during a failover.
         let _transition = self.transition.lock().await;
+        if !self.core().is_started() {
+            let reason = "replication has not been started on the secondary".to_owned();
+            return refuse(writer, limit, reason, Some("brep start, there")).await;
+        }
         if hello.version != LINK_VERSION {
             let reason = format!("this side speaks link version {LINK_VERSION}");
-            return refuse(writer, limit, reason).await;
+            return refuse(writer, limit, reason, None).await;
         }
         let answer = HelloAnswer {
             version: LINK_VERSION,
@@ -77,14 +81,14 @@ impl Group {
             other => return Err(Error::failed(format!("unexpected message {other:?}"))),
         };
         if let Some(reason) = self.objection(&terms) {
-            return refuse(writer, limit, reason).await;
+            return refuse(writer, limit, reason, None).await;
         }
         let (session, outbox) = Session::new(sync, heartbeat_pause(limit, hello.timeout_ms));
         if let Err(error) = self.begin_session(&terms, &session).await {
             let reason = format!("the secondary cannot begin: {error}");
             tracing::error!(%error, "cannot begin a session");
             self.core().reason = Some(reason.clone());
-            return refuse(writer, limit, reason).await;
+            return refuse(writer, limit, reason, None).await;
         }
         writer.send(&Message::Started { token: session.token }, limit).await?;
         {
@@ -244,8 +248,10 @@ async fn refuse<T>(
     writer: &mut LinkWriter<TakenStream>,
     limit: Duration,
     reason: String,
+    advice: Option<&str>,
 ) -> Result<T> {
-    writer.send(&Message::Refuse { reason: reason.clone(), advice: None }, limit).await?;
+    let advice = advice.map(str::to_owned);
+    writer.send(&Message::Refuse { reason: reason.clone(), advice }, limit).await?;
     Err(Error::refused(reason))
 }
 

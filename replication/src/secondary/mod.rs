@@ -7,6 +7,7 @@ mod exports;
 mod failover;
 mod group;
 mod link;
+mod plain;
 mod session;
 mod status;
 
@@ -54,6 +55,7 @@ pub async fn run(config: SecondaryConfig, shutdown: CancellationToken) -> Result
         servers.push(serve(&guest, Arc::new(GuestExports(Arc::clone(&group)))).await?);
     }
     group.resume_promotion().await?;
+    group.prepare_plain().await?;
     let handler =
         SecondaryHandler { group: Arc::clone(&group), data: tokio::runtime::Handle::current() };
     let control = daemon::ControlThread::spawn(control, Arc::new(handler), events)?;

@@ -97,6 +97,11 @@ impl Session {
         }
     }
 
+    /// Whether a data connection holds a slot.
+    pub(crate) fn is_bound(&self, connection: &Arc<Connection>) -> bool {
+        self.slots().bound.values().any(|c| Arc::ptr_eq(c, connection))
+    }
+
     /// Closes every data connection and waits until nothing that they started goes on. May be
     /// called again, by several at a time: success always means that all has ended.
     pub(crate) async fn close(&self, reason: StopReason) -> Result<()> {

@@ -3,6 +3,7 @@ use std::time::Instant;
 
 use super::disk::ReplicaDisk;
 use super::group::Group;
+use super::plain::LAPSED;
 use crate::state::{Record, SecondaryRecord};
 use crate::status::{Counters, DiskState, DiskStatus, LinkState, Role, Status};
 
@@ -11,12 +12,18 @@ impl Group {
     pub(crate) fn status(&self) -> Status {
         let record = self.record();
         let secondary = record.secondary().cloned().unwrap_or_default();
+        let replication = self.stage();
         let core = self.core();
-        let (reason, advice) = explain(&record, &secondary, core.link, core.reason.clone());
+        let (reason, advice) = match self.explain_plain().filter(|_| secondary.promotion.is_none())
+        {
+            Some((reason, advice)) => (Some(reason), Some(advice)),
+            None => explain(&record, &secondary, core.link, core.reason.clone()),
+        };
         let promoted = secondary.promotion.is_some();
         Status {
             name: self.config.name.clone(),
             role: if promoted { Role::Promoted } else { Role::Secondary },
+            replication,
             pid: std::process::id(),
             set: record.set.map(|s| s.to_string()),
             cur: record.cur.map(|c| c.to_string()),
@@ -32,6 +39,10 @@ impl Group {
             durability: "process".to_owned(),
             promotable: Some(promoted || (!secondary.inconsistent && record.com.is_some())),
             latest_ok: Some(secondary.latest_ok),
+            lapsed: match self.config.plain_primary {
+                true => LAPSED.iter().map(|text| (*text).to_owned()).collect(),
+                false => Vec::new(),
+            },
             disks: self
                 .disks()
                 .iter()

@@ -8,7 +8,9 @@ use std::time::Duration;
 use brep_block::{BlockDevice, CacheMode, WriteFlags};
 use brep_nbd::Endpoint;
 use brep_nbd::client::{ConnectOptions, Connection};
-use brep_replication::config::{Ack, DiskConfig, DiskFormat, PrimaryConfig, SecondaryConfig};
+use brep_replication::config::{
+    Ack, DiskConfig, DiskFormat, PeerKind, PrimaryConfig, SecondaryConfig,
+};
 use brep_replication::control::{ClientError, ControlClient};
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -56,6 +58,8 @@ impl Scratch {
             disks,
             state_dir: self.path("p.state"),
             peer: Some(self.endpoint("s.sock")),
+            peer_kind: PeerKind::Brep,
+            start: true,
             guest_listen: self.endpoint("p-guest.sock"),
             control: None,
             ack: Ack::Sync,
@@ -75,6 +79,8 @@ impl Scratch {
             state_dir: self.path("s.state"),
             listen: self.endpoint("s.sock"),
             guest_listen: None,
+            plain_primary: false,
+            start: true,
             control: None,
             peer_timeout: Duration::from_secs(5),
             allow_plaintext: false,

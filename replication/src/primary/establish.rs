@@ -1,0 +1,175 @@
+//! Connecting to the peer, and agreeing on a session.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use brep_block::BlockDevice;
+use brep_nbd::Endpoint;
+use brep_nbd::client::{ClientError, ConnectOptions, Connection, connect_private};
+use bytes::{BufMut, Bytes, BytesMut};
+use uuid::Uuid;
+
+use super::group::Group;
+use super::hello::{Decision, Refusal, decide, decide_plain};
+use super::link::Link;
+use super::plain::Plain;
+use super::session::{Peer, Session};
+use crate::config::{Ack, PeerKind};
+use crate::link::{Hello, LINK_VERSION, Message, OPTION_BIND, OPTION_LINK, split, timeout_ms};
+use crate::{Error, Result};
+
+/// The secondary may have to close an older session and to make buffers before it answers.
+const START_LIMIT: Duration = Duration::from_secs(35);
+
+/// What became of an attempt to connect.
+pub(super) enum Attempt {
+    /// A session; the group is attached.
+    Session(Box<Session>),
+    /// Reached, and not begun.
+    Refused(Refusal),
+    /// Not reached.
+    Unreachable(Error),
+}
+
+/// Tries once to begin a session.
+pub(super) async fn establish(group: &Arc<Group>, peer: &Endpoint) -> Attempt {
+    let attempt = match group.config.peer_kind {
+        PeerKind::Brep => with_brep(group, peer).await,
+        PeerKind::Plain => with_plain(group, peer).await,
+    };
+    attempt.unwrap_or_else(Attempt::Unreachable)
+}
+
+async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
+    let limit = group.config.peer_timeout;
+    let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
+    let link = match connect_private(peer, OPTION_LINK, version, limit).await {
+        Ok(link) => link,
+        Err(ClientError::Unsupported { .. }) => {
+            return Ok(Attempt::Refused(Refusal::new(
+                format!("{peer} is an NBD server, but no brep secondary"),
+                "start brep secondary there, or correct --peer; for a secondary of another make \
+                 there is --peer-kind plain",
+            )));
+        }
+        Err(error) => return Err(Error::failed(error.to_string())),
+    };
+    let (mut reader, mut writer) = split(link.stream, &link.rest);
+    let me = group.side();
+    let hello = Hello { version: LINK_VERSION, timeout_ms: timeout_ms(limit), side: me.clone() };
+    writer.send(&Message::Hello(Box::new(hello)), limit).await?;
+    let answer = match reader.receive_within(limit).await? {
+        Message::HelloAnswer(answer) => answer,
+        Message::Refuse { reason, advice } => {
+            return Ok(Attempt::Refused(Refusal { advice, ..Refusal::new(reason, "") }));
+        }
+        other => return Err(Error::failed(format!("unexpected message {other:?}"))),
+    };
+    let wish = group.core().wish;
+    let copy = match decide(&me, &answer, wish) {
+        Decision::Start(copy) => copy,
+        Decision::Refuse(refusal) => {
+            let refuse =
+                Message::Refuse { reason: refusal.reason.clone(), advice: refusal.advice.clone() };
+            // The secondary shows the reason too; if it cannot be told, ours is enough.
+            let _ = writer.send(&refuse, limit).await;
+            return Ok(Attempt::Refused(refusal));
+        }
+    };
+    let (Some(set), Some(cur)) = (me.set, me.cur) else {
+        return Err(Error::failed("the state record has no identity"));
+    };
+    let epoch = me.epoch.max(answer.side.epoch).max(group.core().epoch()).next();
+    let sync = group.config.ack == Ack::Sync;
+    writer.send(&Message::Start { set, cur, epoch, copy, sync }, limit).await?;
+    let token = match reader.receive_within(limit.max(START_LIMIT)).await? {
+        Message::Started { token } => token,
+        Message::Refuse { reason, advice } => {
+            let refusal = Refusal { advice, is_secondary: true, ..Refusal::new(reason, "") };
+            return Ok(Attempt::Refused(refusal));
+        }
+        other => return Err(Error::failed(format!("unexpected message {other:?}"))),
+    };
+    let connections = connect_disks(group, peer, Some(token)).await?;
+    group.attach(epoch, connections.clone(), &format!("{} ({peer})", answer.side.name))?;
+    let link = Link::new(group, reader, writer, &answer);
+    Ok(session(group, Peer::Brep(link), copy, connections))
+}
+
+/// A stock NBD server says nothing of what it holds: only the record and the operator know.
+async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
+    let (had_peer, wish, epoch) = {
+        let core = group.core();
+        let wish = core.wish;
+        let epoch = core.record().epoch.max(core.epoch()).next();
+        (core.had_peer(), wish, epoch)
+    };
+    let copy = match decide_plain(had_peer, wish) {
+        Decision::Start(copy) => copy,
+        Decision::Refuse(refusal) => return Ok(Attempt::Refused(refusal)),
+    };
+    let connections = connect_disks(group, peer, None).await?;
+    group.attach(epoch, connections.clone(), &format!("plain NBD server ({peer})"))?;
+    let plain = Plain::new(group, connections.clone());
+    Ok(session(group, Peer::Plain(plain), copy, connections))
+}
+
+fn session(
+    group: &Arc<Group>,
+    peer: Peer,
+    copy: crate::link::CopyMode,
+    connections: Vec<Arc<Connection>>,
+) -> Attempt {
+    group.heard();
+    Attempt::Session(Box::new(Session::new(group, peer, copy, connections)))
+}
+
+/// One data connection a disk, bound to the session by its token if there is one.
+async fn connect_disks(
+    group: &Arc<Group>,
+    peer: &Endpoint,
+    token: Option<Uuid>,
+) -> Result<Vec<Arc<Connection>>> {
+    let config = &group.config;
+    let mut connections = Vec::new();
+    for (slot, disk) in group.disks().iter().enumerate() {
+        let options = ConnectOptions {
+            name: format!("{} on the secondary", disk.name),
+            connect_timeout: config.peer_timeout,
+            request_timeout: config.peer_timeout,
+            private_options: token.map(|token| bind(token, slot)).into_iter().collect(),
+            // The window is the bound; nothing waits in a second queue.
+            in_flight_max: config.window_requests,
+            in_flight_bytes_max: config.window_bytes,
+            queued_max: config.window_requests.max(16_384),
+            queued_bytes_max: config.window_bytes.max(256 << 20),
+            ..ConnectOptions::new(peer.clone(), disk.name.clone())
+        };
+        let connection =
+            Connection::connect(&options).await.map_err(|e| Error::failed(e.to_string()))?;
+        let size = disk.image.device().size();
+        if connection.export().size != size {
+            return Err(Error::failed(format!(
+                "disk {}: {} bytes here, {} on the secondary",
+                disk.name,
+                size,
+                connection.export().size
+            )));
+        }
+        if connection.limits().read_only {
+            return Err(Error::failed(format!(
+                "disk {}: the peer's export is read-only; export it writable",
+                disk.name
+            )));
+        }
+        connections.push(connection);
+    }
+    Ok(connections)
+}
+
+fn bind(token: Uuid, slot: usize) -> (u32, Bytes) {
+    let mut bind = BytesMut::new();
+    bind.put_slice(token.as_bytes());
+    bind.put_u32(u32::try_from(slot).unwrap_or(u32::MAX));
+    (OPTION_BIND, bind.freeze())
+}

@@ -1,0 +1,209 @@
+//! The control link to a brep secondary, for as long as a session lasts.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use brep_nbd::Stream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use super::group::Group;
+use super::session::Failure;
+use crate::link::{HelloAnswer, LinkReader, LinkWriter, Message, StopReason, heartbeat_pause};
+use crate::secondary::write_link;
+use crate::{Epoch, Error, Result};
+
+/// Messages that wait to be sent.
+const OUTBOX_LEN: usize = 64;
+
+/// How long a commit may take on the secondary. The guest does not wait for it.
+const COMMIT_LIMIT: Duration = Duration::from_secs(60);
+
+type HashesSender = oneshot::Sender<Result<Vec<String>>>;
+
+/// The link: one task writes what is queued, and heartbeats; one reads.
+pub(super) struct Link {
+    group: Arc<Group>,
+    outbox: mpsc::Sender<Message>,
+    /// A guest runs on the secondary.
+    pub(super) guest_on_peer: bool,
+    /// The longest silence of this side.
+    heartbeat_pause: Duration,
+    parts: Mutex<Option<Parts>>,
+    /// Who waits for the next answers to a cut.
+    cut_answers: Mutex<Option<mpsc::Sender<Message>>>,
+    /// Who waits for the hashes of a range, by disk and first byte.
+    hashes: Mutex<HashMap<(u32, u64), HashesSender>>,
+}
+
+/// What the tasks take with them.
+struct Parts {
+    reader: LinkReader<Stream>,
+    writer: LinkWriter<Stream>,
+    messages: mpsc::Receiver<Message>,
+}
+
+/// A cut that is made and not committed.
+pub(super) struct CutAnswers(mpsc::Receiver<Message>);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn gone() -> Error {
+    Error::failed("the link is gone")
+}
+
+impl Link {
+    pub(super) fn new(
+        group: &Arc<Group>,
+        reader: LinkReader<Stream>,
+        writer: LinkWriter<Stream>,
+        answer: &HelloAnswer,
+    ) -> Self {
+        let (outbox, messages) = mpsc::channel(OUTBOX_LEN);
+        Link {
+            group: Arc::clone(group),
+            outbox,
+            guest_on_peer: answer.guest,
+            heartbeat_pause: heartbeat_pause(group.config.peer_timeout, answer.timeout_ms),
+            parts: Mutex::new(Some(Parts { reader, writer, messages })),
+            cut_answers: Mutex::new(None),
+            hashes: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// Runs until the link ends; returns why.
+    pub(super) async fn run(&self) -> String {
+        let Some(Parts { reader, writer, messages }) = lock(&self.parts).take() else {
+            return "the session was run twice".to_owned();
+        };
+        let limit = self.group.config.peer_timeout;
+        let writing = write_link(writer, messages, self.heartbeat_pause, limit);
+        let writing = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(writing));
+        let error = self.read(reader).await;
+        drop(writing);
+        error.to_string()
+    }
+
+    async fn read(&self, mut reader: LinkReader<Stream>) -> Error {
+        loop {
+            let message = match reader.receive_within(self.group.config.peer_timeout).await {
+                Ok(message) => message,
+                Err(error) => return error,
+            };
+            self.group.heard();
+            if let Err(error) = self.handle(message) {
+                return error;
+            }
+        }
+    }
+
+    fn handle(&self, message: Message) -> Result<()> {
+        match message {
+            Message::Heartbeat => Ok(()),
+            Message::CutDone { .. } | Message::Committed { .. } | Message::CutFailed { .. } => {
+                match lock(&self.cut_answers).as_ref().is_some_and(|a| a.try_send(message).is_ok())
+                {
+                    true => Ok(()),
+                    false => Err(Error::failed("link: an answer that nobody asked for")),
+                }
+            }
+            Message::HashAnswer { disk, offset, hashes, error } => {
+                if let Some(waiting) = lock(&self.hashes).remove(&(disk, offset)) {
+                    let _ = waiting.send(error.map_or(Ok(hashes), |e| Err(Error::failed(e))));
+                }
+                Ok(())
+            }
+            Message::CheckpointRequest { id } => {
+                self.group.core().checkpoint_for_peer = Some(id);
+                self.group.wake.notify_one();
+                Ok(())
+            }
+            Message::Stop { reason } => Err(Error::failed(match reason {
+                StopReason::Promoted => "the secondary has been promoted",
+                StopReason::Replaced => "another session has replaced this one",
+                StopReason::Shutdown => "the secondary went away",
+                StopReason::Stopped => "the secondary stopped replication",
+            })),
+            other => Err(Error::failed(format!("link: unexpected message {other:?}"))),
+        }
+    }
+
+    async fn send(&self, message: Message) -> Result<()> {
+        self.outbox.send(message).await.map_err(|_| gone())
+    }
+
+    /// Tells the secondary that this side ends the session.
+    pub(super) async fn stop(&self, reason: StopReason) {
+        let _ = self.send(Message::Stop { reason }).await;
+        // Give it a moment to be sent; the other side notices the end in any case.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    pub(super) async fn copy_done(&self) -> Result<()> {
+        self.send(Message::CopyDone).await
+    }
+
+    pub(super) async fn answer_checkpoint(&self, id: u64, result: &Result<Epoch>) {
+        let (epoch, error) = match result {
+            Ok(epoch) => (Some(*epoch), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let _ = self.send(Message::CheckpointAnswer { id, epoch, error }).await;
+    }
+
+    /// Whoever makes a cut gets its answers from now on.
+    pub(super) fn expect_cut(&self) -> CutAnswers {
+        let (sender, answers) = mpsc::channel(4);
+        *lock(&self.cut_answers) = Some(sender);
+        CutAnswers(answers)
+    }
+
+    /// Cuts on the secondary: nothing of `epoch` is in flight.
+    pub(super) async fn cut(
+        &self,
+        epoch: Epoch,
+        answers: &mut CutAnswers,
+    ) -> std::result::Result<(), Failure> {
+        self.send(Message::Cut { epoch }).await.map_err(Failure::Lost)?;
+        match timeout(self.group.config.peer_timeout, answers.0.recv()).await {
+            Ok(Some(Message::CutDone { epoch: done })) if done == epoch => Ok(()),
+            Ok(Some(Message::CutFailed { reason, .. })) => {
+                Err(Failure::Void(Error::failed(reason)))
+            }
+            _ => Err(Failure::Lost(Error::failed("no answer to a cut"))),
+        }
+    }
+
+    /// Waits until the secondary has committed what was cut.
+    pub(super) async fn committed(
+        &self,
+        epoch: Epoch,
+        answers: &mut CutAnswers,
+    ) -> std::result::Result<(), Failure> {
+        match timeout(COMMIT_LIMIT, answers.0.recv()).await {
+            Ok(Some(Message::Committed { epoch: done })) if done == epoch => Ok(()),
+            _ => Err(Failure::Lost(Error::failed("a checkpoint was not committed"))),
+        }
+    }
+
+    /// The peer's hashes of a range of a disk.
+    pub(super) async fn hashes(
+        &self,
+        disk: usize,
+        offset: u64,
+        length: u64,
+        chunk: u32,
+    ) -> Result<Vec<String>> {
+        let disk = u32::try_from(disk).map_err(|_| Error::failed("too many disks"))?;
+        let (answer, wait) = oneshot::channel();
+        lock(&self.hashes).insert((disk, offset), answer);
+        self.send(Message::HashRequest { disk, offset, length, chunk }).await?;
+        match timeout(COMMIT_LIMIT, wait).await {
+            Ok(Ok(result)) => result,
+            _ => Err(Error::failed("the secondary sent no hashes")),
+        }
+    }
+}
