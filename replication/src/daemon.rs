@@ -22,7 +22,7 @@ const CHECKPOINT_LIMIT: Duration = Duration::from_secs(60);
 /// The commands of either side; one that makes no sense on a side is refused there, with the
 /// reason.
 pub(crate) const COMMANDS: &[CommandSpec] = &[
-    CommandSpec::new("query-status", &[]),
+    CommandSpec::new("query-status", &[]).allow_oob(),
     CommandSpec::new(
         "checkpoint",
         &[

@@ -101,7 +101,7 @@ mod tests {
             let text = to_double_quotes(&text);
             for message in serde_json::Deserializer::from_str(&text).into_iter::<Value>() {
                 let Ok(message) = message else { break };
-                let _ = crate::control::request::Request::parse(message);
+                let _ = crate::control::request::Request::parse(message, true);
             }
         }
     }

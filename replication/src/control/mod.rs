@@ -6,11 +6,14 @@
 //! * [`ControlClient`] is the other end, for programs that just want an answer.
 //!
 //! A client is greeted, says `qmp_capabilities`, and from then on its commands are executed in
-//! order, one at a time; clients do not wait for each other. What a client sends can fail its
-//! own commands or close its own connection, and nothing else.
+//! order, one at a time; clients do not wait for each other. A client that has enabled `oob` may
+//! have some commands executed out of band, past those that are queued. What a client sends can
+//! fail its own commands or close its own connection, and nothing else.
 mod client;
+mod connection;
 mod error;
 mod event;
+mod frame;
 mod json;
 mod listener;
 mod request;
@@ -20,10 +23,11 @@ mod spec;
 mod tests;
 
 pub use client::{ClientError, ControlClient, Event};
+pub use connection::SERVER_COMMANDS;
 pub use error::{CommandError, ErrorClass};
 pub use event::EventBus;
 pub use server::{ControlServer, ServerLimits, serve};
-pub use spec::{ArgumentKind, ArgumentSpec, CommandSpec};
+pub use spec::{ArgumentKind, ArgumentSpec, CommandSpec, EventSpec, Variant};
 
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value};
@@ -35,8 +39,8 @@ pub trait Handler: Send + Sync + 'static {
     /// reach [`execute`](Self::execute). Descriptions are best written as a `const`.
     fn commands(&self) -> &'static [CommandSpec];
 
-    /// Executes a command of [`commands`](Self::commands). Commands whose name begins with
-    /// `query-` have to answer at once, whatever the data path is waiting for. The future may be
+    /// Executes a command of [`commands`](Self::commands). Those that may be executed out of band
+    /// have to answer at once, whatever the data path is waiting for. The future may be
     /// dropped only when the server shuts down and its grace period has passed.
     ///
     /// # Errors

@@ -8,6 +8,8 @@ pub(super) struct Request {
     pub(super) command: String,
     pub(super) arguments: Map<String, Value>,
     pub(super) id: Option<Value>,
+    /// To be executed at once, whatever else is queued or going on.
+    pub(super) out_of_band: bool,
 }
 
 /// A message that is no command: the answer, and the id that could still be read.
@@ -18,28 +20,33 @@ pub(super) struct Malformed {
 }
 
 impl Request {
-    pub(super) fn parse(message: Value) -> Result<Self, Malformed> {
+    /// Reads a message. `oob`: the client has enabled out-of-band execution.
+    pub(super) fn parse(message: Value, oob: bool) -> Result<Self, Malformed> {
         let Value::Object(mut members) = message else {
             return Err(malformed("QMP input must be a JSON object".into(), None));
         };
         let id = members.remove("id");
-        match Self::from_members(members) {
-            Ok((command, arguments)) => Ok(Request { command, arguments, id }),
+        match Self::from_members(members, oob) {
+            Ok(request) => Ok(Request { id, ..request }),
             Err(desc) => Err(malformed(desc, id)),
         }
     }
 
-    fn from_members(
-        mut members: Map<String, Value>,
-    ) -> Result<(String, Map<String, Value>), String> {
-        let command = members.remove("execute");
+    fn from_members(mut members: Map<String, Value>, oob: bool) -> Result<Self, String> {
+        let execute = members.remove("execute");
+        // Where it was not enabled, or beside the other, it is one member too many.
+        let out_of_band = oob && execute.is_none() && members.contains_key("exec-oob");
+        let (member, command) = match out_of_band {
+            true => ("exec-oob", members.remove("exec-oob")),
+            false => ("execute", execute),
+        };
         let arguments = members.remove("arguments");
         if let Some((unknown, _)) = members.iter().next() {
             return Err(format!("QMP input member '{unknown}' is unexpected"));
         }
         let command = match command {
             Some(Value::String(command)) => command,
-            Some(_) => return Err("QMP input member 'execute' must be a string".into()),
+            Some(_) => return Err(format!("QMP input member '{member}' must be a string")),
             None => return Err("QMP input lacks member 'execute'".into()),
         };
         let arguments = match arguments {
@@ -47,7 +54,7 @@ impl Request {
             Some(_) => return Err("QMP input member 'arguments' must be an object".into()),
             None => Map::new(),
         };
-        Ok((command, arguments))
+        Ok(Request { command, arguments, id: None, out_of_band })
     }
 }
 

@@ -27,8 +27,10 @@ struct TestHandler {
 impl Handler for TestHandler {
     fn commands(&self) -> &'static [CommandSpec] {
         const WAIT: ArgumentKind = ArgumentKind::Enum(&["cut", "commit"]);
+        const PATH: &[ArgumentSpec] = &[ArgumentSpec::required("path", ArgumentKind::String)];
+        const ADDRESS: ArgumentKind = ArgumentKind::Union(&[("unix", PATH), ("none", &[])]);
         const COMMANDS: &[CommandSpec] = &[
-            CommandSpec::new("query-status", &[]),
+            CommandSpec::new("query-status", &[]).allow_oob(),
             CommandSpec::new(
                 "checkpoint",
                 &[
@@ -36,6 +38,9 @@ impl Handler for TestHandler {
                     ArgumentSpec::optional("timeout", ArgumentKind::Integer),
                     ArgumentSpec::optional("force", ArgumentKind::Boolean),
                     ArgumentSpec::optional("name", ArgumentKind::String),
+                    ArgumentSpec::optional("names", ArgumentKind::Strings),
+                    ArgumentSpec::optional("addr", ADDRESS),
+                    ArgumentSpec::optional("list", ArgumentKind::Objects(PATH)),
                 ],
             ),
             CommandSpec::new("hang", &[]),
@@ -115,6 +120,14 @@ impl Client {
         client
     }
 
+    async fn negotiated_oob(path: &Path) -> Self {
+        let mut client = Self::connect(path).await;
+        let answer =
+            client.ask("{'execute':'qmp_capabilities','arguments':{'enable':['oob']}}").await;
+        assert_eq!(answer, json!({ "return": {} }));
+        client
+    }
+
     async fn send(&mut self, text: &[u8]) {
         self.stream.get_mut().write_all(text).await.unwrap();
     }
@@ -149,7 +162,10 @@ async fn every_row_of_the_bad_input_table_is_answered_and_executes_nothing() {
     let mut client = Client::negotiated(&server.path).await;
     let deep = format!("{}{}", "[".repeat(5000), "]".repeat(5000));
     let rows: &[(&str, &str, &str)] = &[
-        ("{", "GenericError", "Invalid JSON syntax"),
+        ("{\x01", "GenericError", "Invalid JSON syntax"),
+        ("{]", "GenericError", "Invalid JSON syntax"),
+        ("{\"a\" \"b\"}", "GenericError", "Invalid JSON syntax"),
+        ("\"a\"", "GenericError", "QMP input must be a JSON object"),
         ("]", "GenericError", "Invalid JSON syntax"),
         ("nonsense", "GenericError", "Invalid JSON syntax"),
         (&deep, "GenericError", "Invalid JSON syntax"),
@@ -208,6 +224,46 @@ async fn every_row_of_the_bad_input_table_is_answered_and_executes_nothing() {
             r#"{"execute":"checkpoint","arguments":{"wait":"never"}}"#,
             "GenericError",
             "Parameter 'wait' does not accept value 'never'",
+        ),
+        (
+            r#"{"exec-oob":"query-status"}"#,
+            "GenericError",
+            "QMP input member 'exec-oob' is unexpected",
+        ),
+        (
+            r#"{"execute":"checkpoint","arguments":{"wait":"cut","names":["a",1]}}"#,
+            "GenericError",
+            "Invalid parameter type for 'names[1]', expected: string",
+        ),
+        (
+            r#"{"execute":"checkpoint","arguments":{"wait":"cut","addr":"x"}}"#,
+            "GenericError",
+            "Invalid parameter type for 'addr', expected: object",
+        ),
+        (
+            r#"{"execute":"checkpoint","arguments":{"wait":"cut","addr":{}}}"#,
+            "GenericError",
+            "Parameter 'addr.type' is missing",
+        ),
+        (
+            r#"{"execute":"checkpoint","arguments":{"wait":"cut","addr":{"type":"fd"}}}"#,
+            "GenericError",
+            "Parameter 'addr.type' does not accept value 'fd'",
+        ),
+        (
+            r#"{"execute":"checkpoint","arguments":{"wait":"cut","addr":{"type":"unix","data":{}}}}"#,
+            "GenericError",
+            "Parameter 'addr.data.path' is missing",
+        ),
+        (
+            r#"{"execute":"checkpoint","arguments":{"wait":"cut","addr":{"type":"none","data":{"y":1}}}}"#,
+            "GenericError",
+            "Parameter 'addr.data.y' is unexpected",
+        ),
+        (
+            r#"{"execute":"checkpoint","arguments":{"wait":"cut","list":[{"path":"x"},{"path":1}]}}"#,
+            "GenericError",
+            "Invalid parameter type for 'list[1].path', expected: string",
         ),
     ];
     for (input, class, desc) in rows {
@@ -275,6 +331,81 @@ async fn single_quotes_whitespace_and_several_messages_on_a_line_are_understood(
     assert_eq!(client.message().await["id"], 1);
     let refused = client.message().await;
     assert_eq!((&refused["id"], &refused["error"]["exit-code"]), (&json!(2), &json!(3)));
+}
+
+#[tokio::test]
+async fn a_message_may_span_lines_and_needs_no_end_of_line() {
+    let server = Server::start();
+    let mut client = Client::negotiated(&server.path).await;
+    client.send(b"{\n  \"execute\":\r\n    \"query-status\"\n}").await;
+    assert_eq!(client.message().await, json!({ "return": { "state": "running" } }));
+}
+
+#[tokio::test]
+async fn commands_that_came_before_the_end_of_the_stream_are_answered() {
+    let server = Server::start();
+    let mut client = Client::negotiated(&server.path).await;
+    client.send(b"{'execute':'query-status','id':1}{'execute':'query-status','id':2}").await;
+    client.stream.get_mut().shutdown().await.unwrap();
+    assert_eq!(client.message().await["id"], 1);
+    assert_eq!(client.message().await["id"], 2);
+    assert!(client.is_closed().await);
+}
+
+#[tokio::test]
+async fn out_of_band_commands_pass_those_that_are_queued() {
+    let server = Server::start();
+    let mut client = Client::negotiated_oob(&server.path).await;
+    client.send(b"{'execute':'hang','id':1}{'execute':'query-status','id':2}").await;
+    tokio::time::timeout(DEADLINE, server.handler.entered.notified()).await.unwrap();
+    let answer = client.ask("{'exec-oob':'query-status','id':'now'}").await;
+    assert_eq!(answer, json!({ "return": { "state": "running" }, "id": "now" }));
+    let answer = client.ask("{'exec-oob':'refuse','id':3}").await;
+    assert_eq!(answer["error"]["desc"], "The command refuse cannot be executed out of band");
+    let answer = client.ask("{'exec-oob':'nope','id':4}").await;
+    assert_eq!(answer["error"]["class"], "CommandNotFound");
+    // What is no command has no band: it is answered in its turn.
+    client.send(b"{'exec-oob':7,'id':5}").await;
+    server.handler.release.notify_one();
+    for id in [1, 2, 5] {
+        assert_eq!(client.message().await["id"], id);
+    }
+}
+
+#[tokio::test]
+async fn no_more_than_eight_commands_are_queued_and_then_nothing_is_read() {
+    let server = Server::start();
+    let mut client = Client::negotiated_oob(&server.path).await;
+    client.send(b"{'execute':'hang','id':0}").await;
+    tokio::time::timeout(DEADLINE, server.handler.entered.notified()).await.unwrap();
+    for id in 1..=7 {
+        client.send(format!("{{'execute':'query-status','id':{id}}}").as_bytes()).await;
+    }
+    let oob = "{'exec-oob':'query-status','id':'oob'}";
+    assert_eq!(client.ask(oob).await["id"], "oob", "seven are queued");
+    client.send(b"{'execute':'query-status','id':8}").await;
+    client.send(oob.as_bytes()).await;
+    server.events.emit("TICK", Value::Null);
+    assert_eq!(client.message().await["event"], "TICK", "the out-of-band command is not read");
+    server.handler.release.notify_one();
+    let mut ids = Vec::new();
+    for _ in 0..10 {
+        ids.push(client.message().await["id"].clone());
+    }
+    let place = ids.iter().position(|id| id == "oob").unwrap();
+    assert!(place > 0, "{ids:?}");
+    ids.remove(place);
+    assert_eq!(ids, (0..=8).map(Value::from).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn events_that_came_before_the_end_are_sent() {
+    let server = Server::start();
+    let mut client = Client::negotiated(&server.path).await;
+    server.events.emit("SHUTDOWN", Value::Null);
+    server.shutdown.cancel();
+    assert_eq!(client.message().await["event"], "SHUTDOWN");
+    assert!(client.is_closed().await);
 }
 
 #[tokio::test]
