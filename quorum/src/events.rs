@@ -17,6 +17,17 @@ pub enum QuorumOperation {
     Flush,
 }
 
+/// As events name it: `read`, `write`, `flush`.
+impl fmt::Display for QuorumOperation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            QuorumOperation::Read => "read",
+            QuorumOperation::Write => "write",
+            QuorumOperation::Flush => "flush",
+        })
+    }
+}
+
 /// Something that an operator should know (spec: quorum, events). Sectors have 512 bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum QuorumEvent {
