@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use brep_block::{BlockDevice, Operation, Result, WriteFlags, ZeroFlags, is_zero};
+use brep_block::{Operation, Result, WriteFlags, ZeroFlags, is_zero};
 use bytes::Bytes;
 
 use crate::epoch::{Epoch, Side};

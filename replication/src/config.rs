@@ -27,6 +27,18 @@ pub struct DiskConfig {
     pub format: DiskFormat,
     /// How the file is read and written.
     pub cache: CacheMode,
+    /// The files that a secondary uses as the first epoch's buffers; none: it makes them.
+    pub buffers: Option<BufferFiles>,
+}
+
+/// The image files that an operator has named for the buffers of a disk's first epoch: qcow2, of
+/// the disk's size, and empty. They carry later buffers no more; those lie in the state directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BufferFiles {
+    /// What this side's guest writes.
+    pub active: PathBuf,
+    /// What the primary overwrites.
+    pub hidden: PathBuf,
 }
 
 /// When a guest write is acknowledged.

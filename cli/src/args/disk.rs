@@ -15,7 +15,13 @@ pub(crate) struct DiskArg {
 
 impl DiskArg {
     pub(crate) fn into_config(self) -> DiskConfig {
-        DiskConfig { name: self.name, path: self.file, format: self.format, cache: self.cache }
+        DiskConfig {
+            name: self.name,
+            path: self.file,
+            format: self.format,
+            cache: self.cache,
+            buffers: None,
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use brep_block::BlockDevice;
 use brep_qcow2::Qcow2;
 
 use super::buffers::{Buffer, BufferPool};
+use super::named::BufferUse;
 use crate::config::DiskConfig;
 use crate::gate::Gate;
 use crate::image::Image;
@@ -14,9 +15,6 @@ use crate::state::DiskRecord;
 use crate::unavailable::Unavailable;
 use crate::view::ChainView;
 use crate::{Error, Result, SetId};
-
-/// The unit of copy-before-write: a sub-cluster of a buffer (64 KiB clusters in 32 parts).
-pub(crate) const UNIT_BYTES: u64 = 2 << 10;
 
 /// One disk of a secondary: the image that takes the primary's writes, and the buffers that keep
 /// its last checkpoint.
@@ -155,7 +153,7 @@ impl ReplicaDisk {
         let options = CbwOptions {
             assume,
             discard_as_zeroes: true,
-            ..CbwOptions::new(&self.name).unit_bytes(UNIT_BYTES)
+            ..CbwOptions::new(&self.name).unit_bytes(newest.unit_bytes())
         };
         let base = Arc::clone(self.image.device());
         let filter = CopyBeforeWrite::new(Arc::clone(&base), newest.device(), options)?;
@@ -179,11 +177,11 @@ impl ReplicaDisk {
     ) -> Result<()> {
         self.adopt_next().await?;
         if self.state().next.is_none() {
-            let next = self.pool.take(set).await?;
+            let next = self.pool.take_first(set, BufferUse::Hidden).await?;
             self.state().next = Some(next);
         }
         if guest && self.state().active.is_none() {
-            let active = self.pool.take(set).await?;
+            let active = self.pool.take_first(set, BufferUse::Active).await?;
             self.state().active = Some(active);
         }
         if self.state().replica.is_none() {
@@ -215,7 +213,7 @@ impl ReplicaDisk {
         let (Some(next), Some(replica)) = (state.next.clone(), state.replica.clone()) else {
             return Err(Error::failed(format!("disk {}: no buffer for the next epoch", self.name)));
         };
-        replica.filter.switch_target(next.device())?;
+        replica.filter.switch_target_with_unit(next.device(), next.unit_bytes())?;
         replica.filter.set_enabled(true);
         state.next = None;
         state.chain.push(next);

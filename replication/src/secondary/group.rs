@@ -289,15 +289,19 @@ impl Group {
             let whole = record.secondary().is_some_and(|s| !s.inconsistent);
             whole && record.com.is_some()
         };
-        for disk in &self.disks {
-            disk.begin_session(terms.set, self.has_guest(), keep_checkpoint).await?;
-        }
+        // Whose buffers they are is known before one is taken: a file that somebody else has named
+        // is taken for ours again after a kill only by its set.
         self.update_record(|record| {
             record.set = Some(terms.set);
             if record.cur != Some(terms.cur) {
                 record.begin_line(terms.cur, terms.fork_epoch);
             }
             record.epoch = record.epoch.max(terms.epoch);
+        })?;
+        for disk in &self.disks {
+            disk.begin_session(terms.set, self.has_guest(), keep_checkpoint).await?;
+        }
+        self.update_record(|record| {
             self.record_disks(record, |disk| disk.record());
             if let Some(secondary) = record.secondary_mut() {
                 secondary.inconsistent = !keep_checkpoint;
@@ -533,7 +537,7 @@ async fn open_disk(
             known.size
         )));
     }
-    let pool = BufferPool::new(&config.state_dir, &disk.name, size);
+    let pool = BufferPool::new(&config.state_dir, &disk.name, size, disk.buffers.clone());
     let seq_max = record.secondary().map_or(0, |s| s.buffer_seq);
     ReplicaDisk::open(disk, pool, image, known, record.set, seq_max).await
 }

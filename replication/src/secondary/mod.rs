@@ -7,9 +7,11 @@ mod exports;
 mod failover;
 mod group;
 mod link;
+mod named;
 mod plain;
 mod session;
 mod status;
+mod tag;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -49,6 +49,7 @@ impl Scratch {
             path: self.path(file),
             format: DiskFormat::Raw,
             cache: CacheMode::Writeback,
+            buffers: None,
         }
     }
 
