@@ -107,6 +107,11 @@ impl Settings {
         Ok(())
     }
 
+    /// Whether `rewrite_corrupted` has an effect.
+    pub(crate) fn repairs(&self) -> bool {
+        self.rewrite_corrupted && self.read_pattern == ReadPattern::Quorum
+    }
+
     /// Whether `blkverify` has an effect.
     pub(crate) fn compares(&self) -> bool {
         self.blkverify && self.read_pattern == ReadPattern::Quorum

@@ -146,6 +146,11 @@ impl BlockDevice for Quorum {
         if len == 0 {
             return Io::ok(Bytes::new());
         }
+        if self.shared.settings.repairs() {
+            // A repair that has begun ends under its lock, also if nobody waits for the read.
+            let shared = Arc::clone(&self.shared);
+            return start(async move { shared.read(offset, len).await });
+        }
         inline(self.shared.read(offset, len))
     }
 

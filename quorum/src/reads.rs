@@ -81,6 +81,7 @@ impl Shared {
             return Ok(first.clone());
         }
         if self.settings.blkverify {
+            self.events.failure(&self.name, offset, len);
             return Err(self.mismatch(&contents, offset, len));
         }
         let versions = versions(contents);

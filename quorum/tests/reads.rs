@@ -2,7 +2,7 @@
 
 mod common;
 
-use brep_block::{BlockDevice, ErrorKind, Operation, Rule, WriteFlags, ZeroFlags};
+use brep_block::{BlockDevice, ErrorKind, Operation, ReadOnly, Rule, WriteFlags, ZeroFlags};
 use brep_quorum::{QuorumOperation, QuorumOptions, ReadPattern};
 use bytes::Bytes;
 use common::{failing, failure, fifo, is_bad, rig};
@@ -116,6 +116,31 @@ async fn a_rewrite_never_undoes_a_write_that_came_meanwhile() {
 }
 
 #[tokio::test]
+async fn a_repair_whose_read_was_given_up_holds_later_writes_back() {
+    let rig = rig(3, 2, |options| options.settings.rewrite_corrupted = true);
+    rig.put(2, 0, 8).await;
+    let hang = rig.fault[2].hang(Rule::new(Operation::Write));
+    drop(rig.quorum.read(0, 512));
+    hang.reached(1).await;
+    let write = rig.quorum.write(0, Bytes::from(vec![9; 512]), WriteFlags::default());
+    assert_eq!(rig.get(0, 0).await, 0, "held back");
+    hang.release();
+    write.await.unwrap();
+    for child in 0..3 {
+        assert_eq!(rig.get(child, 0).await, 9, "child {child}");
+    }
+}
+
+#[tokio::test]
+async fn children_are_repaired_also_under_a_reader_that_may_not_write() {
+    let rig = rig(3, 2, |options| options.settings.rewrite_corrupted = true);
+    rig.put(1, 0, 8).await;
+    let reader = ReadOnly::new(rig.quorum.clone() as _);
+    assert_eq!(reader.read(0, 512).await.unwrap()[0], 0);
+    assert_eq!(rig.get(1, 0).await, 0);
+}
+
+#[tokio::test]
 async fn blkverify_fails_a_read_at_the_first_difference() {
     let rig = rig(2, 2, |options| options.settings.blkverify = true);
     rig.write(0, 7).await.unwrap();
@@ -124,6 +149,7 @@ async fn blkverify_fails_a_read_at_the_first_difference() {
     let error = rig.quorum.read(0, 512).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
     assert!(error.detail().contains("contents mismatch at offset 100"), "{error}");
+    assert_eq!(rig.events(), [failure(0, 1)]);
 }
 
 #[tokio::test]
