@@ -3,7 +3,7 @@
 mod common;
 
 use brep_block::{BlockDevice, Operation, Rule, WriteFlags};
-use brep_quorum::Child;
+use brep_quorum::{Child, ChildChange, QuorumError};
 use bytes::Bytes;
 use common::{Rig, fifo, memory, rig};
 
@@ -113,4 +113,22 @@ async fn a_change_that_is_given_up_lets_requests_go_on() {
     hang.release();
     first.await.unwrap();
     assert_eq!(names(&rig), ["children.0", "children.1"]);
+}
+
+/// The two parameters of `x-blockdev-change`, of which exactly one is wanted.
+#[test]
+fn a_change_adds_a_node_or_removes_a_child() {
+    let new = |child: Option<&str>, node: Option<&str>| {
+        ChildChange::new(child.map(str::to_owned), node.map(str::to_owned))
+    };
+    let text = |result: Result<ChildChange, QuorumError>| result.unwrap_err().to_string();
+    assert_eq!(text(new(Some("c"), Some("n"))), "The parameters child and node are in conflict");
+    assert_eq!(text(new(None, None)), "Either child or node must be specified");
+    let add = new(None, Some("n")).unwrap();
+    assert_eq!(add, ChildChange::Add { node: "n".into() });
+    assert_eq!(add.refused_by("raw0").to_string(), "The node raw0 does not support adding a child");
+    let remove = new(Some("children.1"), None).unwrap();
+    assert_eq!(remove, ChildChange::Remove { child: "children.1".into() });
+    let text = remove.refused_by("raw0").to_string();
+    assert_eq!(text, "The node raw0 does not support removing a child");
 }

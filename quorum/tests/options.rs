@@ -67,28 +67,6 @@ fn blkverify_wants_two_children_and_threshold_two() {
 }
 
 #[test]
-fn children_of_different_sizes_are_refused() {
-    let error = refused(QuorumOptions::new("q", 1, children(&[512, 1024])));
-    assert!(error.contains("size of node1 differs"), "{error}");
-}
-
-#[test]
-fn a_child_of_size_zero_is_refused_unless_its_errors_are_ignored() {
-    let make = |ignore: &[usize], sizes: &[u64]| {
-        let mut children = children(sizes);
-        for &i in ignore {
-            children[i].ignore_errors = true;
-        }
-        Quorum::new(QuorumOptions::new("q", 1, children))
-    };
-    assert!(make(&[], &[512, 0]).is_err());
-    assert_eq!(make(&[1], &[512, 0]).unwrap().size(), 512);
-    assert_eq!(make(&[0], &[0, 512]).unwrap().size(), 512);
-    assert!(make(&[1], &[512, 1024]).is_err(), "a size that is known must agree");
-    assert!(make(&[0, 1], &[0, 0]).is_err(), "nobody knows the size");
-}
-
-#[test]
 fn a_device_cannot_be_two_children() {
     let disk = Memory::new("disk", 512);
     let twice = vec![Child::new(disk.clone() as _), Child::new(disk as _)];

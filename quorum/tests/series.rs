@@ -1,4 +1,8 @@
-//! The quorum as controller (spec: series v3, section 6).
+//! The rows of the original series: errors that are ignored (series v3, section 3), and the quorum
+//! as the controller of its replicating child (section 6). Rows about option text are in
+//! `option_text.rs`.
+
+mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -7,8 +11,9 @@ use brep_block::{
     BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, Memory, Operation,
     Replication, ReplicationMode, WriteFlags, ZeroFlags,
 };
-use brep_quorum::{Child, Quorum, QuorumOptions, ReadPattern};
+use brep_quorum::{Child, Quorum, QuorumError, QuorumOptions, ReadPattern};
 use bytes::Bytes;
+use common::{failing, failure, rig};
 
 /// A child that replicates, and remembers what it was told.
 #[derive(Debug)]
@@ -103,7 +108,7 @@ async fn start(quorum: &Quorum, mode: ReplicationMode) -> brep_block::Result<()>
 use ReplicationMode::{Primary, Secondary, Unprotected};
 
 #[tokio::test]
-async fn start_wants_the_mode_primary() {
+async fn s6_start_in_another_mode_than_primary_is_refused() {
     let child = Replicator::new("remote");
     let quorum = quorum(ReadPattern::Fifo, std::slice::from_ref(&child));
     for mode in [Secondary, Unprotected] {
@@ -114,21 +119,37 @@ async fn start_wants_the_mode_primary() {
 }
 
 #[tokio::test]
-async fn start_wants_the_read_pattern_fifo() {
+async fn s6_start_with_another_read_pattern_than_fifo_is_refused() {
     let quorum = quorum(ReadPattern::Quorum, &[Replicator::new("remote")]);
     let error = start(&quorum, Primary).await.unwrap_err();
     assert!(error.detail().contains("needs read pattern 'fifo'"), "{error}");
 }
 
 #[tokio::test]
-async fn start_needs_a_child_that_replicates() {
+async fn s6_start_without_a_replicating_child_is_refused() {
     let quorum = quorum(ReadPattern::Fifo, &[]);
     let error = start(&quorum, Primary).await.unwrap_err();
     assert_eq!(error.detail(), "No child supports block replication");
 }
 
+/// Their errors are discarded; the one that succeeds is remembered.
 #[tokio::test]
-async fn start_stops_all_if_more_than_one_replicates() {
+async fn s6_start_is_tried_on_every_child_and_one_success_is_enough() {
+    let children = ["a", "b", "c"].map(Replicator::new);
+    let quorum = quorum(ReadPattern::Fifo, &children);
+    for running in [0, 2] {
+        children[running].running.store(true, Ordering::Relaxed);
+    }
+    start(&quorum, Primary).await.unwrap();
+    quorum.replication().unwrap().checkpoint().await.unwrap();
+    let calls = children.each_ref().map(|child| child.calls());
+    assert_eq!(calls[0], ["start Primary"]);
+    assert_eq!(calls[1], ["start Primary", "checkpoint"]);
+    assert_eq!(calls[2], ["start Primary"]);
+}
+
+#[tokio::test]
+async fn s6_start_with_two_replicating_children_stops_all_and_is_refused() {
     let children = [Replicator::new("a"), Replicator::new("b")];
     let quorum = quorum(ReadPattern::Fifo, &children);
     let error = start(&quorum, Primary).await.unwrap_err();
@@ -141,7 +162,7 @@ async fn start_stops_all_if_more_than_one_replicates() {
 }
 
 #[tokio::test]
-async fn calls_before_start_are_refused() {
+async fn s6_checkpoint_and_stop_before_start_are_refused() {
     let quorum = quorum(ReadPattern::Fifo, &[Replicator::new("remote")]);
     let calls = quorum.replication().unwrap();
     for error in [
@@ -154,7 +175,7 @@ async fn calls_before_start_are_refused() {
 }
 
 #[tokio::test]
-async fn calls_are_forwarded_to_the_one_child_that_started() {
+async fn s6_checkpoint_and_stop_are_forwarded_to_the_one_child_that_started() {
     let child = Replicator::new("remote");
     let quorum = quorum(ReadPattern::Fifo, std::slice::from_ref(&child));
     start(&quorum, Primary).await.unwrap();
@@ -166,7 +187,7 @@ async fn calls_are_forwarded_to_the_one_child_that_started() {
 }
 
 #[tokio::test]
-async fn a_stop_that_fails_ends_replication_all_the_same() {
+async fn s6_a_stop_that_fails_ends_replication_all_the_same() {
     let quorum = quorum(ReadPattern::Fifo, &[Replicator::new("remote")]);
     start(&quorum, Primary).await.unwrap();
     let calls = quorum.replication().unwrap();
@@ -175,7 +196,7 @@ async fn a_stop_that_fails_ends_replication_all_the_same() {
 }
 
 #[tokio::test]
-async fn a_repeated_start_fails_and_the_child_goes_on() {
+async fn s6_a_repeated_start_fails_and_the_child_goes_on() {
     let child = Replicator::new("remote");
     let quorum = quorum(ReadPattern::Fifo, std::slice::from_ref(&child));
     start(&quorum, Primary).await.unwrap();
@@ -191,4 +212,80 @@ async fn removing_the_child_that_replicates_ends_replication() {
     quorum.remove_child("children.1").await.unwrap();
     let error = quorum.replication().unwrap().stop(false).await.unwrap_err();
     assert_eq!(error.detail(), "Block replication is not running");
+}
+
+/// A read that fails is not reported, and is no success for the threshold.
+#[tokio::test]
+async fn s3_a_failed_read_of_an_ignored_child_is_not_reported_and_is_no_success() {
+    let ignoring = |threshold, pattern| {
+        rig(2, threshold, |options: &mut QuorumOptions| {
+            options.children[0].ignore_errors = true;
+            options.settings.read_pattern = pattern;
+        })
+    };
+    for pattern in [ReadPattern::Quorum, ReadPattern::Fifo] {
+        let rig = ignoring(1, pattern);
+        rig.fault[0].fail(failing(Operation::Read, 5));
+        assert_eq!(rig.read(0).await.unwrap(), 0);
+        assert_eq!(rig.events(), []);
+    }
+    let rig = ignoring(2, ReadPattern::Quorum);
+    rig.fault[0].fail(failing(Operation::Read, 5));
+    rig.read(0).await.unwrap_err();
+    assert_eq!(rig.events(), [failure(0, 1)]);
+}
+
+#[tokio::test]
+async fn s3_a_failed_write_of_an_ignored_child_is_not_reported_and_is_no_success() {
+    let ignoring = |threshold| {
+        rig(2, threshold, |options: &mut QuorumOptions| options.children[1].ignore_errors = true)
+    };
+    let rig = ignoring(1);
+    rig.fault[1].fail(failing(Operation::Write, 5));
+    rig.write(0, 1).await.unwrap();
+    assert_eq!(rig.events(), []);
+    let rig = ignoring(2);
+    rig.fault[1].fail(failing(Operation::Write, 5));
+    rig.write(0, 1).await.unwrap_err();
+    assert_eq!(rig.events(), [failure(0, 1)]);
+}
+
+#[tokio::test]
+async fn s3_a_failed_flush_of_an_ignored_child_counts_as_flushed() {
+    let rig = rig(2, 2, |options| options.children[1].ignore_errors = true);
+    rig.fault[1].fail(failing(Operation::Flush, 5));
+    rig.quorum.flush(FlushLevel::Durable).await.unwrap();
+    assert_eq!(rig.events(), []);
+}
+
+fn sized(ignored: &[usize], sizes: &[u64]) -> Result<u64, QuorumError> {
+    let make = |(i, size): (usize, &u64)| Child {
+        device: Memory::new(format!("node{i}"), *size),
+        ignore_errors: ignored.contains(&i),
+    };
+    let children = sizes.iter().enumerate().map(make).collect();
+    Ok(Quorum::new(QuorumOptions::new("q", 1, children))?.size())
+}
+
+#[test]
+fn s3_a_length_of_0_of_an_ignored_child_is_skipped() {
+    assert_eq!(sized(&[1], &[512, 0]).unwrap(), 512);
+    assert_eq!(sized(&[0], &[0, 512]).unwrap(), 512);
+    assert_eq!(sized(&[], &[512, 0]).unwrap_err().errno(), 5, "nobody else's");
+}
+
+#[test]
+fn s3_lengths_that_are_known_must_agree() {
+    for ignored in [&[][..], &[1], &[0, 1]] {
+        let error = sized(ignored, &[512, 1024]).unwrap_err();
+        assert_eq!(error.errno(), 5);
+        assert!(error.to_string().contains("size of node1 differs"), "{error}");
+    }
+}
+
+#[test]
+fn s3_a_length_that_nobody_knows_is_an_error() {
+    let error = sized(&[0, 1], &[0, 0]).unwrap_err();
+    assert_eq!(error.errno(), 5);
+    assert!(error.to_string().contains("no child knows the size"), "{error}");
 }

@@ -67,21 +67,6 @@ async fn fifo_fails_a_write_that_every_child_fails() {
 }
 
 #[tokio::test]
-async fn an_ignored_failure_is_not_reported_and_is_no_success() {
-    let ignoring = |threshold| {
-        rig(2, threshold, |options: &mut QuorumOptions| options.children[1].ignore_errors = true)
-    };
-    let rig = ignoring(1);
-    rig.fault[1].fail(failing(Operation::Write, 5));
-    rig.write(0, 1).await.unwrap();
-    assert_eq!(rig.events(), []);
-    let rig = ignoring(2);
-    rig.fault[1].fail(failing(Operation::Write, 5));
-    rig.write(0, 1).await.unwrap_err();
-    assert_eq!(rig.events(), [failure(0, 1)]);
-}
-
-#[tokio::test]
 async fn zeroes_reach_every_child() {
     let rig = rig(2, 2, |_| ());
     rig.write(0, 9).await.unwrap();
@@ -168,14 +153,6 @@ async fn too_few_flushed_children_fail_the_flush() {
     rig.fault[2].fail(failing(Operation::Flush, 28));
     let error = rig.quorum.flush(FlushLevel::Durable).await.unwrap_err();
     assert_eq!(error.errno(), 5);
-}
-
-#[tokio::test]
-async fn an_ignored_failure_counts_as_flushed() {
-    let rig = rig(2, 2, |options| options.children[1].ignore_errors = true);
-    rig.fault[1].fail(failing(Operation::Flush, 5));
-    rig.quorum.flush(FlushLevel::Durable).await.unwrap();
-    assert_eq!(rig.events(), []);
 }
 
 #[tokio::test]
