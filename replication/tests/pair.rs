@@ -47,3 +47,19 @@ async fn a_control_socket_that_cannot_be_bound_is_an_error_that_names_it() {
     let error = Side::secondary(config).ended().await.unwrap_err();
     assert!(error.to_string().contains("missing/control.sock"), "{error}");
 }
+
+#[tokio::test]
+async fn every_checkpoint_that_the_secondary_asks_for_is_answered() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", 2 * MIB, 1);
+    scratch.raw("s.raw", 2 * MIB, 2);
+    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    let ask = || secondary.command("checkpoint", json!({ "timeout-ms": 10_000 }));
+    for answer in futures_util::future::join_all((0..16).map(|_| ask())).await {
+        assert!(answer.unwrap()["epoch"].is_u64());
+    }
+    primary.stop().await;
+    secondary.stop().await;
+}

@@ -81,8 +81,9 @@ pub(crate) struct Core {
     pub(crate) peer: Option<String>,
     /// A copy runs; no cuts until it has ended.
     pub(crate) copying: bool,
-    /// The secondary's operator asks for a checkpoint, under this number.
-    pub(crate) checkpoint_for_peer: Option<u64>,
+    /// The secondary's operators ask for a checkpoint, under these numbers; at most
+    /// [`ASKED_MAX`](super::link::ASKED_MAX).
+    pub(crate) checkpoints_for_peer: Vec<u64>,
     pub(crate) last_contact: Option<Instant>,
     pub(crate) last_commit: Option<Instant>,
     /// Something was written since the last cut.
@@ -156,7 +157,7 @@ impl Group {
             reason: None,
             peer: config.peer.as_ref().map(ToString::to_string),
             copying: false,
-            checkpoint_for_peer: None,
+            checkpoints_for_peer: Vec::new(),
             last_contact: None,
             last_commit: None,
             dirty: false,
@@ -269,6 +270,7 @@ impl Group {
         })?;
         core.connections = connections;
         core.copying = true;
+        core.checkpoints_for_peer.clear();
         core.wish = Wish::default();
         core.link = LinkState::Connected;
         core.refusal = None;

@@ -17,6 +17,9 @@ use crate::{Epoch, Error, Result};
 /// Messages that wait to be sent.
 const OUTBOX_LEN: usize = 64;
 
+/// Checkpoints that the secondary may wait for at a time; it asks for fewer.
+pub(super) const ASKED_MAX: usize = 256;
+
 /// How long a commit may take on the secondary. The guest does not wait for it.
 const COMMIT_LIMIT: Duration = Duration::from_secs(60);
 
@@ -117,7 +120,11 @@ impl Link {
                 Ok(())
             }
             Message::CheckpointRequest { id } => {
-                self.group.core().checkpoint_for_peer = Some(id);
+                let mut core = self.group.core();
+                if core.checkpoints_for_peer.len() >= ASKED_MAX {
+                    return Err(Error::failed("link: too many checkpoints are asked for"));
+                }
+                core.checkpoints_for_peer.push(id);
                 self.group.wake.notify_one();
                 Ok(())
             }

@@ -122,7 +122,7 @@ impl Session {
                     Some(request) => self.checkpoint_for(request).await,
                     None => return Error::failed("brep is going away"),
                 },
-                () = self.group.wake.notified() => self.checkpoint_for_peer().await,
+                () = self.group.wake.notified() => self.checkpoints_for_peer().await,
                 () = tick => {
                     if self.group.core().dirty {
                         self.checkpoint(None).await.map(drop)
@@ -198,12 +198,18 @@ impl Session {
         result.map(drop)
     }
 
-    async fn checkpoint_for_peer(&self) -> std::result::Result<(), Failure> {
-        let Some(id) = self.group.core().checkpoint_for_peer.take() else { return Ok(()) };
+    /// One checkpoint is the answer to all that had asked when it began.
+    async fn checkpoints_for_peer(&self) -> std::result::Result<(), Failure> {
+        let asked = std::mem::take(&mut self.group.core().checkpoints_for_peer);
+        if asked.is_empty() {
+            return Ok(());
+        }
         let result = self.checkpoint(None).await;
         if let Peer::Brep(link) = &self.peer {
             let told = result.as_ref().map(|epoch| *epoch).map_err(|f| f.error().clone());
-            link.answer_checkpoint(id, &told).await;
+            for id in asked {
+                link.answer_checkpoint(id, &told).await;
+            }
         }
         result.map(drop)
     }

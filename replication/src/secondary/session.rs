@@ -14,6 +14,9 @@ use crate::{Epoch, Error, Result};
 /// Messages that wait to be sent; more than any exchange of the link has at a time.
 const OUTBOX_LEN: usize = 64;
 
+/// Checkpoints that are asked for at a time; the primary takes more.
+const REQUESTS_MAX: usize = 64;
+
 /// Data connections of a session: one a disk now, and room for several.
 const SLOTS_MAX: u32 = 1024;
 
@@ -135,7 +138,13 @@ impl Session {
     pub(crate) async fn request_checkpoint(&self, limit: Duration) -> Result<Epoch> {
         let id = self.request_id.fetch_add(1, Ordering::Relaxed);
         let (answer, wait) = oneshot::channel();
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner).insert(id, answer);
+        {
+            let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+            if requests.len() >= REQUESTS_MAX {
+                return Err(Error::refused("too many checkpoints are waiting already"));
+            }
+            requests.insert(id, answer);
+        }
         self.send(Message::CheckpointRequest { id }).await?;
         let result = tokio::time::timeout(limit, wait).await;
         self.requests.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
