@@ -104,7 +104,7 @@ fn parse_cache(text: &str) -> Result<CacheMode, String> {
     }
 }
 
-fn check_name(name: &str) -> Result<(), String> {
+pub(super) fn check_name(name: &str) -> Result<(), String> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     if (1..=64).contains(&name.len()) && name.bytes().all(plain) {
         return Ok(());
@@ -113,7 +113,7 @@ fn check_name(name: &str) -> Result<(), String> {
 }
 
 /// Splits at commas; two commas stand for one that belongs to the text.
-fn split_fields(text: &str) -> Vec<String> {
+pub(super) fn split_fields(text: &str) -> Vec<String> {
     let mut fields = vec![String::new()];
     let mut characters = text.chars().peekable();
     while let Some(character) = characters.next() {

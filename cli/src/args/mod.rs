@@ -2,6 +2,7 @@
 mod address;
 mod control;
 mod disk;
+mod drive;
 mod image;
 mod nbd;
 mod pair;

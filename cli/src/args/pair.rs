@@ -2,12 +2,13 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use brep_nbd::NbdUri;
+use brep_nbd::{Endpoint, NbdUri};
 use brep_replication::config::{Ack, DiskConfig, PeerKind, PrimaryConfig, SecondaryConfig};
 use clap::{Args, ValueEnum};
 
 use super::address::{check_plaintext, endpoint_without_export};
 use super::disk::DiskArg;
+use super::drive::{self, Drives};
 use crate::exit::Failure;
 use crate::units::{Interval, parse_duration, parse_interval, parse_size};
 
@@ -19,12 +20,22 @@ pub(crate) struct SideArgs {
     /// May be given several times: all disks are cut and committed together. NAME is the name of
     /// the export and the same on both sides. The format is taken from .raw, .img or .qcow2, and
     /// has to be given for any other name. A comma in FILE is written twice.
-    #[arg(long = "disk", value_name = "NAME=FILE", required = true)]
+    #[arg(long = "disk", value_name = "NAME=FILE", required_unless_present = "drives")]
     disks: Vec<DiskArg>,
 
+    /// A disk of the group as QEMU's block replication writes it, instead of --disk
+    ///
+    /// On a primary driver=quorum,...; on a secondary two for each disk: if=none,id=... and
+    /// driver=qcow2+colo,.... A comma in a value is written twice.
+    #[arg(long = "drive", value_name = "OPTIONS", conflicts_with = "disks")]
+    drives: Vec<String>,
+
     /// Directory for the state record and the buffers; made with mode 0700 if it is missing
-    #[arg(long, value_name = "DIR")]
-    state_dir: PathBuf,
+    ///
+    /// With --drive FILE.brep if it is not given: on a secondary FILE is the first active disk, on
+    /// a primary the first local disk.
+    #[arg(long, value_name = "DIR", required_unless_present = "drives")]
+    state_dir: Option<PathBuf>,
 
     /// Control socket [default: STATE_DIR/control.sock]
     #[arg(long, value_name = "SOCKET")]
@@ -97,11 +108,11 @@ pub(crate) struct PrimaryArgs {
     side: SideArgs,
 
     /// Where the secondary listens; without it the primary runs alone
-    #[arg(long, value_name = "URI")]
+    #[arg(long, value_name = "URI", conflicts_with = "drives")]
     peer: Option<NbdUri>,
 
     /// What listens there
-    #[arg(long, value_name = "KIND", default_value = "brep", requires = "peer")]
+    #[arg(long, value_name = "KIND", default_value = "brep")]
     peer_kind: PeerKindArg,
 
     /// Where guests connect; exports are the names of the disks
@@ -171,8 +182,14 @@ impl PrimaryArgs {
         if self.window_bytes < 1 << 20 {
             return Err(Failure::usage("--window-bytes: at least 1M"));
         }
-        let side = self.side.resolve()?;
-        let peer = self.peer.map(|uri| endpoint_without_export("--peer", uri)).transpose()?;
+        let side = self.side.resolve(drive::primary)?;
+        let peer = match side.peer {
+            Some(peer) => Some(peer),
+            None => self.peer.map(|uri| endpoint_without_export("--peer", uri)).transpose()?,
+        };
+        if peer.is_none() && self.peer_kind == PeerKindArg::Plain {
+            return Err(Failure::usage("--peer-kind plain: --peer is missing"));
+        }
         let guest_listen = endpoint_without_export("--guest-listen", self.guest_listen)?;
         check_plaintext("--guest-listen", &guest_listen, side.allow_plaintext)?;
         Ok(PrimaryConfig {
@@ -204,7 +221,7 @@ impl PrimaryArgs {
 impl SecondaryArgs {
     /// What was typed, as what it means.
     pub(crate) fn resolve(self) -> Result<SecondaryConfig, Failure> {
-        let side = self.side.resolve()?;
+        let side = self.side.resolve(drive::secondary)?;
         let listen = endpoint_without_export("--listen", self.listen)?;
         check_plaintext("--listen", &listen, side.allow_plaintext)?;
         let guest_listen = self
@@ -235,6 +252,7 @@ impl SecondaryArgs {
 struct Side {
     name: String,
     disks: Vec<DiskConfig>,
+    peer: Option<Endpoint>,
     state_dir: PathBuf,
     control: Option<PathBuf>,
     peer_timeout: Duration,
@@ -243,23 +261,16 @@ struct Side {
 }
 
 impl SideArgs {
-    fn resolve(self) -> Result<Side, Failure> {
+    /// `drives` understands the options that --drive was given.
+    fn resolve(
+        self,
+        drives: impl FnOnce(&[String], Option<PathBuf>) -> Result<Drives, Failure>,
+    ) -> Result<Side, Failure> {
         if self.durability == Durability::Power {
             return Err(Failure::usage(
                 "--durability power is not available in this version: a checkpoint survives the \
                  end of any process, not yet the loss of power",
             ));
-        }
-        let (mut names, mut files) = (HashSet::new(), HashSet::new());
-        for disk in &self.disks {
-            if !names.insert(&disk.name) {
-                return Err(Failure::usage(format!("--disk {}: the name is taken", disk.name)));
-            }
-            let file = std::fs::canonicalize(&disk.file).unwrap_or_else(|_| disk.file.clone());
-            if !files.insert(file) {
-                let file = disk.file.display();
-                return Err(Failure::usage(format!("--disk {}: {file} given twice", disk.name)));
-            }
         }
         if self.end_with_parent {
             let signal = Some(rustix::process::Signal::KILL);
@@ -272,14 +283,37 @@ impl SideArgs {
         if !(1..=64).contains(&name.len()) || name.chars().any(char::is_control) {
             return Err(Failure::usage("--name: 1 to 64 bytes, no control characters"));
         }
+        // Last, because this looks at files too.
+        let Drives { disks, peer, state_dir } = match self.state_dir {
+            Some(state_dir) if self.drives.is_empty() => {
+                Drives { disks: plain_disks(self.disks)?, peer: None, state_dir }
+            }
+            state_dir => drives(&self.drives, state_dir)?,
+        };
         Ok(Side {
             name,
-            disks: self.disks.into_iter().map(DiskArg::into_config).collect(),
-            state_dir: std::path::absolute(self.state_dir)?,
+            disks,
+            peer,
+            state_dir: std::path::absolute(state_dir)?,
             control: self.control.map(std::path::absolute).transpose()?,
             peer_timeout: self.peer_timeout,
             start: !self.no_start,
             allow_plaintext: self.allow_plaintext,
         })
     }
+}
+
+fn plain_disks(disks: Vec<DiskArg>) -> Result<Vec<DiskConfig>, Failure> {
+    let (mut names, mut files) = (HashSet::new(), HashSet::new());
+    for disk in &disks {
+        if !names.insert(&disk.name) {
+            return Err(Failure::usage(format!("--disk {}: the name is taken", disk.name)));
+        }
+        let file = std::fs::canonicalize(&disk.file).unwrap_or_else(|_| disk.file.clone());
+        if !files.insert(file) {
+            let file = disk.file.display();
+            return Err(Failure::usage(format!("--disk {}: {file} given twice", disk.name)));
+        }
+    }
+    Ok(disks.into_iter().map(DiskArg::into_config).collect())
 }

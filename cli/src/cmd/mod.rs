@@ -4,5 +4,5 @@ pub(crate) mod demo;
 pub(crate) mod image;
 pub(crate) mod nbd;
 pub(crate) mod pair;
-mod runtime;
+pub(crate) mod runtime;
 pub(crate) mod status;
