@@ -30,6 +30,7 @@
 //! ```
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -66,8 +67,17 @@ struct Args {
     children: Vec<String>,
 }
 
-fn main() -> Result<(), Error> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match start(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mirror: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(args: Args) -> Result<(), Error> {
     // A thread of its own, so that nobody who is slow to read holds up the disk.
     let (output, lines) = sync_channel::<Value>(1000);
     let printer = std::thread::spawn(move || lines.iter().for_each(|line| println!("{line}")));
