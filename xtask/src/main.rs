@@ -1,6 +1,7 @@
-//! Tasks of the brep workspace: `cargo xtask test`, `cargo xtask iotest`, `cargo xtask deps`.
+//! Tasks of the brep workspace: `cargo xtask test`, `iotest`, `bench`, `deps`.
 
 mod backports;
+mod bench;
 mod deps;
 mod guest;
 mod iotest;
@@ -28,6 +29,11 @@ enum Task {
     Test(test::Args),
     /// Run the numbered end-to-end tests against the real binary
     Iotest(iotest::Args),
+    /// Compare speeds with a pair of QEMUs, qemu-nbd and nbdkit
+    Bench(bench::Args),
+    /// Read at random over NBD with simple replies: a load of the bench
+    #[command(hide = true)]
+    ReadLoad(bench::read_load::Args),
     /// List the programs that the tests use, and install what is missing
     Deps(deps::Args),
 }
@@ -36,6 +42,8 @@ fn main() -> ExitCode {
     let outcome = match Args::parse().task {
         Task::Test(args) => test::main(&args),
         Task::Iotest(args) => iotest::main(&args),
+        Task::Bench(args) => bench::main(&args),
+        Task::ReadLoad(args) => bench::read_load::main(&args),
         Task::Deps(args) => deps::main(&args),
     };
     match outcome {

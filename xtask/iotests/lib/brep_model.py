@@ -17,7 +17,7 @@ BLOCK = 4096
 NEVER = float("inf")
 
 # Commands of the NBD protocol.
-WRITE, DISCONNECT, FLUSH, TRIM, WRITE_ZEROES = 1, 2, 3, 4, 6
+READ, WRITE, DISCONNECT, FLUSH, TRIM, WRITE_ZEROES = 0, 1, 2, 3, 4, 6
 
 
 class Write:
@@ -151,7 +151,7 @@ class Guest:
                 with socket.socket(socket.AF_UNIX) as connection:
                     connection.settimeout(20)
                     connection.connect(self.path)
-                    self._negotiate(connection)
+                    negotiate(connection, self.export)
                     while not self._stop.is_set():
                         self._burst(connection)
             except socket.timeout:
@@ -160,19 +160,6 @@ class Guest:
             except OSError:
                 # Nobody is there just now.
                 self._stop.wait(0.02)
-
-    def _negotiate(self, connection):
-        receive(connection, 18)
-        name = self.export.encode()
-        data = struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
-        connection.sendall(struct.pack(">IQII", 3, 0x49484156454F5054, 7, len(data)) + data)
-        while True:
-            _, _, kind, length = struct.unpack(">QIII", receive(connection, 20))
-            receive(connection, length)
-            if kind == 1:
-                return
-            if kind >> 31:
-                raise OSError("the export is not served")
 
     def _burst(self, connection):
         """Several requests at once, then all their answers."""
@@ -203,6 +190,21 @@ class Guest:
                 self.acknowledged += 1
         if started > self.excused_until:
             self.slowest_s = max(self.slowest_s, time.monotonic() - started)
+
+
+def negotiate(connection, export):
+    """Goes to an export with simple replies; OSError if it is not served."""
+    receive(connection, 18)
+    name = export.encode()
+    data = struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
+    connection.sendall(struct.pack(">IQII", 3, 0x49484156454F5054, 7, len(data)) + data)
+    while True:
+        _, _, kind, length = struct.unpack(">QIII", receive(connection, 20))
+        receive(connection, length)
+        if kind == 1:
+            return
+        if kind >> 31:
+            raise OSError("the export is not served")
 
 
 def request(kind, cookie, offset, length):

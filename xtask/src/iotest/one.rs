@@ -109,6 +109,7 @@ impl Harness {
             .env("BREP", &self.binary)
             .env("BREP_EXAMPLES", &self.examples)
             .env("BREP_GUEST", &self.guest)
+            .env("BREP_XTASK", std::env::current_exe()?)
             .env("PYTHONPATH", &self.lib_dir)
             .env("PYTHONUNBUFFERED", "1")
             .env("LC_ALL", "C.UTF-8")

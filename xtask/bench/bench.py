@@ -1,0 +1,118 @@
+"""Speeds of brep side by side with a pair of QEMUs, qemu-nbd and nbdkit.
+
+A row is one load on all contenders of a group. A round measures every row once, the contenders
+one right after the other and beginning with another one each time, each from a new checkpoint. A
+ratio is taken within a round, where the machine was the same for both; medians of the rounds
+count.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import brep_iotest
+import contenders as c
+import moments
+import report
+from loads import LOADS
+
+
+class Group:
+    """`ours` are compared with `peers`; `others` are only shown."""
+
+    def __init__(self, name, title, ours, peers, others=()):
+        self.name, self.title = name, title
+        self.ours, self.peers, self.others = ours, peers, list(others)
+
+    def all(self):
+        return self.ours + self.peers + self.others
+
+
+def groups(t):
+    return [
+        Group("primary", "The guest's export of a pair",
+              [c.BrepPair(t, "sync"), c.BrepPair(t, "async")], [c.QemuPair(t)], [c.Null(t)]),
+        Group("secondary", "The secondary alone, written to by a plain client",
+              [], [c.QemuParent(t)]),
+        Group("server", "A plain server",
+              [c.BrepServer(t)], [c.QemuNbd(t), c.NbdkitFile(t)], [c.Null(t)]),
+    ]
+
+
+def main(t):
+    options = parse()
+    groups_all = groups(t)
+    rows = [(group, load) for group in groups_all for load in LOADS
+            if wanted(options, f"{group.name}/{load.name}")]
+    dirtied = [mib for mib in moments.DIRTY_MIB if wanted(options, f"moments/{mib}")]
+    if options.list:
+        print("\n".join([f"{group.name}/{load.name}" for group, load in rows]
+                        + [f"moments/{mib}" for mib in dirtied]))
+        return
+    record = {"machine": report.machine(t), "options": vars(options), "rows": {}, "moments": {}}
+    report.print_head(record["machine"], options, {x.title: x.durability for g in groups_all
+                                                   for x in g.all()})
+    base = t.dir / "base.raw"
+    fill(t, base, options.size_mib)
+    for number in range(options.rounds):
+        print(f"round {number + 1}", file=sys.stderr, flush=True)
+        for group in groups_all:
+            loads = [load for of, load in rows if of is group]
+            if loads:
+                measure_group(record["rows"], group, loads, base, number, options)
+        for mib in dirtied:
+            moments.measure(record["moments"], t, mib, base, number)
+    report.print_rows(rows, record["rows"])
+    report.print_moments(record["moments"])
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(record, file, indent=1)
+
+
+def parse():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--runtime", type=int, default=2)
+    parser.add_argument("--size-mib", type=int, default=1024)
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--json")
+    return parser.parse_args()
+
+
+def wanted(options, name):
+    return not options.only or any(word in name for word in options.only)
+
+
+def fill(t, base, size_mib):
+    """A sparse disk would make copying before a write nearly free."""
+    block = brep_iotest.pattern(1 << 20, "base")
+    with open(base, "wb") as file:
+        for _ in range(size_mib):
+            file.write(block)
+
+
+def measure_group(rows, group, loads, base, number, options):
+    """One round of a group; all its contenders are up all the time."""
+    for contender in group.all():
+        contender.start(base)
+    for load in loads:
+        results = rows.setdefault(f"{group.name}/{load.name}", {})
+        for contender in rotated(group.all(), number):
+            contender.checkpoint()
+            started = time.monotonic()
+            result = load.measure(contender, options.runtime)
+            result["seconds"] = time.monotonic() - started
+            results.setdefault(contender.title, []).append(result)
+    for contender in group.all():
+        contender.stop()
+
+
+def rotated(items, by):
+    by %= len(items)
+    return items[by:] + items[:by]
+
+
+if __name__ == "__main__":
+    brep_iotest.main(main)

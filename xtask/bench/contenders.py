@@ -1,0 +1,200 @@
+"""What is measured: servers and pairs, each over files of its own that hold no zeroes.
+
+All of them go through the page cache, and none is asked to flush: an acknowledged write survives
+the end of any process. A contender serves `socket_name`/`export`; `checkpoint` begins an epoch.
+"""
+
+import shutil
+
+import brep_qemu
+from brep_qemu import QemuPrimary, QemuSecondary
+
+
+class Contender:
+    """`title` is its column; `durability` says what a guest's acknowledged write survives."""
+
+    export = ""
+
+    def __init__(self, t, name, title, durability):
+        self.t, self.name, self.title, self.durability = t, name, title, durability
+        self.socket_name = f"{name}.sock"
+
+    def uri(self):
+        return self.t.uri(self.socket_name, self.export)
+
+    def disk(self, role, base):
+        """A copy of the base file; the one of an earlier round is taken again."""
+        file = f"{self.name}-{role}.raw"
+        if not (self.t.dir / file).exists():
+            shutil.copyfile(base, file)
+        return file
+
+    def start(self, base):
+        raise NotImplementedError
+
+    def checkpoint(self):
+        """Nothing to do for a server alone."""
+
+    def stop(self):
+        self.server.stop()
+
+
+class Null(Contender):
+    """Answers at once and keeps nothing: what the load generator itself can do."""
+
+    def __init__(self, t):
+        super().__init__(t, "null", "ceiling (nbdkit null)", "none")
+
+    def start(self, base):
+        size = base.stat().st_size
+        self.server = _nbdkit(self, "null", f"size={size}")
+
+
+class NbdkitFile(Contender):
+    def __init__(self, t):
+        super().__init__(t, "nbdkit", "nbdkit file", "page cache of this host")
+
+    def start(self, base):
+        self.server = _nbdkit(self, "file", self.disk("disk", base))
+
+
+class QemuNbd(Contender):
+    def __init__(self, t):
+        super().__init__(t, "qemu-nbd", "qemu-nbd", "page cache of this host")
+
+    def start(self, base):
+        self.server = self.t.qemu_nbd(self.name, self.disk("disk", base), self.socket_name,
+                                      "--cache=writeback")
+
+
+class BrepServer(Contender):
+    def __init__(self, t):
+        super().__init__(t, "serve", "brep nbd serve", "page cache of this host")
+
+    def start(self, base):
+        self.server = self.t.serve(self.name, self.disk("disk", base), self.socket_name)
+
+
+class BrepPair(Contender):
+    """Both sides; replication over TCP, the guest on a unix socket."""
+
+    export = "vda"
+
+    def __init__(self, t, ack):
+        durability = {"sync": "page cache of both hosts",
+                      "async": "page cache of this host; on its way to the other"}[ack]
+        super().__init__(t, f"brep-{ack}", f"brep --ack {ack}", durability)
+        self.ack = ack
+
+    def start(self, base):
+        self.port = self.t.free_port()
+        self.secondary = _brep_secondary(self, base)
+        self.secondary_control = self.t.control(f"{self.name}-beta/control.sock", 600)
+        shutil.rmtree(f"{self.name}-alpha", ignore_errors=True)
+        control = f"{self.name}-alpha/control.sock"
+        self.primary = self.t.brep_daemon(
+            f"{self.name}-primary", "primary", "--name", "alpha", "--state-dir",
+            f"{self.name}-alpha", "--disk", f"vda={self.disk('primary', base)}", "--peer",
+            f"nbd://127.0.0.1:{self.port}", "--guest-listen", self.t.uri(self.socket_name),
+            "--checkpoint-interval", "off", "--ack", self.ack,
+            ready=lambda: self.t.listens(control) and self.t.listens(self.socket_name))
+        self.control = self.t.control(control, 600)
+        # The first copy has to end.
+        self.t.wait_until(lambda: self._copied(), f"{self.title} is in sync", 300)
+
+    def _copied(self):
+        return self.secondary_control.execute("query-status")["promotable"]
+
+    def checkpoint(self):
+        self.control.execute("checkpoint")
+
+    def failover(self):
+        """Served when it returns."""
+        self.secondary_control.execute("failover")
+
+    def served_uri(self):
+        """Where the promoted disk is read."""
+        return ("127.0.0.1", self.port), self.export
+
+    def wait_merged(self):
+        self.secondary_control.wait_event("BREP_MERGED")
+
+    def lose_primary(self):
+        self.control.close()
+        self.primary.kill9()
+
+    def stop(self):
+        if self.primary.alive():
+            self.control.close()
+            self.primary.stop(deadline_s=60)
+        self.secondary_control.close()
+        self.secondary.stop(deadline_s=60)
+
+
+class QemuPair(Contender):
+    export = "top0"
+
+    def __init__(self, t):
+        super().__init__(t, "qemu-pair", "QEMU pair", "page cache of both hosts")
+
+    def start(self, base):
+        port = self.t.free_port()
+        self.secondary = QemuSecondary(self.t, self.disk("secondary", base), port,
+                                       name="qemu-pair-secondary")
+        self.primary = QemuPrimary(self.t, self.disk("primary", base), port, self.socket_name,
+                                   name="qemu-pair-primary")
+
+    def checkpoint(self):
+        brep_qemu.checkpoint(self.primary, self.secondary)
+
+    def failover(self):
+        self.secondary.failover()
+
+    def wait_merged(self):
+        self.secondary.wait_merged(600)
+
+    def lose_primary(self):
+        self.primary.kill9()
+
+    def stop(self):
+        if self.primary.process.alive():
+            self.primary.stop()
+        self.secondary.stop()
+
+
+class QemuParent(Contender):
+    """A secondary's export for its primary, with replication running."""
+
+    export = "parent0"
+
+    def __init__(self, t):
+        super().__init__(t, "qemu-parent", "QEMU secondary", "page cache of this host")
+
+    def start(self, base):
+        self.secondary = QemuSecondary(self.t, self.disk("secondary", base), self.socket_name,
+                                       name="qemu-parent-secondary")
+
+    def checkpoint(self):
+        self.secondary.do_checkpoint()
+
+    def stop(self):
+        self.secondary.stop()
+
+
+def _brep_secondary(contender, base, *options, listen=None):
+    t, name = contender.t, contender.name
+    shutil.rmtree(f"{name}-beta", ignore_errors=True)
+    control = f"{name}-beta/control.sock"
+    return t.brep_daemon(
+        f"{name}-secondary", "secondary", "--name", "beta", "--state-dir", f"{name}-beta",
+        "--disk", f"vda={contender.disk('secondary', base)}", "--listen",
+        listen or f"nbd://127.0.0.1:{contender.port}", *options,
+        ready=lambda: t.listens(control))
+
+
+def _nbdkit(contender, *plugin):
+    t = contender.t
+    # It leaves its socket behind.
+    (t.dir / contender.socket_name).unlink(missing_ok=True)
+    return t.daemon(contender.name, "nbdkit", "--foreground", "--unix", contender.socket_name,
+                    *plugin, ready=lambda: t.listens(contender.socket_name))

@@ -1,0 +1,59 @@
+"""Loads on an export: fio, and random reads with simple replies."""
+
+import json
+import os
+
+
+class Fio:
+    """fio's nbd engine; it asks for structured replies."""
+
+    def __init__(self, name, title, rw, block, depth):
+        self.name, self.title = name, title
+        self.rw, self.block, self.depth = rw, block, depth
+
+    def measure(self, contender, runtime_s):
+        said = contender.t.run(
+            "fio", "--name=load", "--ioengine=nbd", f"--uri={contender.uri()}", f"--rw={self.rw}",
+            f"--bs={self.block}", f"--iodepth={self.depth}", "--time_based", "--norandommap",
+            f"--runtime={runtime_s}", "--output-format=json", timeout_s=runtime_s + 60).stdout
+        job = json.loads(said[said.index("{"):])["jobs"][0]
+        side = job["read" if "read" in self.rw else "write"]
+        percentiles = side["clat_ns"].get("percentile", {})
+        return {"iops": side["iops"],
+                "p50_us": percentiles.get("50.000000", 0) / 1000,
+                "p99_us": percentiles.get("99.000000", 0) / 1000}
+
+
+class SimpleReads:
+    """The reads of `cargo xtask read-load`."""
+
+    def __init__(self, name, title, length, depth):
+        self.name, self.title, self.length, self.depth = name, title, length, depth
+
+    def measure(self, contender, runtime_s):
+        said = contender.t.run(
+            os.environ["BREP_XTASK"], "read-load", contender.t.dir / contender.socket_name,
+            "--export", contender.export, "--length", self.length, "--depth", self.depth,
+            "--runtime", runtime_s, timeout_s=runtime_s + 60)
+        return said.json
+
+
+LOADS = [
+    Fio("write-4k-qd1", "4 KiB random write, depth 1", "randwrite", "4k", 1),
+    Fio("write-4k-qd32", "4 KiB random write, depth 32", "randwrite", "4k", 32),
+    Fio("write-64k-qd8", "64 KiB random write, depth 8", "randwrite", "64k", 8),
+    Fio("write-1m-qd4", "1 MiB sequential write, depth 4", "write", "1m", 4),
+    Fio("read-4k-qd32", "4 KiB random read, depth 32, structured replies", "randread", "4k", 32),
+    SimpleReads("read-simple-4k-qd32", "4 KiB random read, depth 32, simple replies", 4096, 32),
+]
+
+
+def dirty(contender, mib):
+    """Writes so much, each 64 KiB somewhere else, and waits for the last answer.
+
+    That is the unit in which QEMU copies: smaller writes make its buffers many times larger.
+    """
+    if mib:
+        contender.t.run("fio", "--name=dirty", "--ioengine=nbd", f"--uri={contender.uri()}",
+                        "--rw=randwrite", "--bs=64k", "--iodepth=8", f"--io_size={mib}M",
+                        timeout_s=600)
