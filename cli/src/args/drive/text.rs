@@ -110,7 +110,7 @@ impl Options {
     pub(super) fn finish(&self) -> Result<(), Failure> {
         match self.keys().next() {
             Some(key) => Err(self.error(format!(
-                "unknown option {key}; docs/reference/command-line.md lists those of --drive"
+                "unknown option {key}: brep has nothing like it here; leave it out"
             ))),
             None => Ok(()),
         }
