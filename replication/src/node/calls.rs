@@ -187,6 +187,10 @@ impl Shared {
                 self.invalid("Active disk, hidden disk, secondary disk's length are not the same")
             );
         }
+        if base.limits().read_only {
+            let text = "the secondary disk is open for reading only";
+            return Err(control(&self.options.name, ErrorKind::ReadOnly, text));
+        }
         let options = &self.options;
         if options.top_id != options.name && !options.above.contains(&options.top_id) {
             return Err(self.invalid("No top_bs or it is invalid"));

@@ -16,13 +16,13 @@ use crate::support::*;
 const PRIMARY: ReplicationMode = ReplicationMode::Primary;
 
 /// The secondary's NBD server.
-struct Nbd {
+pub(crate) struct Nbd {
     server: Arc<Server>,
     exports: Arc<StaticExports>,
 }
 
 impl Nbd {
-    async fn listen(endpoint: &Endpoint) -> Self {
+    pub(crate) async fn listen(endpoint: &Endpoint) -> Self {
         let exports = Arc::new(StaticExports::new());
         let server = Server::new(Arc::clone(&exports) as _, ServerConfig::default());
         let listener = Server::bind(endpoint).await.unwrap();
@@ -31,27 +31,27 @@ impl Nbd {
         Nbd { server, exports }
     }
 
-    fn export(&self, device: Arc<dyn BlockDevice>) {
+    pub(crate) fn export(&self, device: Arc<dyn BlockDevice>) {
         assert!(self.exports.add(Export::new("vda", device)));
     }
 
     /// Connections end without an answer to what is pending.
-    async fn kill(self) {
+    pub(crate) async fn kill(self) {
         self.server.shutdown(Duration::ZERO).await;
     }
 }
 
 /// A primary: local disk first, then the node.
-struct Primary {
+pub(crate) struct Primary {
     disk: Probe,
-    client: Arc<Client>,
-    node: Arc<PrimaryNode>,
-    quorum: Arc<Quorum>,
+    pub(crate) client: Arc<Client>,
+    pub(crate) node: Arc<PrimaryNode>,
+    pub(crate) quorum: Arc<Quorum>,
     events: Arc<Mutex<Vec<QuorumEvent>>>,
 }
 
 impl Primary {
-    fn new(endpoint: Endpoint) -> Self {
+    pub(crate) fn new(endpoint: Endpoint) -> Self {
         let options =
             ConnectOptions { name: "peer".into(), ..ConnectOptions::new(endpoint, "vda") };
         let client = Arc::new(Client::new(options, ReconnectPolicy::default()));
@@ -80,7 +80,7 @@ fn is_bad_disk(event: &QuorumEvent) -> bool {
     matches!(event, QuorumEvent::ReportBad { node_name, .. } if node_name == "p_local")
 }
 
-fn socket() -> (tempfile::TempDir, Endpoint) {
+pub(crate) fn socket() -> (tempfile::TempDir, Endpoint) {
     let scratch = tempfile::tempdir().unwrap();
     let path = scratch.path().join("nbd.sock");
     (scratch, Endpoint::Unix { path })
