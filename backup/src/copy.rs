@@ -1,6 +1,6 @@
 use std::ops::Range;
 
-use brep_block::{Operation, Result, WriteFlags, ZeroFlags, is_zero};
+use brep_block::{Error, Operation, WriteFlags, ZeroFlags, is_zero};
 use bytes::Bytes;
 
 use crate::epoch::{Epoch, Side};
@@ -13,20 +13,43 @@ const STATUS_BYTES_MIN: u64 = 256 << 10;
 /// Most zeroes asked for or written by one call: a multiple of every unit.
 const ZERO_BYTES_MAX: u64 = 1 << 30;
 
+/// Which device made a copy fail.
+#[derive(Debug, Clone)]
+pub(crate) struct CopyFailure {
+    /// A read of the source, or a write to the target.
+    pub(crate) operation: Operation,
+    pub(crate) error: Error,
+}
+
+type CopyResult<T> = std::result::Result<T, CopyFailure>;
+
+fn of_source(error: Error) -> CopyFailure {
+    CopyFailure { operation: Operation::Read, error }
+}
+
+fn of_target(error: Error) -> CopyFailure {
+    CopyFailure { operation: Operation::Write, error }
+}
+
 /// Copies what is still to copy of some units; the caller holds them exclusively. On failure
 /// every unit of the request counts as not copied; what is in the target already does no harm.
-pub(crate) async fn copy_units(shared: &Shared, epoch: &Epoch, units: &Range<u64>) -> Result<()> {
+pub(crate) async fn copy_units(
+    shared: &Shared,
+    epoch: &Epoch,
+    units: &Range<u64>,
+) -> CopyResult<()> {
     let bytes = epoch.unit.bytes_of(units, shared.source.size());
     let result = copy_and_secure(shared, epoch, units, &bytes).await;
-    result.map_err(|error| {
+    result.map_err(|failure| {
         let nodes = format!(
             "copy of the pre-image from {} to {}",
             shared.source.name(),
             epoch.target.name()
         );
-        let error = error.within(Operation::Write, &nodes, bytes.start, bytes.end - bytes.start);
+        let len = bytes.end - bytes.start;
+        let error = failure.error.within(Operation::Write, &nodes, bytes.start, len);
         shared.counters.failed(&error);
-        error
+        CopyFailure { error, ..failure }
     })
 }
 
@@ -35,11 +58,12 @@ async fn copy_and_secure(
     epoch: &Epoch,
     units: &Range<u64>,
     bytes: &Range<u64>,
-) -> Result<()> {
+) -> CopyResult<()> {
     let mut at = bytes.start;
     let mut copied_units = 0;
     while at < bytes.end {
-        let (side, len) = epoch.locate(&(at..bytes.end), bytes.end).await?;
+        let located = epoch.locate(&(at..bytes.end), bytes.end).await;
+        let (side, len) = located.map_err(of_target)?;
         if side == Side::Source {
             copy_run(shared, epoch, at..at + len).await?;
             copied_units += len.div_ceil(epoch.unit.bytes());
@@ -50,7 +74,7 @@ async fn copy_and_secure(
     if let Some(level) = shared.barrier
         && (copied_units > 0 || !epoch.assumes_nothing())
     {
-        epoch.target.flush(level).await?;
+        epoch.target.flush(level).await.map_err(of_target)?;
     }
     epoch.mark(units);
     shared.counters.copied(copied_units);
@@ -58,7 +82,7 @@ async fn copy_and_secure(
 }
 
 /// Copies a range of which nothing has been copied, in pieces of bounded size.
-async fn copy_run(shared: &Shared, epoch: &Epoch, run: Range<u64>) -> Result<()> {
+async fn copy_run(shared: &Shared, epoch: &Epoch, run: Range<u64>) -> CopyResult<()> {
     let piece_max = piece_bytes_max(shared, epoch);
     let mut at = run.start;
     while at < run.end {
@@ -89,8 +113,9 @@ async fn known_zeroes(shared: &Shared, epoch: &Epoch, at: u64, left: u64) -> u64
     }
 }
 
-async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> Result<()> {
-    let data = shared.read_source(at, len).await?;
+async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> CopyResult<()> {
+    let _memory = shared.memory.take(len).await;
+    let data = shared.read_source(at, len).await.map_err(of_source)?;
     let unit = usize::try_from(epoch.unit.bytes()).unwrap_or(usize::MAX);
     let mut from = 0;
     while from < data.len() {
@@ -100,7 +125,8 @@ async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> Result
             write_zeroes(shared, epoch, offset, part.len() as u64).await?;
         } else {
             let len = part.len() as u64;
-            epoch.target.write(offset, part, WriteFlags::default()).await?;
+            let written = epoch.target.write(offset, part, WriteFlags::default()).await;
+            written.map_err(of_target)?;
             shared.counters.wrote_data(len);
         }
         from = end;
@@ -108,9 +134,9 @@ async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> Result
     Ok(())
 }
 
-async fn write_zeroes(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> Result<()> {
+async fn write_zeroes(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> CopyResult<()> {
     let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
-    epoch.target.write_zeroes(at, len, flags).await?;
+    epoch.target.write_zeroes(at, len, flags).await.map_err(of_target)?;
     shared.counters.wrote_zeroes(len);
     Ok(())
 }

@@ -42,7 +42,10 @@ impl Unit {
 pub(crate) struct Epoch {
     pub(crate) target: Arc<dyn BlockDevice>,
     pub(crate) unit: Unit,
+    /// What need not be copied any more: it is in the target, or excluded.
     copied: Mutex<UnitSet>,
+    /// What is never copied because nobody asked for it: it is not in the target.
+    excluded: Mutex<UnitSet>,
     assume: Copied,
     broken: AtomicBool,
 }
@@ -52,11 +55,20 @@ pub(crate) struct Epoch {
 pub(crate) enum Side {
     Source,
     Target,
+    /// Nowhere: it was not to be kept.
+    Excluded,
 }
 
 impl Epoch {
     pub(crate) fn new(target: Arc<dyn BlockDevice>, unit: Unit, assume: Copied) -> Self {
-        Epoch { target, unit, copied: Mutex::default(), assume, broken: AtomicBool::new(false) }
+        Epoch {
+            target,
+            unit,
+            copied: Mutex::default(),
+            excluded: Mutex::default(),
+            assume,
+            broken: AtomicBool::new(false),
+        }
     }
 
     /// Whether every unit is known to be copied. "Yes" stays true until the epoch ends.
@@ -70,6 +82,37 @@ impl Epoch {
 
     pub(crate) fn mark(&self, units: &Range<u64>) {
         self.set().insert(units.clone());
+    }
+
+    /// Takes out of some units what has not been copied yet: from now on it is not kept. Returns
+    /// how many units that are.
+    pub(crate) fn exclude(&self, units: Range<u64>) -> u64 {
+        let (mut copied, mut excluded) = (self.set(), lock(&self.excluded));
+        let (mut at, mut count) = (units.start, 0);
+        while at < units.end {
+            let (member, len) = copied.status(at..units.end);
+            if !member {
+                copied.insert(at..at + len);
+                excluded.insert(at..at + len);
+                count += len;
+            }
+            at += len;
+        }
+        count
+    }
+
+    /// What is to be kept of the first `count` units; without what is copied, if that counts.
+    pub(crate) fn missing(&self, count: u64, copied_counts: bool) -> Vec<Range<u64>> {
+        let set = lock(if copied_counts { &self.copied } else { &self.excluded });
+        let (mut at, mut missing) = (0, Vec::new());
+        while at < count {
+            let (member, len) = set.status(at..count);
+            if !member {
+                missing.push(at..at + len);
+            }
+            at += len;
+        }
+        missing
     }
 
     /// The source was changed without a copy: the last checkpoint is lost.
@@ -90,7 +133,7 @@ impl Epoch {
         let run = unit.bytes_of(&(units.start..units.start + count), size);
         let len = run.end.min(bytes.end) - bytes.start;
         if copied {
-            return Ok((Side::Target, len));
+            return Ok(self.locate_copied(bytes, bytes.start + len, size));
         }
         match self.assume {
             Copied::Nothing => Ok((Side::Source, len)),
@@ -103,14 +146,27 @@ impl Epoch {
         }
     }
 
+    fn locate_copied(&self, bytes: &Range<u64>, end: u64, size: u64) -> (Side, u64) {
+        let unit = self.unit;
+        let units = unit.covering(&(bytes.start..end));
+        let (excluded, count) = lock(&self.excluded).status(units.clone());
+        let run = unit.bytes_of(&(units.start..units.start + count), size);
+        let side = if excluded { Side::Excluded } else { Side::Target };
+        (side, run.end.min(end) - bytes.start)
+    }
+
     pub(crate) fn assumes_nothing(&self) -> bool {
         self.assume == Copied::Nothing
     }
 
     fn set(&self) -> MutexGuard<'_, UnitSet> {
-        // The set is consistent whenever the lock is released, by a panic too.
-        self.copied.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.copied)
     }
+}
+
+fn lock(set: &Mutex<UnitSet>) -> MutexGuard<'_, UnitSet> {
+    // A set is consistent whenever its lock is released, by a panic too.
+    set.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Epoch {

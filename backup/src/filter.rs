@@ -2,6 +2,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use brep_block::{
     BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, LockMode, Operation,
@@ -10,9 +11,12 @@ use brep_block::{
 use bytes::Bytes;
 use tokio::sync::Notify;
 
+use crate::change::Change;
+use crate::checks::{check_target, check_unit, control_error, read_aligned};
 use crate::copy::copy_units;
 use crate::counters::Counters;
 use crate::epoch::{Epoch, Unit};
+use crate::memory::CopyMemory;
 use crate::options::{CbwOptions, CbwStats, Copied, OnCopyError};
 
 /// A device that copies what is about to be overwritten.
@@ -36,7 +40,9 @@ pub(crate) struct Shared {
     pub(crate) barrier: Option<FlushLevel>,
     pub(crate) counters: Counters,
     pub(crate) locks: RangeLock,
-    on_copy_error: OnCopyError,
+    pub(crate) memory: CopyMemory,
+    pub(crate) on_copy_error: OnCopyError,
+    copy_timeout: Option<Duration>,
     discard_as_zeroes: bool,
     enabled: AtomicBool,
     state: Mutex<State>,
@@ -49,23 +55,6 @@ pub(crate) struct Shared {
 struct State {
     epoch: Arc<Epoch>,
     in_flight: usize,
-}
-
-/// What a request does to the source after the copy.
-enum Change {
-    Write(Bytes, WriteFlags),
-    Zeroes(ZeroFlags),
-    Discard,
-}
-
-impl Change {
-    fn operation(&self) -> Operation {
-        match self {
-            Change::Write(..) => Operation::Write,
-            Change::Zeroes(_) => Operation::WriteZeroes,
-            Change::Discard => Operation::Discard,
-        }
-    }
 }
 
 impl CopyBeforeWrite {
@@ -91,6 +80,8 @@ impl CopyBeforeWrite {
             barrier: options.barrier,
             counters: Counters::default(),
             locks: RangeLock::new(),
+            memory: CopyMemory::default(),
+            copy_timeout: options.copy_timeout,
             on_copy_error: options.on_copy_error,
             discard_as_zeroes: options.discard_as_zeroes,
             enabled: AtomicBool::new(true),
@@ -281,15 +272,21 @@ impl Shared {
     async fn change(self: Arc<Self>, bytes: Range<u64>, change: Change) -> Result<()> {
         let ticket = self.enter();
         let guard = self.copy_before(&ticket.epoch, &bytes, change.operation()).await?;
-        let result = self.apply(bytes, change).await;
+        let change = match change {
+            Change::Discard if self.discard_as_zeroes => {
+                Change::Zeroes(ZeroFlags { may_unmap: true, ..ZeroFlags::default() })
+            }
+            change => change,
+        };
+        let result = change.apply(&*self.source, &bytes).await;
         drop(guard);
         result
     }
 
     /// Returns with the range locked and its pre-image safe.
     async fn copy_before(
-        &self,
-        epoch: &Epoch,
+        self: &Arc<Self>,
+        epoch: &Arc<Epoch>,
         bytes: &Range<u64>,
         operation: Operation,
     ) -> Result<RangeGuard> {
@@ -305,35 +302,71 @@ impl Shared {
             drop(copy);
             return Ok(self.locks.lock(bytes.clone(), LockMode::Exclusive).await);
         }
-        let widened = epoch.unit.bytes_of(&units, self.source.size());
-        let guard = self.locks.lock(widened, LockMode::Exclusive).await;
-        if epoch.holds(&units) {
-            return Ok(guard);
+        let copied = match self.copy_timeout {
+            None => {
+                let guard = self.lock_units(epoch, &units).await;
+                let copied = self.copy_missing(epoch, &units).await;
+                copied.map(|()| guard)
+            }
+            Some(limit) => self.copy_within(limit, epoch, &units).await,
+        };
+        copied.map_err(|error| {
+            error.within(operation, &self.name, bytes.start, bytes.end - bytes.start)
+        })
+    }
+
+    /// Locks some units for a copy.
+    pub(crate) fn lock_units(
+        &self,
+        epoch: &Epoch,
+        units: &Range<u64>,
+    ) -> impl Future<Output = RangeGuard> + Send + use<> {
+        let bytes = epoch.unit.bytes_of(units, self.source.size());
+        self.locks.lock(bytes, LockMode::Exclusive)
+    }
+
+    /// Copies, for a guest's request, what is not copied yet; the caller holds the units. A
+    /// failure that breaks the snapshot is none to the caller.
+    pub(crate) async fn copy_missing(&self, epoch: &Epoch, units: &Range<u64>) -> Result<()> {
+        if epoch.holds(units) || epoch.is_broken() {
+            return Ok(());
         }
-        match copy_units(self, epoch, &units).await {
-            Ok(()) => Ok(guard),
-            Err(error) if self.on_copy_error == OnCopyError::BreakSnapshot => {
-                tracing::warn!(node = %self.name, %error, "snapshot lost");
-                epoch.set_broken();
-                Ok(guard)
+        match copy_units(self, epoch, units).await {
+            Ok(()) => Ok(()),
+            Err(failure) if self.on_copy_error == OnCopyError::BreakSnapshot => {
+                self.break_snapshot(epoch, &failure.error);
+                Ok(())
             }
-            Err(error) => {
-                Err(error.within(operation, &self.name, bytes.start, bytes.end - bytes.start))
-            }
+            Err(failure) => Err(failure.error),
         }
     }
 
-    async fn apply(&self, bytes: Range<u64>, change: Change) -> Result<()> {
-        let (offset, len) = (bytes.start, bytes.end - bytes.start);
-        match change {
-            Change::Write(data, flags) => self.source.write(offset, data, flags).await,
-            Change::Zeroes(flags) => self.source.write_zeroes(offset, len, flags).await,
-            Change::Discard if self.discard_as_zeroes => {
-                let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
-                self.source.write_zeroes(offset, len, flags).await
-            }
-            Change::Discard => self.source.discard(offset, len).await,
+    pub(crate) fn break_snapshot(&self, epoch: &Epoch, error: &Error) {
+        tracing::warn!(node = %self.name, %error, "snapshot lost");
+        epoch.set_broken();
+    }
+
+    /// Leaves out of the current epoch what no area has a byte of. Returns the bytes of the units that
+    /// are left.
+    pub(crate) fn keep_only(&self, areas: &[Range<u64>]) -> u64 {
+        let (epoch, size) = (self.epoch(), self.source.size());
+        let (mut at, mut kept) = (0, 0);
+        for area in areas.iter().filter(|area| !area.is_empty()) {
+            let units = epoch.unit.covering(area);
+            epoch.exclude(at..units.start.max(at));
+            kept += units.end - units.start.max(at).min(units.end);
+            at = at.max(units.end);
         }
+        epoch.exclude(at..size.div_ceil(epoch.unit.bytes()).max(at));
+        kept * epoch.unit.bytes()
+    }
+
+    /// The bytes that are to be kept in the current epoch; without those that are in the target
+    /// if `target_is_safe`.
+    pub(crate) fn not_copied(&self, target_is_safe: bool) -> Vec<Range<u64>> {
+        let (epoch, size) = (self.epoch(), self.source.size());
+        let units = epoch.missing(size.div_ceil(epoch.unit.bytes()), target_is_safe);
+        units.iter().map(|units| epoch.unit.bytes_of(units, size)).collect()
     }
 
     /// Reads the source at any alignment.
@@ -382,10 +415,10 @@ impl Shared {
 }
 
 /// A request that may be copying.
-struct Copying<'a>(&'a Shared);
+pub(crate) struct Copying<'a>(&'a Shared);
 
 impl<'a> Copying<'a> {
-    fn new(shared: &'a Shared) -> Self {
+    pub(crate) fn new(shared: &'a Shared) -> Self {
         shared.copies.fetch_add(1, Ordering::SeqCst);
         Copying(shared)
     }
@@ -424,80 +457,4 @@ impl fmt::Debug for CopyBeforeWrite {
             .field("unit_bytes", &self.unit_bytes())
             .finish_non_exhaustive()
     }
-}
-
-/// Reads at any alignment, by reading the blocks around the range.
-pub(crate) async fn read_aligned(device: &dyn BlockDevice, offset: u64, len: u64) -> Result<Bytes> {
-    let block = u64::from(device.limits().block_size).max(1);
-    let start = offset - offset % block;
-    let end = (offset + len).next_multiple_of(block).min(device.size());
-    let too_long = |_| {
-        Error::new(Operation::Read, ErrorKind::InvalidInput, device.name(), "too long")
-            .at(offset, len)
-    };
-    let (wanted, head) = (
-        usize::try_from(len).map_err(too_long)?,
-        usize::try_from(offset - start).map_err(too_long)?,
-    );
-    let data = device.read(start, usize::try_from(end - start).map_err(too_long)?).await?;
-    match head.checked_add(wanted) {
-        Some(stop) if stop <= data.len() => Ok(data.slice(head..stop)),
-        _ => {
-            Err(Error::new(Operation::Read, ErrorKind::Io, device.name(), "short read")
-                .at(offset, len))
-        }
-    }
-}
-
-fn check_unit(name: &str, unit: u64, source: &dyn BlockDevice) -> Result<()> {
-    if !unit.is_power_of_two() || !(512..=1 << 30).contains(&unit) {
-        let why = format!("a copy unit of {unit} bytes is no power of two from 512 to 1 GiB");
-        return Err(control_error(name, ErrorKind::InvalidInput, why));
-    }
-    check_block_size(name, source, unit)
-}
-
-fn check_target(
-    name: &str,
-    source: &Arc<dyn BlockDevice>,
-    target: &Arc<dyn BlockDevice>,
-    unit: u64,
-) -> Result<()> {
-    if Arc::ptr_eq(source, target) {
-        let why = "source and target are the same device".to_owned();
-        return Err(control_error(name, ErrorKind::InvalidInput, why));
-    }
-    // Some formats know whole sectors only.
-    let size = source.size();
-    if target.size() != size && Some(target.size()) != size.checked_next_multiple_of(512) {
-        let why = format!(
-            "Source and target image have different sizes ({}: {} bytes, {}: {} bytes)",
-            source.name(),
-            size,
-            target.name(),
-            target.size()
-        );
-        return Err(control_error(name, ErrorKind::InvalidInput, why));
-    }
-    if target.limits().read_only {
-        let why = format!("the target {} is read-only", target.name());
-        return Err(control_error(name, ErrorKind::ReadOnly, why));
-    }
-    check_block_size(name, &**target, unit)
-}
-
-fn check_block_size(name: &str, device: &dyn BlockDevice, unit: u64) -> Result<()> {
-    let block = u64::from(device.limits().block_size);
-    if block > unit {
-        let why = format!(
-            "a copy unit of {unit} bytes is smaller than the block size of {} ({block} bytes)",
-            device.name()
-        );
-        return Err(control_error(name, ErrorKind::InvalidInput, why));
-    }
-    Ok(())
-}
-
-fn control_error(name: &str, kind: ErrorKind, why: String) -> Error {
-    Error::new(Operation::Control, kind, name, why)
 }

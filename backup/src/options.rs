@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use brep_block::{BlockDevice, Error, FlushLevel};
 
 /// What to do when a pre-image cannot be copied.
@@ -44,6 +46,10 @@ pub struct CbwOptions {
     /// a killed process finds every pre-image whose original it has overwritten. `None`: only as
     /// long as the process lives.
     pub barrier: Option<FlushLevel>,
+    /// How long a guest's request waits for its copy at most, the wait for requests before it
+    /// included (`cbw-timeout`); then [`on_copy_error`](Self::on_copy_error) says what breaks.
+    /// The copy itself goes on. `None`: as long as it takes. Needs a runtime with a clock.
+    pub copy_timeout: Option<Duration>,
 }
 
 impl CbwOptions {
@@ -58,6 +64,7 @@ impl CbwOptions {
             discard_as_zeroes: false,
             on_copy_error: OnCopyError::BreakGuestWrite,
             barrier: Some(FlushLevel::Process),
+            copy_timeout: None,
         }
     }
 

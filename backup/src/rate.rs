@@ -30,6 +30,13 @@ impl RateLimit {
     }
 }
 
+impl RateLimit {
+    /// Bytes that may be dispatched in a slice, at least 1.
+    pub(crate) fn quota_bytes(speed: u64) -> u64 {
+        (speed / (1000 / SLICE.as_millis() as u64)).max(1)
+    }
+}
+
 /// When a slice is over in which so much was dispatched. Below the quota that does not matter.
 fn due(dispatched: u64, speed: u64) -> Duration {
     let quota = speed as f64 * SLICE.as_secs_f64();

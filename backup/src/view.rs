@@ -10,15 +10,17 @@ use brep_block::{
 use bytes::{Bytes, BytesMut};
 use tokio::sync::Notify;
 
+use crate::checks::read_aligned;
 use crate::epoch::{Epoch, Side};
-use crate::filter::{CopyBeforeWrite, Shared, read_aligned};
+use crate::filter::{CopyBeforeWrite, Shared};
 use crate::inline::inline;
 
 /// The source of a [`CopyBeforeWrite`] filter as it was at the last checkpoint, read-only.
 ///
 /// For each unit: what has been copied is read from the target, the rest from the source. Look-up
 /// and read happen under one shared lock on the range, so a write that comes meanwhile waits with
-/// its copy (spec: backup, snapshot access). The target needs no backing device of its own.
+/// its copy (spec: backup, snapshot access). The target needs no backing device of its own. What
+/// a job's mode or bitmap leaves out cannot be read (`EACCES`).
 pub struct SnapshotAccess {
     name: String,
     shared: Arc<Shared>,
@@ -73,7 +75,7 @@ impl SnapshotAccess {
     /// Reads as much from the start of the range as one device has.
     async fn read_run(&self, epoch: &Epoch, bytes: &Range<u64>) -> Result<(Bytes, u64)> {
         let (side, len) = epoch.locate(bytes, self.size()).await?;
-        let device = self.device(epoch, side);
+        let device = self.device(epoch, side, Operation::Read, bytes)?;
         Ok((read_aligned(device, bytes.start, len).await?, len))
     }
 
@@ -82,18 +84,32 @@ impl SnapshotAccess {
         let _guard = self.shared.locks.lock(bytes.clone(), LockMode::Shared).await;
         let epoch = self.intact_epoch(Operation::BlockStatus, &bytes)?;
         let (side, len) = epoch.locate(&bytes, self.size()).await?;
-        let mut status = self.device(&epoch, side).block_status(bytes.start, len).await?;
+        let device = self.device(&epoch, side, Operation::BlockStatus, &bytes)?;
+        let mut status = device.block_status(bytes.start, len).await?;
         status.len = status.len.min(len);
         // To its readers the view is a device without layers.
         status.flags.allocated = true;
         Ok(status)
     }
 
-    fn device<'a>(&'a self, epoch: &'a Epoch, side: Side) -> &'a dyn BlockDevice {
+    fn device<'a>(
+        &'a self,
+        epoch: &'a Epoch,
+        side: Side,
+        operation: Operation,
+        bytes: &Range<u64>,
+    ) -> Result<&'a dyn BlockDevice> {
         match side {
-            Side::Source => &*self.shared.source,
-            Side::Target => &*epoch.target,
+            Side::Source => Ok(&*self.shared.source),
+            Side::Target => Ok(&*epoch.target),
+            Side::Excluded => Err(self.denied(operation, bytes, "not part of the snapshot")),
         }
+    }
+
+    fn denied(&self, operation: Operation, bytes: &Range<u64>, why: &str) -> Error {
+        let denied = std::io::Error::from_raw_os_error(EACCES);
+        let error = Error::from_os(operation, format!("{}: {why}", self.name), &denied);
+        error.at(bytes.start, bytes.end - bytes.start)
     }
 
     /// The current epoch. To be called under the lock: a switch that comes later does no harm,
@@ -101,9 +117,7 @@ impl SnapshotAccess {
     fn intact_epoch(&self, operation: Operation, bytes: &Range<u64>) -> Result<Arc<Epoch>> {
         let epoch = self.shared.epoch();
         if epoch.is_broken() {
-            let denied = std::io::Error::from_raw_os_error(EACCES);
-            let error = Error::from_os(operation, format!("{}: snapshot lost", self.name), &denied);
-            return Err(error.at(bytes.start, bytes.end - bytes.start));
+            return Err(self.denied(operation, bytes, "snapshot lost"));
         }
         Ok(epoch)
     }

@@ -24,7 +24,7 @@ pub struct Op {
 pub struct Probe {
     memory: Arc<Memory>,
     log: Mutex<Vec<Op>>,
-    fail: Mutex<Option<Rule>>,
+    fail: Mutex<Option<(ErrorKind, Rule)>>,
     gate: Mutex<Option<(Rule, Arc<Semaphore>)>>,
     /// What was written since the start.
     allocated: Mutex<Vec<Range<u64>>>,
@@ -87,7 +87,11 @@ impl Probe {
     }
 
     pub fn fail_if(&self, rule: impl Fn(&Op) -> bool + Send + Sync + 'static) {
-        *self.fail.lock().unwrap() = Some(Box::new(rule));
+        self.fail_with(ErrorKind::NoSpace, rule);
+    }
+
+    pub fn fail_with(&self, kind: ErrorKind, rule: impl Fn(&Op) -> bool + Send + Sync + 'static) {
+        *self.fail.lock().unwrap() = Some((kind, Box::new(rule)));
     }
 
     pub fn repair(&self) {
@@ -111,8 +115,9 @@ impl Probe {
         log.iter().filter(|op| op.operation == operation).map(|op| (op.offset, op.len)).collect()
     }
 
-    pub fn clear_allocated(&self) {
-        self.allocated.lock().unwrap().clear();
+    /// From now on only this range is in the device's own layer.
+    pub fn allocated_only(&self, range: Range<u64>) {
+        *self.allocated.lock().unwrap() = vec![range];
     }
 
     fn act<'a, T: Send + 'static>(
@@ -121,8 +126,10 @@ impl Probe {
         act: impl FnOnce() -> Result<T> + Send + 'a,
     ) -> Io<'a, T> {
         self.log.lock().unwrap().push(op);
-        if self.fail.lock().unwrap().as_ref().is_some_and(|rule| rule(&op)) {
-            let error = Error::new(op.operation, ErrorKind::NoSpace, self.name(), "told to fail");
+        if let Some((kind, rule)) = self.fail.lock().unwrap().as_ref()
+            && rule(&op)
+        {
+            let error = Error::new(op.operation, *kind, self.name(), "told to fail");
             return Io::err(error.at(op.offset, op.len));
         }
         let gate = self
