@@ -1,7 +1,7 @@
 """The original's `-drive` options: what is accepted, every refusal with its text and exit code, and
 that a refusal leaves nothing behind.
 
-Rows of series v3: §2 rules, §4 validation, §6 start, §8 errors, §11 open and start, §12.
+Rows of series v3: §2 rules, §4 validation, §6 start, §8 errors, §11 open and start, §12 all.
 
 Seen to fail with: the active disk looked at only by the start, which has made the state directory by
 then.
@@ -147,6 +147,15 @@ def run(t):
     refused(t, before, "with --disk", "primary", [quorum()], [*guest, "--disk", "vda=p.raw"])
     refused(t, before, "with --peer", "primary", [quorum()],
             [*guest, "--peer", f"nbd://127.0.0.1:{t.port}"])
+
+    t.log("--- the server cannot be")
+    busy = t.serve("busy", "p.raw", "busy.sock")
+    before = {name: t.sha256(name) for name in ("1.raw", "active.qcow2", "hidden.qcow2")}
+    words = ["--drive", TARGET, "--drive", active(), "--listen", t.uri("busy.sock")]
+    result = t.brep("secondary", *words, code=1, timeout_s=10)
+    t.log(result.stderr.splitlines()[-1])
+    t.equal({name: t.sha256(name) for name in before}, before, "the files")
+    busy.stop()
 
     t.log("--- accepted")
     # §12: the target without a device, and a second drive that refers to it.

@@ -126,12 +126,19 @@ def first_epoch_is_killed_and_promoted(t):
 def later_epochs_on_command(t):
     pair = Pair(t, guest=True)
     t.qemu_io("a,0.raw", "write -P 6 0 1M")
-    secondary, primary = pair.secondary("--no-start"), pair.primary("--no-start")
+    # §4, not connected: nobody listens there. Its own disk has its length and takes writes.
+    primary = pair.primary("--no-start")
+    mine = t.uri("p.sock", "vda")
+    t.equal(t.qemu_img("info", "-f", "raw", "--output=json", mine).json["virtual-size"], SIZE,
+            "the length before there is a secondary")
+    t.qemu_io(mine, "write -P 3 2M 4k", "read -P 3 2M 4k", "flush")
+    secondary = pair.secondary("--no-start")
     t.equal(pair.status("alpha")["disks"][0]["state"], "alone", "nothing begins by itself")
     for side in ("beta", "alpha"):
         pair.brep(side, "start")
     pair.wait_promotable()
     t.log("started on command")
+    t.qemu_io(t.uri("g.sock", "vda"), "read -P 3 2M 4k")
     mine = t.uri("g.sock", "vda")
     t.qemu_io(mine, "write -P 9 4k 4k", "read -P 6 0 4k")
     pair.brep("alpha", "checkpoint")

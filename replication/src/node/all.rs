@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use brep_block::{BlockDevice, Error, ErrorKind, Operation, ReplicationMode, Result};
 
-fn unsupported(device: &Arc<dyn BlockDevice>) -> Error {
+pub(super) fn unsupported(device: &dyn BlockDevice) -> Error {
     Error::new(
         Operation::Control,
         ErrorKind::Unsupported,
@@ -11,7 +11,9 @@ fn unsupported(device: &Arc<dyn BlockDevice>) -> Error {
     )
 }
 
-/// Starts replication on every disk.
+/// Starts replication on every disk. One that is a backing reference's target
+/// ([`ReferenceTarget`](super::ReferenceTarget)) is skipped by this call and by the others: the disk
+/// that refers to it replicates.
 ///
 /// # Errors
 /// The first that fails; those that were started before it are stopped again, without failover,
@@ -20,7 +22,7 @@ pub async fn start_all(disks: &[Arc<dyn BlockDevice>], mode: ReplicationMode) ->
     for (index, disk) in disks.iter().enumerate() {
         let started = match disk.replication() {
             Some(replication) => replication.start(mode).await,
-            None => Err(unsupported(disk)),
+            None => Err(unsupported(&**disk)),
         };
         if let Err(error) = started {
             for begun in disks[..index].iter().rev() {
@@ -42,7 +44,7 @@ pub async fn start_all(disks: &[Arc<dyn BlockDevice>], mode: ReplicationMode) ->
 /// The first that fails; those after it were not asked, and have their old checkpoint.
 pub async fn checkpoint_all(disks: &[Arc<dyn BlockDevice>]) -> Result<()> {
     for disk in disks {
-        disk.replication().ok_or_else(|| unsupported(disk))?.checkpoint().await?;
+        disk.replication().ok_or_else(|| unsupported(&**disk))?.checkpoint().await?;
     }
     Ok(())
 }
@@ -56,7 +58,7 @@ pub async fn stop_all(disks: &[Arc<dyn BlockDevice>], failover: bool) -> Result<
     for disk in disks {
         let stopped = match disk.replication() {
             Some(replication) => replication.stop(failover).await,
-            None => Err(unsupported(disk)),
+            None => Err(unsupported(&**disk)),
         };
         result = result.and(stopped);
     }
@@ -69,7 +71,7 @@ pub async fn stop_all(disks: &[Arc<dyn BlockDevice>], failover: bool) -> Result<
 /// That error.
 pub async fn error_all(disks: &[Arc<dyn BlockDevice>]) -> Result<()> {
     for disk in disks {
-        disk.replication().ok_or_else(|| unsupported(disk))?.error().await?;
+        disk.replication().ok_or_else(|| unsupported(&**disk))?.error().await?;
     }
     Ok(())
 }

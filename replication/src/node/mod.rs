@@ -9,10 +9,12 @@ mod calls;
 mod primary;
 mod secondary;
 mod split;
+mod target;
 
 pub use all::{checkpoint_all, error_all, start_all, stop_all};
 pub use primary::{Forward, PrimaryNode};
 pub use secondary::{SecondaryNode, SecondaryOptions};
+pub use target::{ReferenceTarget, TargetUse};
 
 use brep_block::{Error, ErrorKind, Operation, ReplicationMode};
 use serde::{Deserialize, Serialize};
