@@ -12,7 +12,8 @@ mod primary;
 mod primary_nbd;
 mod races;
 mod secondary;
-mod series;
+
 mod stages;
 mod start_and_end;
 mod support;
+mod targets;
