@@ -177,3 +177,67 @@ pub(super) fn common_peer(disks: &[PrimaryDisk]) -> Result<Endpoint, Failure> {
         None => Ok(first.clone()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use brep_block::CacheMode;
+    use brep_replication::config::DiskFormat;
+
+    use super::*;
+
+    const LOCAL: &str = "driver=quorum,read-pattern=fifo,children.0.driver=raw,\
+                         children.0.file.filename=1.raw";
+
+    fn parse(child: &str) -> Result<PrimaryDisk, Failure> {
+        let text = format!("{LOCAL},children.1.ignore-errors=on,{child}");
+        disk(Options::parse(0, &text).unwrap())
+    }
+
+    /// Row: series v3, section 4: a name that cannot be resolved and a socket that does not exist
+    /// are no error here, because nothing is connected.
+    #[test]
+    fn series_s04_options_are_validated_and_nothing_is_connected() {
+        let tcp = |host: &str, port| Endpoint::Tcp { host: host.into(), port };
+        let over = "children.1.driver=raw,children.1.file.driver=nbd+colo,children.1.file.export=a";
+        for (address, expected) in [
+            ("host=no.such.host.invalid,port=1", tcp("no.such.host.invalid", 1)),
+            ("host=h", tcp("h", 10809)),
+            ("host=[::1],port=65535", tcp("::1", 65535)),
+            ("path=/no/such/socket", Endpoint::Unix { path: "/no/such/socket".into() }),
+        ] {
+            let fields = address.split(',').map(|field| format!("children.1.file.{field}"));
+            let text = format!("{over},{}", fields.collect::<Vec<_>>().join(","));
+            let (disk, endpoint) = parse(&text).unwrap();
+            assert_eq!((disk.name.as_str(), endpoint), ("a", expected), "{text}");
+            assert_eq!((disk.path, disk.format), ("1.raw".into(), DiskFormat::Raw));
+            assert_eq!(disk.cache, CacheMode::Writeback);
+        }
+    }
+
+    #[test]
+    fn the_client_may_be_the_child_itself() {
+        let (disk, endpoint) =
+            parse("children.1.driver=nbd+colo,children.1.host=h,children.1.export=vda").unwrap();
+        assert_eq!(disk.name, "vda");
+        assert_eq!(endpoint, Endpoint::Tcp { host: "h".into(), port: 10809 });
+    }
+
+    #[test]
+    fn a_format_over_nbd_is_raw_and_a_name_is_an_export() {
+        for (child, said) in [
+            (
+                "children.1.driver=qcow2,children.1.file.driver=nbd+colo",
+                "over NBD the format is raw",
+            ),
+            ("children.1.file.driver=nbd+colo,children.1.file.host=h", "driver is missing"),
+            ("children.1.driver=nbd+colo,children.1.host=h,children.1.export=a/b", "no disk name"),
+            (
+                "children.1.driver=nbd+colo,children.1.path=s,children.1.port=1",
+                "port belongs to host",
+            ),
+        ] {
+            let failure = parse(child).unwrap_err();
+            assert!(failure.to_string().contains(said), "{child}: {failure}");
+        }
+    }
+}

@@ -309,3 +309,99 @@ fn check_files(drives: &[Drive]) -> Result<(), Failure> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn active(file: &str, target: &str) -> String {
+        format!(
+            "driver=qcow2+colo,file={file},export=e,backing_reference.drive_id={target},\
+             backing_reference.hidden-disk.driver=qcow2,\
+             backing_reference.hidden-disk.file.filename=h{file}"
+        )
+    }
+
+    fn parse(texts: &[&str]) -> Result<Vec<SecondaryDisk>, Failure> {
+        let options = texts.iter().enumerate().map(|(index, text)| Options::parse(index, text));
+        disks(options.collect::<Result<_, _>>()?)
+    }
+
+    #[test]
+    fn every_active_disk_finds_its_target_whatever_the_order() {
+        let (a, b) = (active("a,,a", "ta"), active("b", "tb"));
+        let (ta, tb) = ("if=none,id=ta,driver=raw,file=1", "id=tb,if=none,driver=qcow2,file=2");
+        for order in [[ta, tb, &a, &b], [&a, tb, &b, ta], [&b, &a, ta, tb]] {
+            let disks = parse(&order).unwrap();
+            let mut found: Vec<_> = disks
+                .iter()
+                .map(|d| {
+                    [&d.active, &d.hidden.file, &d.target.file].map(|p| p.display().to_string())
+                })
+                .collect();
+            found.sort();
+            assert_eq!(found, [["a,a", "ha,a", "1"], ["b", "hb", "2"]], "{order:?}");
+        }
+    }
+
+    #[test]
+    fn groups_exclude_each_other_only_on_their_own_level() {
+        let below = active("a", "t") + ",backing_reference.hidden-disk.backing.driver=raw";
+        let failure = parse(&["if=none,id=t,driver=raw,file=1", &below]).unwrap_err();
+        assert!(failure.to_string().contains("unknown option backing.driver"), "{failure}");
+    }
+
+    /// Whatever is typed is understood or refused.
+    #[test]
+    fn no_text_makes_the_parser_panic() {
+        let words = [
+            "if=none",
+            "id=t",
+            "id=",
+            "driver=raw",
+            "driver=qcow2+colo",
+            "driver=quorum",
+            "file=1",
+            "file.filename=2",
+            "export=e",
+            "backing_reference.drive_id=t",
+            "backing_reference=t",
+            "backing_reference.hidden-disk.driver=qcow2",
+            "backing_reference.hidden-disk.file=h",
+            "backing=t",
+            "backing.file=x",
+            "file.backing_reference.drive_id=t",
+            "file.backing=x",
+            "children.0.driver=raw",
+            "children.0=a",
+            "children.1.file.driver=nbd+colo",
+            "children.1.file.host=h",
+            "children.99999999999999999999.x=1",
+            "children..x=1",
+            "read-pattern=fifo",
+            "vote-threshold=-1",
+            "cache=none",
+            "",
+            ",",
+            "=",
+            "x",
+            "ü=ü,,",
+        ];
+        let mut seed = 7u64;
+        let mut random = move |below: usize| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 33) as usize % below
+        };
+        for _ in 0..5000 {
+            let mut line = || {
+                let count = 1 + random(9);
+                (0..count).map(|_| words[random(words.len())]).collect::<Vec<_>>().join(",")
+            };
+            let lines = [line(), line(), line()];
+            let _ = parse(&lines.each_ref().map(String::as_str));
+            if let Ok(options) = Options::parse(0, &lines[0]) {
+                let _ = super::super::primary::disk(options);
+            }
+        }
+    }
+}

@@ -31,6 +31,9 @@ impl Options {
             this.pairs.push((key.to_owned(), value.to_owned()));
         }
         if let Some(id) = this.get("id") {
+            if id.is_empty() {
+                return Err(this.error("option id is empty"));
+            }
             this.label = format!("--drive {id}");
         }
         Ok(this)
