@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
+use super::data_runs::DataRuns;
 use super::direct::Direct;
 use super::engine;
 use super::flush::Flusher;
@@ -33,6 +34,7 @@ pub(super) struct Core {
     /// The file system keeps the file in memory: nothing that is read is waited for.
     in_memory: bool,
     pub(super) can_zero_range: AtomicBool,
+    pub(super) data_runs: DataRuns,
 }
 
 impl Core {
@@ -57,6 +59,7 @@ impl Core {
             can_nowait: AtomicBool::new(true),
             in_memory,
             can_zero_range: AtomicBool::new(true),
+            data_runs: DataRuns::default(),
         }
     }
 
@@ -90,6 +93,7 @@ impl Core {
     /// over it.
     fn undo_growth(&self) {
         let size = self.size();
+        self.data_runs.forget(size, u64::MAX);
         let longer = self.file.metadata().is_ok_and(|metadata| metadata.len() > size);
         if longer && let Err(error) = rustix::fs::ftruncate(&self.file, size) {
             tracing::error!(
@@ -104,6 +108,7 @@ impl Core {
         let _guard = self.resize.lock().unwrap_or_else(PoisonError::into_inner);
         rustix::fs::ftruncate(&self.file, size)
             .map_err(|error| self.error(Operation::Truncate, size, 0, &error.into()))?;
+        self.data_runs.forget(size, u64::MAX);
         self.size.store(size, Ordering::Release);
         Ok(())
     }

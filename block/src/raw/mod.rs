@@ -1,6 +1,7 @@
 //! Files and block special files.
 
 mod core;
+mod data_runs;
 mod direct;
 mod engine;
 mod flush;
@@ -182,6 +183,9 @@ impl BlockDevice for RawFile {
         }
         if len == 0 {
             return Io::ok(BlockStatus { len: 0, flags: Default::default() });
+        }
+        if let Some(end) = self.core.data_runs.end(offset) {
+            return Io::ok(BlockStatus { len: len.min(end - offset), flags: space::DATA });
         }
         Io::future(space::block_status(self.core(), offset, len))
     }

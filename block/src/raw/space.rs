@@ -20,6 +20,9 @@ const ZERO_PIECE_LEN: u64 = 1 << 20;
 const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 const ZERO_RANGE: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
 
+pub(super) const DATA: StatusFlags = StatusFlags { data: true, zero: false, allocated: true };
+const HOLE: StatusFlags = StatusFlags { data: false, zero: true, allocated: true };
+
 /// Keeps direct writes of neighbouring bytes away: the kernel zeroes parts of blocks through the
 /// page cache.
 async fn lock(core: &Core, offset: u64, len: u64) -> Option<RangeGuard> {
@@ -101,12 +104,14 @@ fn fallocate(core: &Core, mode: FallocateFlags, offset: u64, len: u64) -> rustix
     if len == 0 {
         return Ok(());
     }
-    loop {
+    let result = loop {
         match rustix::fs::fallocate(&core.file, mode, offset, len) {
             Err(Errno::INTR) => {}
-            result => return result,
+            result => break result,
         }
-    }
+    };
+    core.data_runs.forget(offset, offset + len);
+    result
 }
 
 fn write_zero_pieces(core: &Core, start: u64, end: u64) -> Result<()> {
@@ -161,22 +166,21 @@ pub(super) async fn block_status(core: Arc<Core>, offset: u64, len: u64) -> Resu
 
 fn status(core: &Core, offset: u64, len: u64) -> Result<BlockStatus> {
     let end = offset + len;
-    let data = StatusFlags { data: true, zero: false, allocated: true };
-    let hole = StatusFlags { data: false, zero: true, allocated: true };
     if core.block_device.is_some() {
-        return Ok(BlockStatus { len, flags: data });
+        return Ok(BlockStatus { len, flags: DATA });
     }
     let failed = |error: Errno| core.error(Operation::BlockStatus, offset, len, &error.into());
+    let asked = core.data_runs.forgotten();
     let next_data = match rustix::fs::seek(&core.file, SeekFrom::Data(offset)) {
         Ok(at) => at,
         // No data up to the end of the file.
         Err(Errno::NXIO) => end,
         // The file system does not know.
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(BlockStatus { len, flags: data }),
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(BlockStatus { len, flags: DATA }),
         Err(error) => return Err(failed(error)),
     };
     if next_data > offset {
-        return Ok(BlockStatus { len: next_data.min(end) - offset, flags: hole });
+        return Ok(BlockStatus { len: next_data.min(end) - offset, flags: HOLE });
     }
     let next_hole = match rustix::fs::seek(&core.file, SeekFrom::Hole(offset)) {
         Ok(at) => at,
@@ -185,5 +189,6 @@ fn status(core: &Core, offset: u64, len: u64) -> Result<BlockStatus> {
     };
     // A hole that has appeared here since is not yet known to this answer.
     let next_hole = if next_hole > offset { next_hole } else { offset + 1 };
-    Ok(BlockStatus { len: next_hole.min(end) - offset, flags: data })
+    core.data_runs.insert(offset, next_hole, asked);
+    Ok(BlockStatus { len: next_hole.min(end) - offset, flags: DATA })
 }
