@@ -3,7 +3,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use brep_block::{
     BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, Operation, RangeLock, Result,
-    WriteFlags, ZeroFlags, detach,
+    StatusFlags, WriteFlags, ZeroFlags, detach,
 };
 use bytes::Bytes;
 
@@ -44,18 +44,52 @@ struct Stack {
     below: Vec<Arc<dyn BlockDevice>>,
 }
 
-impl Stack {
+/// What the layers have, for one walk in ascending order.
+#[derive(Debug)]
+struct Walk<'a> {
+    top: &'a dyn BlockDevice,
+    below: Vec<Layer<'a>>,
+}
+
+/// A layer that nobody writes to any more.
+#[derive(Debug)]
+struct Layer<'a> {
+    device: &'a dyn BlockDevice,
+    /// What it said last, and from where on. To ask is expensive: a layer that has nothing more
+    /// looks through all of the rest before it says so.
+    said: Option<(u64, BlockStatus)>,
+}
+
+impl Layer<'_> {
+    async fn status(&mut self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let (from, said) = match self.said {
+            Some((from, said)) if (from..from + said.len).contains(&offset) => (from, said),
+            _ => (offset, self.device.block_status(offset, self.device.size() - offset).await?),
+        };
+        self.said = Some((from, said));
+        Ok(BlockStatus { len: len.min(from + said.len - offset), flags: said.flags })
+    }
+}
+
+impl<'a> Walk<'a> {
+    fn new(stack: &'a Stack) -> Self {
+        let layer = |device: &'a Arc<dyn BlockDevice>| Layer { device: &**device, said: None };
+        Self { top: &*stack.top, below: stack.below.iter().map(layer).collect() }
+    }
+
     /// The state of the first bytes of a range; `allocated`: some layer over the image has them.
-    async fn status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
-        let mut status = self.top.block_status(offset, len).await?;
-        for layer in &self.below {
-            if status.flags.allocated {
+    async fn status(&mut self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let mut below = BlockStatus { len, flags: StatusFlags::default() };
+        for layer in &mut self.below {
+            below = layer.status(offset, below.len).await?;
+            if below.flags.allocated {
                 break;
             }
-            let lower = layer.block_status(offset, status.len.min(len)).await?;
-            status = BlockStatus { len: lower.len.min(status.len), flags: lower.flags };
         }
-        Ok(status)
+        // Only the top changes. It is asked no further than the others reach.
+        let top = self.top.block_status(offset, below.len).await?;
+        let flags = if top.flags.allocated { top.flags } else { below.flags };
+        Ok(BlockStatus { len: top.len.min(below.len), flags })
     }
 }
 
@@ -103,9 +137,10 @@ impl MergedDisk {
     pub(crate) async fn merge(&self) -> Result<()> {
         let Some(stack) = self.shared.stack() else { return Ok(()) };
         let size = self.shared.base.size();
+        let mut walk = Walk::new(&stack);
         let mut offset = 0;
         while offset < size {
-            offset = self.shared.merge_step(&stack, offset, size).await?;
+            offset = self.shared.merge_step(&mut walk, offset, size).await?;
             tokio::task::yield_now().await;
         }
         self.shared.base.flush(FlushLevel::Durable).await
@@ -133,20 +168,20 @@ impl Shared {
     }
 
     /// Merges from `offset` on, under a lock, and returns the end of what is merged.
-    async fn merge_step(&self, stack: &Stack, offset: u64, size: u64) -> Result<u64> {
+    async fn merge_step(&self, walk: &mut Walk<'_>, offset: u64, size: u64) -> Result<u64> {
         // A long range that no layer has is passed over in one go. What was found without the
         // lock is looked up again under it: a guest may have written in between.
-        let probe = stack.status(offset, size - offset).await?;
+        let probe = walk.status(offset, size - offset).await?;
         let len = if probe.flags.allocated { probe.len.min(MERGE_STEP_BYTES) } else { probe.len };
         let end = offset + len;
         let _guard = self.locks.lock(offset..end, LockMode::Exclusive).await;
         let mut at = offset;
         while at < end {
-            let status = stack.status(at, end - at).await?;
+            let status = walk.status(at, end - at).await?;
             let mut part = status.len.min(end - at);
             if status.flags.allocated {
                 part = part.min(MERGE_STEP_BYTES);
-                self.merge_part(stack, at, part, status.flags.zero).await?;
+                self.merge_part(walk.top, at, part, status.flags.zero).await?;
             }
             at += part;
         }
@@ -155,13 +190,19 @@ impl Shared {
         Ok(end)
     }
 
-    async fn merge_part(&self, stack: &Stack, offset: u64, len: u64, zero: bool) -> Result<()> {
+    async fn merge_part(
+        &self,
+        top: &dyn BlockDevice,
+        offset: u64,
+        len: u64,
+        zero: bool,
+    ) -> Result<()> {
         if zero {
             let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
             return self.base.write_zeroes(offset, len, flags).await;
         }
         // At most MERGE_STEP_BYTES, so it fits.
-        let data = stack.top.read(offset, len as usize).await?;
+        let data = top.read(offset, len as usize).await?;
         self.base.write(offset, data, WriteFlags::default()).await
     }
 
