@@ -34,7 +34,7 @@ def groups(t):
         Group("primary", "The guest's export of a pair",
               [c.BrepPair(t, "sync"), c.BrepPair(t, "async")], [c.QemuPair(t)], [c.Null(t)]),
         Group("secondary", "The secondary alone, written to by a plain client",
-              [], [c.QemuParent(t)]),
+              [c.BrepPlainSecondary(t)], [c.QemuParent(t)]),
         Group("server", "A plain server",
               [c.BrepServer(t)], [c.QemuNbd(t), c.NbdkitFile(t)], [c.Null(t)]),
     ]

@@ -39,23 +39,36 @@ class Contender:
         self.server.stop()
 
 
-class Null(Contender):
+class Nbdkit(Contender):
+    """One of its plugins."""
+
+    def serve(self, *plugin):
+        self.server = self.t.daemon(
+            self.name, "nbdkit", "--foreground", "--unix", self.socket_name, *plugin,
+            ready=lambda: self.t.listens(self.socket_name))
+
+    def stop(self):
+        self.server.stop()
+        # It leaves its socket behind.
+        (self.t.dir / self.socket_name).unlink()
+
+
+class Null(Nbdkit):
     """Answers at once and keeps nothing: what the load generator itself can do."""
 
     def __init__(self, t):
         super().__init__(t, "null", "ceiling (nbdkit null)", "none")
 
     def start(self, base):
-        size = base.stat().st_size
-        self.server = _nbdkit(self, "null", f"size={size}")
+        self.serve("null", f"size={base.stat().st_size}")
 
 
-class NbdkitFile(Contender):
+class NbdkitFile(Nbdkit):
     def __init__(self, t):
         super().__init__(t, "nbdkit", "nbdkit file", "page cache of this host")
 
     def start(self, base):
-        self.server = _nbdkit(self, "file", self.disk("disk", base))
+        self.serve("file", self.disk("disk", base))
 
 
 class QemuNbd(Contender):
@@ -131,6 +144,29 @@ class BrepPair(Contender):
         self.secondary.stop(deadline_s=60)
 
 
+class BrepPlainSecondary(Contender):
+    """A secondary whose primary is the load generator; its replica on a unix socket."""
+
+    export = "vda"
+
+    def __init__(self, t):
+        super().__init__(t, "brep-plain", "brep secondary", "page cache of this host")
+
+    def start(self, base):
+        self.secondary = _brep_secondary(self, base, "--plain-primary",
+                                         listen=self.t.uri(self.socket_name))
+        self.control = self.t.control(f"{self.name}-beta/control.sock", 600)
+
+    def checkpoint(self):
+        """A load that went away is a lost primary, after which replication begins anew."""
+        if "error" in self.control.try_execute("checkpoint"):
+            self.control.execute("replication-start")
+
+    def stop(self):
+        self.control.close()
+        self.secondary.stop(deadline_s=60)
+
+
 class QemuPair(Contender):
     export = "top0"
 
@@ -190,11 +226,3 @@ def _brep_secondary(contender, base, *options, listen=None):
         "--disk", f"vda={contender.disk('secondary', base)}", "--listen",
         listen or f"nbd://127.0.0.1:{contender.port}", *options,
         ready=lambda: t.listens(control))
-
-
-def _nbdkit(contender, *plugin):
-    t = contender.t
-    # It leaves its socket behind.
-    (t.dir / contender.socket_name).unlink(missing_ok=True)
-    return t.daemon(contender.name, "nbdkit", "--foreground", "--unix", contender.socket_name,
-                    *plugin, ready=lambda: t.listens(contender.socket_name))
