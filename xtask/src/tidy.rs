@@ -1,5 +1,6 @@
 //! The project's own rules, which no other tool checks.
 
+mod cases;
 mod guarantees;
 mod iotests;
 mod layout;
@@ -70,6 +71,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<bool> {
     faults.extend(words::check(&sources, &rule("forbidden-words.txt")?));
     faults.extend(links::check(root, &sources));
     faults.extend(guarantees::check(&sources));
+    faults.extend(cases::check(&sources));
     faults.extend(iotests::check(&sources));
     for fault in &faults {
         println!("{fault}");

@@ -146,6 +146,20 @@ fn reset_all() {
     }
 }
 
+/// Row: §9.2.
+#[test]
+fn series_s09_reset_all_keeps_size_and_granularity() {
+    let mut map = map(L2 + 5, 3);
+    map.set(0, L2 + 5);
+    map.reset_all();
+    assert_eq!((map.size(), map.granularity(), map.count()), (L2 + 5, 8, 0));
+    map.set(L2 + 4, 1);
+    map.set(9, 1);
+    assert!(map.get(8) && map.get(15) && !map.get(7) && !map.get(16));
+    // The last group is cut off by the size.
+    assert_eq!(map.dirty_bytes(), 8 + 5);
+}
+
 #[test]
 fn granularity() {
     let mut map = map(L1, 1);

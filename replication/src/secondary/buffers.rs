@@ -69,11 +69,6 @@ impl Buffer {
         Ok(())
     }
 
-    /// Its file.
-    pub(crate) fn path(&self) -> &Path {
-        &self.path
-    }
-
     pub(crate) fn device(&self) -> Arc<dyn BlockDevice> {
         cropped(Arc::clone(&self.image) as Arc<dyn BlockDevice>, self.size)
     }

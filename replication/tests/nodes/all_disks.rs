@@ -22,6 +22,7 @@ async fn three() -> [S; 3] {
     [setup().await, setup().await, setup().await]
 }
 
+/// Row: §13.7.
 #[test]
 fn all_disks_start_checkpoint_fail_over() {
     run(async {
@@ -46,6 +47,7 @@ fn all_disks_start_checkpoint_fail_over() {
     });
 }
 
+/// Row: §13.11.
 #[test]
 fn all_disks_one_that_fails_to_start_stops_those_before_it() {
     run(async {
@@ -64,6 +66,7 @@ fn all_disks_one_that_fails_to_start_stops_those_before_it() {
     });
 }
 
+/// Row: §5.3.
 #[test]
 fn all_disks_one_that_cannot_replicate_is_named() {
     run(async {
@@ -82,6 +85,7 @@ fn all_disks_one_that_cannot_replicate_is_named() {
     });
 }
 
+/// Row: §13.12.
 #[test]
 fn all_disks_checkpoint_ends_at_the_first_failure() {
     run(async {
@@ -100,6 +104,7 @@ fn all_disks_checkpoint_ends_at_the_first_failure() {
     });
 }
 
+/// Row: §13.11.
 #[test]
 fn all_disks_stop_goes_on_past_failures() {
     run(async {

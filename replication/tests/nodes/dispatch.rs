@@ -7,8 +7,11 @@ use brep_replication::node::Stage;
 
 use crate::support::*;
 
-/// Row: §5.1, §5.2, §5.4: a device that does not replicate itself hands the calls down, through
+/// A device that does not replicate itself hands the calls down, through
 /// any number of its like.
+///
+///
+/// Row: §5.1, §5.2, §5.4.
 #[test]
 fn series_s05_calls_reach_the_node_below_what_does_not_replicate() {
     run(async {
@@ -33,7 +36,10 @@ fn series_s05_calls_reach_the_node_below_what_does_not_replicate() {
     });
 }
 
-/// Row: §5.3: nobody below replicates. Nor does what only looks at a node.
+/// Nobody below replicates. Nor does what only looks at a node.
+///
+///
+/// Row: §5.3.
 #[test]
 fn series_s05_a_device_without_replication_has_no_calls() {
     run(async {

@@ -36,6 +36,7 @@ async fn failed(setup: Setup) -> S {
     s
 }
 
+/// Row: §11.26, §14.41, §14.53.
 #[test]
 fn d19_merge_that_fails_is_reported_and_the_disk_stays_complete() {
     run(async {
@@ -54,6 +55,7 @@ fn d19_merge_that_fails_is_reported_and_the_disk_stays_complete() {
     });
 }
 
+/// Row: §14.11, §14.53.
 #[test]
 fn d19_after_a_failed_merge_writes_go_where_the_range_is() {
     run(async {
@@ -153,6 +155,7 @@ fn d19_requests_in_a_cluster_do_not_wait_for_each_other_for_ever() {
     });
 }
 
+/// Row: §14.46.
 #[test]
 fn d20_close_ends_a_merge_before_it_returns() {
     run(async {
@@ -180,6 +183,7 @@ fn d20_close_ends_a_merge_before_it_returns() {
     });
 }
 
+/// Row: §14.46.
 #[test]
 fn d20_close_does_not_wait_for_ever_for_a_merge_that_hangs() {
     run_paused(async {
@@ -195,6 +199,7 @@ fn d20_close_does_not_wait_for_ever_for_a_merge_that_hangs() {
     });
 }
 
+/// Row: §14.42.
 #[test]
 fn failover_serves_and_merges_at_the_same_time() {
     run(async {

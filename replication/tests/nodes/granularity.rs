@@ -21,6 +21,7 @@ fn bytes_read(s: &S) -> u64 {
     s.base.count.of(Operation::Read).bytes
 }
 
+/// Row: §10.6.
 #[test]
 fn d21_write_across_a_border_copies_both_units() {
     run(async {
@@ -60,6 +61,7 @@ fn d22_second_write_to_the_same_units_copies_nothing() {
     });
 }
 
+/// Row: §14.34, §14.36.
 #[test]
 fn d23_checkpoint_makes_units_be_copied_again() {
     run(async {
@@ -196,6 +198,7 @@ fn d26_pre_image_can_be_found_in_the_file_before_the_disk_is_overwritten() {
     });
 }
 
+/// Row: §15.6.
 #[test]
 fn d27_last_partial_unit_is_copied_with_its_own_length() {
     run(async {
@@ -212,6 +215,7 @@ fn d27_last_partial_unit_is_copied_with_its_own_length() {
     });
 }
 
+/// Row: §14.6, §14.7.
 #[test]
 fn d28_discards_and_zeroes_of_the_primary_are_copied_first() {
     run(async {

@@ -68,7 +68,10 @@ fn series_s07_start_connects_and_the_length_is_the_exports() {
     });
 }
 
-/// Row: §7.1, §7.2. When connected, it is the state that is named, and not the mode.
+/// When connected, it is the state that is named, and not the mode.
+///
+///
+/// Row: §7.1, §7.2.
 #[test]
 fn series_s07_start_in_another_mode_is_refused() {
     run(async {
@@ -89,7 +92,10 @@ fn series_s07_start_in_another_mode_is_refused() {
     });
 }
 
-/// Row: §7.5, §6.10: the quorum discards what its child says.
+/// The quorum discards what its child says.
+///
+///
+/// Row: §6.10, §7.5.
 #[test]
 fn series_s07_start_when_connected_is_refused_and_changes_nothing() {
     run(async {
@@ -124,7 +130,10 @@ fn series_s07_checkpoint_and_stop_when_disconnected_and_connected() {
     });
 }
 
-/// Row: §13.2: the way of the series from its seventh version on.
+/// The way of the series from its seventh version on.
+///
+///
+/// Row: §13.2.
 #[test]
 fn series_s13_a_replicating_child_comes_and_goes_while_the_guest_writes() {
     run(async {

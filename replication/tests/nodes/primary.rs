@@ -11,6 +11,7 @@ use bytes::Bytes;
 
 use crate::support::*;
 
+/// Row: §14.8.
 #[test]
 fn t01_primary_read_before_start_fails() {
     run(async {
@@ -31,6 +32,7 @@ fn t02_primary_write_before_start_fails() {
     });
 }
 
+/// Row: §14.38.
 #[test]
 fn t03_primary_stop_with_failover_succeeds() {
     run(async {
@@ -40,6 +42,7 @@ fn t03_primary_stop_with_failover_succeeds() {
     });
 }
 
+/// Row: §14.13.
 #[test]
 fn t04_primary_checkpoint_has_no_effect() {
     run(async {
@@ -63,6 +66,7 @@ fn t05_primary_get_error_without_errors_succeeds() {
     });
 }
 
+/// Row: §14.9, §14.48.
 #[test]
 fn d01_primary_write_that_cannot_be_forwarded_succeeds_and_is_reported() {
     run(async {
@@ -82,6 +86,7 @@ fn d01_primary_write_that_cannot_be_forwarded_succeeds_and_is_reported() {
     });
 }
 
+/// Row: §14.9, §14.14.
 #[test]
 fn d02_primary_write_after_stop_fails() {
     run(async {
@@ -95,6 +100,7 @@ fn d02_primary_write_after_stop_fails() {
     });
 }
 
+/// Row: §11.9.
 #[test]
 fn d03_primary_start_as_secondary_names_both_modes() {
     run(async {
@@ -150,6 +156,9 @@ fn d07_primary_stop_before_start_fails() {
 }
 
 /// The original's sides differ here; this one follows the older rule on both.
+///
+///
+/// Row: §14.13.
 #[test]
 fn d08_primary_checkpoint_before_start_fails() {
     run(async { refused(P::new().node.checkpoint().await, NOT_RUNNING) });
@@ -167,6 +176,7 @@ fn primary_reads_fail_in_every_stage() {
     });
 }
 
+/// Row: §14.5, §14.6, §14.7.
 #[test]
 fn primary_forwards_discards_as_zeroes_and_flushes() {
     run(async {
@@ -200,6 +210,7 @@ fn primary_failure_of_a_write_that_nobody_waits_for_is_reported() {
     });
 }
 
+/// Row: §14.38.
 #[test]
 fn primary_failure_that_comes_after_stop_is_not_reported() {
     run(async {

@@ -95,6 +95,7 @@ async fn pair(s: &S) -> (tempfile::TempDir, Nbd, Primary) {
     (scratch, nbd, p)
 }
 
+/// Row: §4.6, §7.4.
 #[test]
 fn d29_primary_started_before_the_export_fails_and_can_be_started_again() {
     run(async {
@@ -126,6 +127,7 @@ fn d29_primary_started_before_the_export_fails_and_can_be_started_again() {
     });
 }
 
+/// Row: §14.48.
 #[test]
 fn d30_connection_lost_while_running_does_not_disturb_the_guest() {
     run(async {
@@ -156,6 +158,7 @@ fn d30_connection_lost_while_running_does_not_disturb_the_guest() {
     });
 }
 
+/// Row: §14.47.
 #[test]
 fn who_learns_primary_disk_read_error_the_guest_and_the_manager() {
     run(async {
@@ -170,6 +173,9 @@ fn who_learns_primary_disk_read_error_the_guest_and_the_manager() {
 
 /// The guest's part is the quorum's result: with a threshold of 1 a write that was forwarded
 /// counts. With one of 2 it is the guest who learns.
+///
+///
+/// Row: §14.47.
 #[test]
 fn who_learns_primary_disk_write_error_the_quorum_decides() {
     run(async {
@@ -188,6 +194,9 @@ fn who_learns_primary_disk_write_error_the_quorum_decides() {
 
 /// Of the copy, of the disk: the primary's manager learns of both through the primary's node, and
 /// neither guest nor the secondary's manager does.
+///
+///
+/// Row: §13.9, §14.49, §14.50, §14.54.
 #[test]
 fn who_learns_secondary_failure_under_the_primarys_write_the_primarys_manager() {
     run(async {
@@ -206,6 +215,7 @@ fn who_learns_secondary_failure_under_the_primarys_write_the_primarys_manager() 
     });
 }
 
+/// Row: §14.50.
 #[test]
 fn who_learns_secondary_disk_or_hidden_error_under_a_guest_read_the_guest() {
     run(async {

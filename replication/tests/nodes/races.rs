@@ -58,6 +58,7 @@ fn guest_write_during_a_stop_is_either_dropped_or_kept_whole() {
     });
 }
 
+/// Row: §11.23, §13.4.
 #[test]
 fn late_writes_of_the_primary_reach_nothing() {
     run(async {
@@ -92,6 +93,7 @@ fn primary_write_in_flight_at_a_failover_is_waited_for_and_undone() {
     });
 }
 
+/// Row: §10.5.
 #[test]
 fn primary_write_in_flight_at_a_checkpoint_belongs_to_it() {
     run(async {
@@ -164,6 +166,7 @@ fn checkpoint_that_would_wait_too_long_changes_nothing() {
     });
 }
 
+/// Row: §11.21, §14.37, §14.52.
 #[test]
 fn checkpoint_that_cannot_empty_the_active_disk_leaves_the_old_one() {
     run(async {
@@ -183,6 +186,9 @@ fn checkpoint_that_cannot_empty_the_active_disk_leaves_the_old_one() {
 
 /// What the guest wrote is gone then, and the old checkpoint is whole: never the new one in some
 /// places and the old one in others.
+///
+///
+/// Row: §11.21, §14.36, §14.37, §14.52.
 #[test]
 fn checkpoint_that_cannot_empty_the_hidden_disk_leaves_the_old_one() {
     run(async {
@@ -207,6 +213,9 @@ fn checkpoint_that_cannot_empty_the_hidden_disk_leaves_the_old_one() {
 
 /// The hidden disk has been emptied, and giving back its clusters failed: what the filter took
 /// for copied is to be copied again.
+///
+///
+/// Row: §11.21.
 #[test]
 fn checkpoint_that_fails_after_emptying_keeps_new_pre_images() {
     run(async {

@@ -27,6 +27,7 @@ fn t06_secondary_read_before_start_fails() {
     });
 }
 
+/// Row: §8.2, §13.4.
 #[test]
 fn t07_secondary_write_before_start_fails() {
     run(async {
@@ -54,6 +55,7 @@ async fn t08(s: S) {
     s.merged().await;
 }
 
+/// Row: §11.17, §14.30.
 #[test]
 fn t08_secondary_start_shows_the_checkpoint_and_the_guests_writes() {
     run(async { t08(Setup::new(SIZE).build().await).await });
@@ -65,6 +67,9 @@ fn t08_secondary_start_shows_the_checkpoint_and_the_guests_writes_by_subclusters
 }
 
 /// As the cases have it: every image is a qcow2 file.
+///
+///
+/// Row: §13.1.
 #[test]
 fn t08_t09_secondary_in_files() {
     run(async {
@@ -87,6 +92,9 @@ fn t08_t09_secondary_in_files() {
 
 /// The second half is 0x11 and not what the primary wrote: the disk ends as what the secondary's
 /// guest saw.
+///
+///
+/// Row: §11.25, §14.40.
 #[test]
 fn t09_secondary_stop_merges_what_the_guest_saw() {
     run(async {
@@ -111,6 +119,7 @@ fn t09_secondary_stop_merges_what_the_guest_saw() {
     });
 }
 
+/// Row: §14.43.
 #[test]
 fn t10_secondary_get_error_without_errors_succeeds() {
     run(async {
@@ -123,6 +132,7 @@ fn t10_secondary_get_error_without_errors_succeeds() {
     });
 }
 
+/// Row: §14.51.
 #[test]
 fn d09_secondary_active_disk_failure_goes_to_the_guest_alone() {
     run(async {
@@ -137,6 +147,9 @@ fn d09_secondary_active_disk_failure_goes_to_the_guest_alone() {
 
 /// What is more than the case says: without the job nothing can be kept of what the primary
 /// overwrites, so it is kept from overwriting.
+///
+///
+/// Row: §11.20, §14.34.
 #[test]
 fn d10_secondary_checkpoint_without_the_job_fails() {
     run(async {
@@ -157,6 +170,9 @@ fn d10_secondary_checkpoint_without_the_job_fails() {
 }
 
 /// Full or broken where the data goes.
+///
+///
+/// Row: §14.54.
 #[test]
 fn d11_secondary_write_whose_pre_image_cannot_be_kept_fails() {
     run(async {
@@ -209,6 +225,7 @@ fn d12_secondary_checkpoint_before_start_fails() {
     });
 }
 
+/// Row: §14.39, §15.2.
 #[test]
 fn d13_secondary_stop_without_failover_keeps_what_the_primary_wrote() {
     run(async {
@@ -240,6 +257,7 @@ async fn start_is_refused(s: &S, text: &str) {
     assert_eq!(s.base.changes() + s.hidden.changes() + s.active.changes(), 0);
 }
 
+/// Row: §11.14.
 #[test]
 fn d14_secondary_disks_of_different_lengths_are_refused() {
     run(async {
@@ -252,6 +270,7 @@ fn d14_secondary_disks_of_different_lengths_are_refused() {
     });
 }
 
+/// Row: §11.10, §14.22, §14.23.
 #[test]
 fn d15_secondary_without_backing_is_refused() {
     run(async {
@@ -264,6 +283,9 @@ fn d15_secondary_without_backing_is_refused() {
 
 /// Here no image is reopened for a start, so none has to become read-only again; it is not
 /// written to either.
+///
+///
+/// Row: §14.4, §14.28.
 #[test]
 fn d16_secondary_top_that_is_not_above_is_refused() {
     run(async {
@@ -280,6 +302,9 @@ fn d16_secondary_top_that_is_not_above_is_refused() {
 /// A change of size is all that exists here of what the original refuses. There is no eject (a
 /// device lives as long as somebody has it), no second job (a filter is put on a device only by
 /// its owner), and no internal snapshot (such images are refused at open).
+///
+///
+/// Row: §14.29.
 #[test]
 fn d17_secondary_resize_is_refused_while_running() {
     run(async {
@@ -293,6 +318,7 @@ fn d17_secondary_resize_is_refused_while_running() {
     });
 }
 
+/// Row: §11.17, §13.5, §14.31.
 #[test]
 fn d18_secondary_start_empties_both_overlays() {
     run(async {
@@ -315,6 +341,7 @@ fn d18_secondary_start_empties_both_overlays() {
     });
 }
 
+/// Row: §15.5.
 #[test]
 fn secondary_unit_smaller_than_what_the_hidden_disk_allocates_is_refused() {
     run(async {
@@ -325,6 +352,7 @@ fn secondary_unit_smaller_than_what_the_hidden_disk_allocates_is_refused() {
     });
 }
 
+/// Row: §11.2.
 #[test]
 fn secondary_active_disk_that_names_a_backing_file_is_refused() {
     run(async {
@@ -342,6 +370,9 @@ fn secondary_active_disk_that_names_a_backing_file_is_refused() {
 }
 
 /// A start whose emptying fails can be repeated.
+///
+///
+/// Row: §11.15, §14.26.
 #[test]
 fn secondary_start_that_cannot_empty_a_disk_fails_and_can_be_repeated() {
     run(async {
@@ -365,6 +396,7 @@ fn secondary_start_that_cannot_empty_a_disk_fails_and_can_be_repeated() {
     });
 }
 
+/// Row: §11.6.
 #[test]
 fn secondary_guest_discards_and_zeroes_do_not_show_what_lies_below() {
     run(async {

@@ -120,7 +120,10 @@ fn setups() -> [Setup; 2] {
     [Setup::new(MIB), Setup::subclusters(MIB)]
 }
 
-/// Row: §11.5, §11.6, §11.7, §14.10, §14.11: every kind of request, in every stage.
+/// Every kind of request, in every stage.
+///
+///
+/// Row: §11.5, §11.6, §11.7, §14.10, §14.11.
 #[test]
 fn series_s14_every_request_in_every_stage() {
     run(async {
@@ -170,7 +173,7 @@ fn series_s14_secondary_read_in_every_stage() {
     });
 }
 
-/// Row: §14.11.
+/// Row: §11.5, §11.6, §11.7, §14.6, §14.11.
 #[test]
 fn series_s14_secondary_write_in_every_stage() {
     run(async {
@@ -246,7 +249,7 @@ async fn has_done_nothing(s: &S, at: At, cell: &str) {
     }
 }
 
-/// Row: §14.16, §14.20, §14.21, §11.9, §11.11, §11.12.
+/// Row: §11.9, §11.11, §11.12, §11.13, §14.16, §14.20, §14.21.
 #[test]
 fn series_s14_secondary_start_in_every_stage() {
     run(async {
@@ -275,7 +278,7 @@ fn series_s14_secondary_start_in_every_stage() {
     });
 }
 
-/// Row: §14.17, §11.19, §11.20.
+/// Row: §11.19, §11.20, §14.17, §15.4.
 #[test]
 fn series_s14_secondary_checkpoint_in_every_stage() {
     run(async {
@@ -303,7 +306,7 @@ fn series_s14_secondary_checkpoint_in_every_stage() {
     });
 }
 
-/// Row: §14.18, §14.43.
+/// Row: §13.8, §14.18, §14.43.
 #[test]
 fn series_s14_secondary_get_error_in_every_stage() {
     run(async {
@@ -325,7 +328,7 @@ fn series_s14_secondary_get_error_in_every_stage() {
     });
 }
 
-/// Row: §14.19, §14.39, §14.40, §14.42, §11.22, §11.24, §11.27.
+/// Row: §11.22, §11.24, §11.27, §13.6, §14.19, §14.39, §14.40, §14.42, §15.1, §15.2.
 #[test]
 fn series_s14_secondary_stop_in_every_stage() {
     run(async {
@@ -361,8 +364,11 @@ fn series_s14_secondary_stop_in_every_stage() {
     });
 }
 
-/// Row: §14.8, §14.9, §14.5, §4.2: every kind of request to a primary; its other two stages do
+/// Every kind of request to a primary; its other two stages do
 /// not exist.
+///
+///
+/// Row: §4.2, §14.5, §14.8, §14.9.
 #[test]
 fn series_s14_primary_every_request_in_every_stage() {
     run(async {
@@ -402,7 +408,7 @@ async fn primary_at(stage: Stage) -> P {
     p
 }
 
-/// Row: §14.12, §14.13, §14.14, §14.15, §14.20.
+/// Row: §13.8, §14.12, §14.13, §14.14, §14.15, §14.20, §14.38, §15.4.
 #[test]
 fn series_s14_primary_every_call_in_every_stage() {
     run(async {

@@ -52,8 +52,11 @@ async fn wrong_from(first: usize) -> S {
     setup.open(base, hidden, active).await.unwrap()
 }
 
-/// Row: §14.33, §11.18, §14.22, §14.23, §14.25, §14.27, §14.28: of several things that are wrong
+/// Of several things that are wrong
 /// the first is named, and nothing has been touched.
+///
+///
+/// Row: §11.18, §14.22, §14.23, §14.25, §14.27, §14.28, §14.33.
 #[test]
 fn series_s14_start_checks_come_in_order() {
     run(async {
@@ -71,7 +74,10 @@ fn series_s14_start_checks_come_in_order() {
     });
 }
 
-/// Row: §14.25, §11.14: whichever of the three it is.
+/// Whichever of the three it is.
+///
+///
+/// Row: §11.14, §14.25.
 #[test]
 fn series_s14_start_with_any_disk_of_another_length_is_refused() {
     run(async {
@@ -91,7 +97,10 @@ fn series_s14_start_with_any_disk_of_another_length_is_refused() {
     });
 }
 
-/// Row: §14.27. The overlays have to be emptied, so they are refused when they are opened.
+/// The overlays have to be emptied, so they are refused when they are opened.
+///
+///
+/// Row: §11.15, §14.26, §14.27.
 #[test]
 fn series_s14_disks_that_take_no_writes_are_refused() {
     run(async {
@@ -148,7 +157,10 @@ fn series_s11_active_disk_with_internal_snapshots_is_refused() {
     });
 }
 
-/// Row: §11.2, §8.16: and none is written by the node, whose relations exist at run time only.
+/// And none is written by the node, whose relations exist at run time only.
+///
+///
+/// Row: §8.17, §11.2.
 #[test]
 fn series_s08_headers_name_no_backing_file_after_use() {
     run(async {
@@ -165,8 +177,11 @@ fn series_s08_headers_name_no_backing_file_after_use() {
     });
 }
 
-/// Row: §14.44: the primary is kept from overwriting what cannot be kept any more; the node still
+/// The primary is kept from overwriting what cannot be kept any more; the node still
 /// leads to its last checkpoint, so its disks keep being in use.
+///
+///
+/// Row: §11.24, §14.44.
 #[test]
 fn series_s14_a_job_that_ends_by_itself_is_reported_and_the_checkpoint_stays() {
     run(async {
@@ -186,7 +201,10 @@ fn series_s14_a_job_that_ends_by_itself_is_reported_and_the_checkpoint_stays() {
     });
 }
 
-/// Row: §14.45. A node that is closed while it runs has not been stopped.
+/// A node that is closed while it runs has not been stopped.
+///
+///
+/// Row: §8.16, §14.45.
 #[test]
 fn series_s14_close_while_running_keeps_the_buffers() {
     run(async {
@@ -205,7 +223,10 @@ fn series_s14_close_while_running_keeps_the_buffers() {
     });
 }
 
-/// Row: §14.31, §14.32, §13.5: a start is a checkpoint too, of what the disk holds now.
+/// A start is a checkpoint too, of what the disk holds now.
+///
+///
+/// Row: §8.2, §13.5, §14.31, §14.32.
 #[test]
 fn series_s14_start_takes_a_checkpoint() {
     run(async {

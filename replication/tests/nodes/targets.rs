@@ -13,7 +13,10 @@ use crate::support::*;
 const SECONDARY: ReplicationMode = ReplicationMode::Secondary;
 const UNSUPPORTED: &str = "this feature or command is not currently supported";
 
-/// Row: §1, patch 13: whoever calls every disk calls the target too, which has nothing to do.
+/// Patch 13: whoever calls every disk calls the target too, which has nothing to do.
+///
+///
+/// Row: §5.5.
 #[test]
 fn series_s08_start_checkpoint_and_stop_skip_a_target() {
     run(async {
@@ -44,6 +47,9 @@ fn series_s08_start_checkpoint_and_stop_skip_a_target() {
 }
 
 /// One that cannot start undoes what was started, and a target in between does not hinder.
+///
+///
+/// Row: §5.5.
 #[test]
 fn series_s08_a_start_that_fails_behind_a_target_stops_those_before_it() {
     run(async {
@@ -58,7 +64,10 @@ fn series_s08_a_start_that_fails_behind_a_target_stops_those_before_it() {
     });
 }
 
-/// Rows: §8.6, §8.8, and the close of the disk that refers: one user at a time, who gives it back.
+/// Patch 14, and the close of the disk that refers: one user at a time, who gives it back.
+///
+///
+/// Row: §8.8, §8.10, §8.16, §8.18.
 #[test]
 fn series_s08_a_target_and_a_guest_devices_disk_exclude_each_other() {
     let target = ReferenceTarget::new(Memory::new("y", MIB));
@@ -80,6 +89,7 @@ fn series_s08_a_target_and_a_guest_devices_disk_exclude_each_other() {
     drop(target.attach().unwrap());
 }
 
+/// Row: §8.15.
 #[test]
 fn series_s08_a_target_keeps_its_size_as_long_as_it_is_one() {
     run(async {
@@ -104,6 +114,9 @@ fn a_target_obeys_the_rules_of_every_device() {
 }
 
 /// The export is closed before anything is merged: what a client still sends is not carried out.
+///
+///
+/// Row: §11.23.
 #[test]
 fn series_s11_stop_closes_the_export_first() {
     run(async {
@@ -120,8 +133,11 @@ fn series_s11_stop_closes_the_export_first() {
     });
 }
 
-/// Rows "job gone" of start and stop: the job is begun by start itself, and without it a stop with
+/// The job is begun by start itself, and without it a stop with
 /// failover still leads to the last checkpoint.
+///
+///
+/// Row: §11.24.
 #[test]
 fn series_s11_stop_without_the_job_leads_to_the_last_checkpoint() {
     run(async {

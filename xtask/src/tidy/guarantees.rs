@@ -1,6 +1,7 @@
 //! Every guarantee names a test, and every test that it names exists.
 //!
-//! A row of a table in the page holds `crate::path::test_name` or `iotest NNN` in backquotes.
+//! A row of a table in the page holds `crate::path::test_name` or `iotest NNN` in backquotes; a case
+//! of an end-to-end test is `iotest NNN: text`, where the test has that text.
 
 use super::{Fault, Source};
 
@@ -12,21 +13,29 @@ pub(super) fn check(sources: &[Source]) -> Vec<Fault> {
     };
     let mut faults = Vec::new();
     for (number, line) in page.lines() {
-        let tests: Vec<&str> = line.split('`').skip(1).step_by(2).filter(|c| is_test(c)).collect();
-        for test in &tests {
-            if !exists(sources, test) {
-                faults.push(Fault::new(PAGE, number, format!("there is no test `{test}`")));
-            }
-        }
-        if is_row(page, number, line) && tests.is_empty() {
+        faults.extend(missing(sources, page, number, line));
+        if is_row(page, number, line) && tests_in(line).is_empty() {
             faults.push(Fault::new(PAGE, number, "this guarantee names no test"));
         }
     }
     faults
 }
 
+/// The tests that a line of a page names.
+pub(super) fn tests_in(line: &str) -> Vec<&str> {
+    line.split('`').skip(1).step_by(2).filter(|code| is_test(code)).collect()
+}
+
+/// Of the tests that a line names those that do not exist.
+pub(super) fn missing(sources: &[Source], page: &Source, number: usize, line: &str) -> Vec<Fault> {
+    let absent = tests_in(line).into_iter().filter(|test| !exists(sources, test));
+    absent
+        .map(|test| Fault::new(&page.path, number, format!("there is no test `{test}`")))
+        .collect()
+}
+
 /// A row of a table's body: neither the heading nor the line below it.
-fn is_row(page: &Source, number: usize, line: &str) -> bool {
+pub(super) fn is_row(page: &Source, number: usize, line: &str) -> bool {
     let next = page.text.lines().nth(number);
     let is_rule = |line: &str| line.starts_with("|-") || line.starts_with("| -");
     line.starts_with('|') && !is_rule(line) && !next.is_some_and(is_rule)
@@ -37,9 +46,12 @@ fn is_test(code: &str) -> bool {
 }
 
 fn exists(sources: &[Source], test: &str) -> bool {
-    if let Some(number) = test.strip_prefix("iotest ") {
+    if let Some(test) = test.strip_prefix("iotest ") {
+        let (number, case) = test.split_once(": ").unwrap_or((test, ""));
         let start = format!("xtask/iotests/{}-", number.trim());
-        return sources.iter().any(|s| s.path.starts_with(&start) && s.has_extension("py"));
+        return sources
+            .iter()
+            .any(|s| s.path.starts_with(&start) && s.has_extension("py") && s.text.contains(case));
     }
     let path: Vec<&str> = test.split("::").collect();
     let [package, modules @ .., name] = path.as_slice() else { return false };
@@ -59,18 +71,18 @@ fn holds_module(source: &Source, module: &str) -> bool {
         || source.text.contains(&format!("mod {module} {{"))
 }
 
+/// The name of the test function that a line declares.
+pub(super) fn declared(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    let line = line.strip_prefix("async ").unwrap_or(line);
+    line.strip_prefix("fn ").and_then(|rest| rest.split_once('(')).map(|(name, _)| name)
+}
+
 /// A function of that name with an attribute that makes it a test within a few lines above it.
 fn holds_test(source: &Source, name: &str) -> bool {
     let lines: Vec<&str> = source.text.lines().collect();
-    let declares = |line: &str| {
-        let line = line.trim_start();
-        let line = line.strip_prefix("async ").unwrap_or(line);
-        line.strip_prefix("fn ")
-            .and_then(|rest| rest.strip_prefix(name))
-            .is_some_and(|rest| rest.starts_with('('))
-    };
     let is_attribute = |line: &&&str| line.trim_start().starts_with(['#', '/']);
-    lines.iter().enumerate().filter(|(_, line)| declares(line)).any(|(at, _)| {
+    lines.iter().enumerate().filter(|(_, line)| declared(line) == Some(name)).any(|(at, _)| {
         let above = lines.get(..at).unwrap_or_default();
         above.iter().rev().take_while(is_attribute).any(|line| {
             let line = line.trim_start();
@@ -91,15 +103,17 @@ mod tests {
                 "block/src/file.rs",
                 "mod tests {\n    #[tokio::test]\n    async fn holds() {}\n    fn helper() {}\n}\n",
             ),
-            source("xtask/iotests/012-x.py", ""),
+            source("xtask/iotests/012-x.py", "a case"),
         ]
     }
 
     #[test]
     fn tests_that_exist_are_good() {
-        for row in
-            ["| a | `block::file::tests::holds` |", "| a | `iotest 012`, `block::tests::holds` |"]
-        {
+        for row in [
+            "| a | `block::file::tests::holds` |",
+            "| a | `iotest 012`, `block::tests::holds` |",
+            "| a | `iotest 012: a case` |",
+        ] {
             assert_eq!(check(&sources(row)), [], "{row}");
         }
     }
@@ -112,6 +126,7 @@ mod tests {
             "| a | `nbd::tests::holds` |",
             "| a | `block::other::holds` |",
             "| a | `iotest 013` |",
+            "| a | `iotest 012: another case` |",
         ] {
             assert_eq!(check(&sources(row)).len(), 1, "{row}");
         }

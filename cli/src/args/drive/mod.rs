@@ -3,6 +3,8 @@ mod files;
 mod image;
 mod primary;
 mod secondary;
+#[cfg(test)]
+mod tests;
 mod text;
 
 use std::ffi::OsString;
