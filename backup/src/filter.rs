@@ -369,6 +369,14 @@ impl Shared {
         units.iter().map(|units| epoch.unit.bytes_of(units, size)).collect()
     }
 
+    /// Lets go of the target, for good: nothing is copied any more, and the snapshot is lost.
+    pub(crate) fn release_target(&self) {
+        let unit = self.epoch().unit;
+        let over = Epoch::new(Arc::clone(&self.source), unit, Copied::Nothing);
+        over.set_broken();
+        self.state().epoch = Arc::new(over);
+    }
+
     /// Reads the source at any alignment.
     pub(crate) async fn read_source(&self, offset: u64, len: u64) -> Result<Bytes> {
         read_aligned(&*self.source, offset, len).await

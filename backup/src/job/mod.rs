@@ -62,7 +62,8 @@ impl Job {
         self.options.sync
     }
 
-    /// The filter that the guest's changes go through while the job runs.
+    /// The filter that the guest's changes go through while the job runs. Afterwards it does
+    /// nothing, and the target is let go of.
     #[must_use]
     pub fn filter(&self) -> &Arc<CopyBeforeWrite> {
         &self.filter

@@ -1,9 +1,10 @@
 use std::fmt;
+use std::str::FromStr;
 
 use brep_block::{Error, ErrorKind};
 
 use super::JobError;
-use crate::options::CbwOptions;
+use crate::options::{CbwOptions, OnCopyError};
 
 /// Most pieces that a job copies at a time.
 const WORKERS_MAX: u32 = 64;
@@ -205,6 +206,70 @@ impl JobOptions {
             }
             (Some(name), Some(mode)) => Ok(Some((name.clone(), mode))),
         }
+    }
+}
+
+/// Reads one of some names.
+fn named<T: Copy>(what: &str, text: &str, names: &[(&str, T)]) -> Result<T, JobError> {
+    let found = names.iter().find(|(name, _)| *name == text);
+    found.map(|(_, value)| *value).ok_or_else(|| {
+        let names: Vec<_> = names.iter().map(|(name, _)| *name).collect();
+        JobError::Invalid(format!("{what}: '{text}' is none of {}", names.join(", ")))
+    })
+}
+
+impl FromStr for SyncMode {
+    type Err = JobError;
+
+    fn from_str(text: &str) -> Result<Self, JobError> {
+        let names = [
+            ("full", SyncMode::Full),
+            ("top", SyncMode::Top),
+            ("none", SyncMode::None),
+            ("incremental", SyncMode::Incremental),
+            ("bitmap", SyncMode::Bitmap),
+        ];
+        named("sync", text, &names)
+    }
+}
+
+impl FromStr for BitmapMode {
+    type Err = JobError;
+
+    fn from_str(text: &str) -> Result<Self, JobError> {
+        let names = [
+            ("on-success", BitmapMode::OnSuccess),
+            ("never", BitmapMode::Never),
+            ("always", BitmapMode::Always),
+        ];
+        named("bitmap-mode", text, &names)
+    }
+}
+
+impl FromStr for OnError {
+    type Err = JobError;
+
+    fn from_str(text: &str) -> Result<Self, JobError> {
+        let names = [
+            ("report", OnError::Report),
+            ("ignore", OnError::Ignore),
+            ("enospc", OnError::Enospc),
+            ("stop", OnError::Stop),
+            ("auto", OnError::Auto),
+        ];
+        named("error policy", text, &names)
+    }
+}
+
+impl FromStr for OnCopyError {
+    type Err = JobError;
+
+    fn from_str(text: &str) -> Result<Self, JobError> {
+        let names = [
+            ("break-guest-write", OnCopyError::BreakGuestWrite),
+            ("break-snapshot", OnCopyError::BreakSnapshot),
+        ];
+        named("on-cbw-error", text, &names)
     }
 }
 

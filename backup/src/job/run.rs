@@ -72,9 +72,15 @@ impl Job {
             let how = self.settle(*mode, &end).await;
             self.disk.bitmaps().settle(name, how);
         }
+        if !matches!(end, JobEnd::Completed)
+            && let Err(error) = self.filter.target().flush(FlushLevel::Process).await
+        {
+            tracing::warn!(job = %self.options.id, %error, "what was copied may not be found");
+        }
         // Before guests pass by the filter: its snapshot is over.
         self.filter.shared().epoch().set_broken();
         self.disk.remove_filter().await;
+        self.filter.shared().release_target();
         self.registry.release_devices(&self.options.id);
         self.state.send_modify(|state| {
             state.busy = false;

@@ -250,6 +250,26 @@ async fn cancel_waits_for_the_copies_in_flight() {
 }
 
 #[tokio::test]
+async fn a_job_that_has_ended_has_made_safe_what_it_copied_and_lets_go_of_the_target() {
+    for end in ["success", "cancel"] {
+        let rig = Rig::new();
+        let mut options = JobOptions::new("job0", SyncMode::Full);
+        options.auto_dismiss = false;
+        let job = rig.start(options).await;
+        if end == "cancel" {
+            job.pause().unwrap();
+            rig.write(0, 1, 1).await.unwrap();
+            job.cancel(true).unwrap();
+        }
+        job.wait().await;
+        let log = rig.target.log();
+        assert_eq!(log.last().unwrap().operation, Operation::Flush, "{end}");
+        assert_eq!(Arc::strong_count(&rig.target), 1, "{end}: others may use it");
+        assert_eq!(job.snapshot("s").read(0, 1).await.unwrap_err().errno(), 13);
+    }
+}
+
+#[tokio::test]
 async fn as_many_copies_as_workers_are_in_flight() {
     for workers in [1, 3, 64] {
         let size = 100 * UNIT;

@@ -97,7 +97,7 @@ async fn top_can_be_paused_and_cancelled_in_its_first_pass() {
     assert_eq!(job.progress().len, SIZE, "nothing has been left out yet");
     job.cancel(true).unwrap();
     assert!(matches!(job.wait().await, JobEnd::Cancelled));
-    assert_eq!(rig.target.log(), []);
+    assert_eq!(rig.target.take(Operation::Write), []);
 }
 
 #[tokio::test]
