@@ -52,16 +52,48 @@ impl FusedIterator for Iter<'_> {}
 #[derive(Debug, Clone)]
 pub struct DirtyAreas<'a> {
     map: &'a HBitmap,
+    /// In items, inside the map.
     range: Range<u64>,
+    /// The next word to look for.
+    word: u64,
+    /// What is left of the word before it.
+    bits: u64,
+}
+
+impl DirtyAreas<'_> {
+    /// The next run of set bits. What a word says of several runs is looked up once.
+    fn next_run(&mut self) -> Option<Range<u64>> {
+        let levels = self.map.levels();
+        if self.bits == 0 {
+            (self.word, self.bits) = levels.next_word(self.word).map(|(w, bits)| (w + 1, bits))?;
+        }
+        let base = (self.word - 1) << 6;
+        let low = self.bits.trailing_zeros();
+        let high = low + (self.bits >> low).trailing_ones();
+        if high < 64 {
+            self.bits &= !0 << high;
+            return Some(base + u64::from(low)..base + u64::from(high));
+        }
+        let end = levels.next_clear(base + 64, levels.bits()).unwrap_or(levels.bits());
+        (self.word, self.bits) = self.map.word_from(end);
+        Some(base + u64::from(low)..end)
+    }
 }
 
 impl Iterator for DirtyAreas<'_> {
     type Item = Range<u64>;
 
     fn next(&mut self) -> Option<Range<u64>> {
-        let area = self.map.next_dirty_area(self.range.clone(), u64::MAX)?;
-        self.range.start = area.end;
-        Some(area)
+        let run = self.next_run()?;
+        let log2 = self.map.granularity_log2();
+        let start = (run.start << log2).max(self.range.start);
+        let end = (run.end << log2).min(self.range.end);
+        if start >= end {
+            // Beyond the range. There it ends, also for who asks again.
+            (self.word, self.bits) = (self.map.levels().words(), 0);
+            return None;
+        }
+        Some(start..end)
     }
 }
 
@@ -72,13 +104,9 @@ impl HBitmap {
     /// item; so the first one returned may be less than `first`. Nothing if `first` is not below
     /// the size.
     pub fn iter(&self, first: u64) -> Iter<'_> {
-        let bit = first >> self.granularity_log2();
-        let (word, bits) = if first < self.size() {
-            (bit / 64, self.levels().word(bit / 64) & (!0 << (bit % 64)))
-        } else {
-            (self.levels().words(), 0)
-        };
-        Iter { map: self, word: word + 1, bits }
+        let bit = if first < self.size() { first >> self.granularity_log2() } else { self.bits() };
+        let (word, bits) = self.word_from(bit);
+        Iter { map: self, word, bits }
     }
 
     /// The same for a map that changes meanwhile.
@@ -89,6 +117,19 @@ impl HBitmap {
     /// The runs of dirty items in `range`, each as long as possible; the range is clipped to the
     /// map, and neither end is rounded to groups.
     pub fn dirty_areas(&self, range: Range<u64>) -> DirtyAreas<'_> {
-        DirtyAreas { map: self, range }
+        let range = range.start..range.end.min(self.size());
+        let bit =
+            if range.is_empty() { self.bits() } else { range.start >> self.granularity_log2() };
+        let (word, bits) = self.word_from(bit);
+        DirtyAreas { map: self, range, word, bits }
+    }
+
+    /// The number of the word behind the one that `bit` lies in, and what that holds from `bit`
+    /// on. Behind the last bit there is nothing.
+    fn word_from(&self, bit: u64) -> (u64, u64) {
+        if bit >= self.bits() {
+            return (self.levels().words(), 0);
+        }
+        (bit / 64 + 1, self.levels().word(bit / 64) & (!0 << (bit % 64)))
     }
 }

@@ -1,10 +1,7 @@
-use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
-/// The time in which at most one event of a kind is sent per node.
-const INTERVAL: Duration = Duration::from_secs(1);
+use crate::rate_limit::RateLimit;
 
 /// What a child was doing when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,14 +67,7 @@ impl<F: Fn(QuorumEvent) + Send + Sync> EventSink for F {
 /// Sends the first event of a kind and node at once, and then at most one per second: the last
 /// one, when the second is over.
 #[derive(Clone)]
-pub(crate) struct Events(Option<Arc<Limiter>>);
-
-struct Limiter {
-    sink: Arc<dyn EventSink>,
-    /// Seconds that are running, each with the event that waits for its end. Bounded by the
-    /// number of nodes; each has one task.
-    seconds: Mutex<HashMap<Key, Option<QuorumEvent>>>,
-}
+pub(crate) struct Events(Option<RateLimit<Key, QuorumEvent>>);
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Key {
@@ -87,7 +77,7 @@ enum Key {
 
 impl Events {
     pub(crate) fn new(sink: Option<Arc<dyn EventSink>>) -> Self {
-        Events(sink.map(|sink| Arc::new(Limiter { sink, seconds: Mutex::default() })))
+        Events(sink.map(|sink| RateLimit::new(move |event| sink.emit(event))))
     }
 
     pub(crate) fn bad(
@@ -115,45 +105,6 @@ impl Events {
         let (sector_num, sectors_count) = sectors(offset, len);
         let reference = quorum.to_owned();
         limiter.send(Key::Failure, QuorumEvent::Failure { reference, sector_num, sectors_count });
-    }
-}
-
-impl Limiter {
-    fn send(self: &Arc<Self>, key: Key, event: QuorumEvent) {
-        // Without a runtime there is no clock to limit by.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            if let Some(waiting) = self.seconds().get_mut(&key) {
-                *waiting = Some(event);
-                return;
-            }
-            self.seconds().insert(key.clone(), None);
-            let limiter = Arc::clone(self);
-            runtime.spawn(async move { limiter.run_seconds(key).await });
-        }
-        self.sink.emit(event);
-    }
-
-    /// One second after the other, until one passes without an event.
-    async fn run_seconds(&self, key: Key) {
-        loop {
-            tokio::time::sleep(INTERVAL).await;
-            let waiting = {
-                let mut seconds = self.seconds();
-                let waiting = seconds.get_mut(&key).and_then(Option::take);
-                if waiting.is_none() {
-                    seconds.remove(&key);
-                }
-                waiting
-            };
-            match waiting {
-                Some(event) => self.sink.emit(event),
-                None => return,
-            }
-        }
-    }
-
-    fn seconds(&self) -> MutexGuard<'_, HashMap<Key, Option<QuorumEvent>>> {
-        self.seconds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -4,44 +4,14 @@ use std::future::Future;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use brep_nbd::Endpoint;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::DiskConfig;
-use crate::control::{
-    ArgumentKind, ArgumentSpec, CommandError, CommandSpec, ControlServer, EventBus, Handler,
-};
+use crate::control::{CommandError, ControlServer, EventBus, Handler};
 use crate::{Error, ErrorKind, Result};
-
-/// How long a checkpoint command waits unless it says otherwise.
-const CHECKPOINT_LIMIT: Duration = Duration::from_secs(60);
-
-/// The commands of either side; one that makes no sense on a side is refused there, with the
-/// reason.
-pub(crate) const COMMANDS: &[CommandSpec] = &[
-    CommandSpec::new("query-status", &[]).allow_oob(),
-    CommandSpec::new(
-        "checkpoint",
-        &[
-            ArgumentSpec::optional("wait", ArgumentKind::Enum(&["cut", "commit"])),
-            ArgumentSpec::optional("timeout-ms", ArgumentKind::Integer),
-        ],
-    ),
-    CommandSpec::new(
-        "failover",
-        &[ArgumentSpec::optional("to", ArgumentKind::Enum(&["checkpoint", "latest"]))],
-    ),
-    CommandSpec::new(
-        "replication-stop",
-        &[ArgumentSpec::optional("discard-checkpoint", ArgumentKind::Boolean)],
-    ),
-    CommandSpec::new("replication-start", &[]),
-    CommandSpec::new("resync", &[ArgumentSpec::optional("full", ArgumentKind::Boolean)]),
-    CommandSpec::new("quit", &[]),
-];
 
 /// Makes the state directory, and checks what can be checked of the disks' names.
 pub(crate) fn prepare(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {
@@ -79,12 +49,6 @@ pub(crate) fn check_plaintext(endpoints: &[&Endpoint], allowed: bool) -> Result<
 
 pub(crate) fn control_path(given: &Option<PathBuf>, state_dir: &Path) -> PathBuf {
     given.clone().unwrap_or_else(|| state_dir.join("control.sock"))
-}
-
-/// The time that a checkpoint command may take.
-pub(crate) fn checkpoint_limit(arguments: &Map<String, Value>) -> Duration {
-    let given = arguments.get("timeout-ms").and_then(Value::as_u64);
-    given.map_or(CHECKPOINT_LIMIT, Duration::from_millis)
 }
 
 /// The thread of the control socket: it answers while the data path is stuck.
@@ -134,11 +98,11 @@ impl ControlThread {
 /// Carries out a command on the thread of the disks.
 pub(crate) async fn on_data_thread(
     data: &tokio::runtime::Handle,
-    command: impl Future<Output = Result<Value>> + Send + 'static,
-) -> Result<Value> {
+    command: impl Future<Output = std::result::Result<Value, CommandError>> + Send + 'static,
+) -> std::result::Result<Value, CommandError> {
     match data.spawn(command).await {
-        Ok(result) => result,
-        Err(_) => Err(Error::failed("brep is going away")),
+        Ok(outcome) => outcome,
+        Err(_) => Err(CommandError::failed("brep is going away")),
     }
 }
 

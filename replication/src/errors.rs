@@ -9,7 +9,11 @@ const ERRORS_MAX: usize = 32;
 
 /// The failures that no guest was told of. Repetitions are counted, not listed.
 #[derive(Debug, Default)]
-pub(crate) struct ErrorLog(Mutex<VecDeque<ErrorStatus>>);
+pub(crate) struct ErrorLog {
+    list: Mutex<VecDeque<ErrorStatus>>,
+    /// What get_error tells: the last failure since everything was in order.
+    latched: Mutex<Option<String>>,
+}
 
 impl ErrorLog {
     /// Adds a failure of a device operation; returns the entry as it now stands.
@@ -26,7 +30,8 @@ impl ErrorLog {
             first_s: now_s,
             last_s: now_s,
         };
-        let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        self.latch(&new.message);
+        let mut log = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         let same = log.iter().position(|e| {
             e.disk == new.disk && e.operation == new.operation && e.errno == new.errno
         });
@@ -43,7 +48,23 @@ impl ErrorLog {
     }
 
     pub(crate) fn list(&self) -> Vec<ErrorStatus> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    /// Something has failed that get_error has to tell.
+    pub(crate) fn latch(&self, message: &str) {
+        *self.latched.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(format!("I/O error occurred: {message}"));
+    }
+
+    /// Everything is in order: started, committed, or merged.
+    pub(crate) fn clear_latch(&self) {
+        self.latched.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    /// The text of get_error, if something has failed.
+    pub(crate) fn latched(&self) -> Option<String> {
+        self.latched.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

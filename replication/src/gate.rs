@@ -1,53 +1,36 @@
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use brep_block::{
-    BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, Operation, Result,
-    WriteFlags, ZeroFlags, detach,
+    BlockDevice, BlockStatus, FlushLevel, Io, Limits, Operation, Result, WriteFlags, ZeroFlags,
+    detach,
 };
 use bytes::Bytes;
-use tokio::sync::Notify;
 
-/// A door in front of a device: it can be held, so that requests wait, and the device behind it
-/// can be replaced while it is.
+use crate::door::{Door, Hold};
+
+/// A device behind a [`Door`], which can be replaced while the door is held.
 ///
 /// A commit moves the secondary's guest to a new active disk this way, and a failover moves it to
 /// the promoted disk. Requests that are inside when the door is held go on; [`hold`](Self::hold)
 /// waits for them.
 pub(crate) struct Gate {
+    door: Arc<Door>,
     name: String,
     behind: Mutex<Arc<dyn BlockDevice>>,
-    inside: AtomicUsize,
-    held: AtomicBool,
     /// A change has passed, or is passing.
     written: AtomicBool,
-    /// Somebody went out while the door was held, or it was opened.
-    moved: Notify,
-}
-
-/// Counts one request inside the door.
-struct Inside(Arc<Gate>);
-
-impl Drop for Inside {
-    fn drop(&mut self) {
-        self.0.inside.fetch_sub(1, Ordering::AcqRel);
-        if self.0.held.load(Ordering::Acquire) {
-            self.0.moved.notify_waiters();
-        }
-    }
 }
 
 impl Gate {
     pub(crate) fn new(name: &str, behind: Arc<dyn BlockDevice>) -> Arc<Self> {
         Arc::new(Gate {
+            door: Door::new(name),
             name: name.to_owned(),
             behind: Mutex::new(behind),
-            inside: AtomicUsize::new(0),
-            held: AtomicBool::new(false),
             written: AtomicBool::new(false),
-            moved: Notify::new(),
         })
     }
 
@@ -55,33 +38,16 @@ impl Gate {
         Arc::clone(&self.behind.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    pub(crate) fn door(&self) -> &Arc<Door> {
+        &self.door
+    }
+
     /// Holds new requests and waits until none is inside.
     ///
     /// # Errors
     /// Some were still inside after `limit`; the door is open again.
     pub(crate) async fn hold(&self, limit: Duration) -> Result<()> {
-        self.held.store(true, Ordering::Release);
-        let empty = async {
-            loop {
-                let moved = self.moved.notified();
-                let mut moved = std::pin::pin!(moved);
-                moved.as_mut().enable();
-                if self.inside.load(Ordering::Acquire) == 0 {
-                    return;
-                }
-                moved.await;
-            }
-        };
-        if tokio::time::timeout(limit, empty).await.is_err() {
-            self.open();
-            return Err(Error::new(
-                Operation::Control,
-                ErrorKind::TimedOut,
-                &self.name,
-                format!("requests of the guest did not end within {limit:?}"),
-            ));
-        }
-        Ok(())
+        self.door.hold(Hold::Switch, limit).await
     }
 
     /// Puts another device behind the door. Call it while the door is held.
@@ -91,8 +57,7 @@ impl Gate {
 
     /// Lets requests in again.
     pub(crate) fn open(&self) {
-        self.held.store(false, Ordering::Release);
-        self.moved.notify_waiters();
+        self.door.open(Hold::Switch);
     }
 
     /// Whether a change has passed since this was last set to false.
@@ -102,29 +67,6 @@ impl Gate {
 
     pub(crate) fn set_written(&self, written: bool) {
         self.written.store(written, Ordering::Release);
-    }
-
-    /// Goes inside at once, if the door is not held.
-    fn enter(this: &Arc<Self>) -> Option<Inside> {
-        if this.held.load(Ordering::Acquire) {
-            return None;
-        }
-        this.inside.fetch_add(1, Ordering::AcqRel);
-        let inside = Inside(Arc::clone(this));
-        // It may have been held in between; then `inside` goes out again.
-        (!this.held.load(Ordering::Acquire)).then_some(inside)
-    }
-
-    async fn wait(this: &Arc<Self>) -> Inside {
-        loop {
-            let opened = this.moved.notified();
-            let mut opened = std::pin::pin!(opened);
-            opened.as_mut().enable();
-            if let Some(inside) = Self::enter(this) {
-                return inside;
-            }
-            opened.await;
-        }
     }
 }
 
@@ -141,19 +83,19 @@ pub(crate) struct Gated(pub(crate) Arc<Gate>);
 /// Runs one operation behind the door. A change is inside until it has ended, also if nobody
 /// waits for it any more: who holds the door relies on nothing being written.
 macro_rules! through {
-    ($self:ident, changes, |$device:ident| $call:expr) => {{
+    ($self:ident, $operation:ident, changes, |$device:ident| $call:expr) => {{
         let gate = Arc::clone(&$self.0);
         Io::future(detach(async move {
-            let _inside = Gate::wait(&gate).await;
+            let _inside = Door::enter(&gate.door, Operation::$operation).await?;
             gate.set_written(true);
             let $device = gate.device();
             $call.await
         }))
     }};
-    ($self:ident, |$device:ident| $call:expr) => {{
+    ($self:ident, $operation:ident, |$device:ident| $call:expr) => {{
         let gate = Arc::clone(&$self.0);
         Io::future(async move {
-            let _inside = Gate::wait(&gate).await;
+            let _inside = Door::enter(&gate.door, Operation::$operation).await?;
             let $device = gate.device();
             $call.await
         })
@@ -171,22 +113,22 @@ impl BlockDevice for Gated {
         self.0.device().limits()
     }
     fn read(&self, offset: u64, len: usize) -> Io<'_, Bytes> {
-        through!(self, |device| device.read(offset, len))
+        through!(self, Read, |device| device.read(offset, len))
     }
     fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
-        through!(self, changes, |device| device.write(offset, data, flags))
+        through!(self, Write, changes, |device| device.write(offset, data, flags))
     }
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'_, ()> {
-        through!(self, changes, |device| device.write_zeroes(offset, len, flags))
+        through!(self, WriteZeroes, changes, |device| device.write_zeroes(offset, len, flags))
     }
     fn discard(&self, offset: u64, len: u64) -> Io<'_, ()> {
-        through!(self, changes, |device| device.discard(offset, len))
+        through!(self, Discard, changes, |device| device.discard(offset, len))
     }
     fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus> {
-        through!(self, |device| device.block_status(offset, len))
+        through!(self, BlockStatus, |device| device.block_status(offset, len))
     }
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
-        through!(self, |device| device.flush(level))
+        through!(self, Flush, |device| device.flush(level))
     }
 }
 

@@ -1,11 +1,14 @@
 #![doc = include_str!("../README.md")]
 mod change;
+mod commands;
 pub mod config;
 pub mod control;
 mod daemon;
+mod door;
 mod error;
 mod errors;
 mod gate;
+mod guest;
 mod ids;
 mod image;
 mod layer;

@@ -47,6 +47,8 @@ pub struct Status {
     /// What is not promised although it usually is, because the other side is no brep.
     #[serde(default)]
     pub lapsed: Vec<String>,
+    /// The guest's requests are held: `stop` was said, and not yet `cont`.
+    pub guest_stopped: bool,
     /// One entry a disk.
     pub disks: Vec<DiskStatus>,
     /// Failures that no guest was told of, the newest last; at most 32.

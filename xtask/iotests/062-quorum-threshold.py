@@ -51,9 +51,9 @@ def run(t):
     # Two of three fail: the write does, the flush, and the read.
     first.kill9()
     mirror.io("write -P 3 4096 1k", code=1)
+    mirror.wait_event("QUORUM_REPORT_BAD", node_name="first")
     event = mirror.wait_event("QUORUM_FAILURE", reference="mirror")["data"]
     t.log("two of three:", event)
-    mirror.wait_event("QUORUM_REPORT_BAD", node_name="first")
     mirror.io("flush", code=1)
     mirror.io("read 0 1k", code=1)
     # Nothing can be made durable any more, and it says so.

@@ -56,6 +56,12 @@ fn render(status: &Status, paint: Paint) -> String {
         let _ =
             write!(text, "\n{} {disk}: {}{times}", paint.apply(Colour::Red, "!"), error.message);
     }
+    if status.guest_stopped {
+        let _ = write!(
+            text,
+            "\nthe guest is stopped: its requests wait for `cont` on the control socket"
+        );
+    }
     for lapsed in &status.lapsed {
         let _ = write!(text, "\n{} {lapsed}", paint.apply(Colour::Yellow, "not promised:"));
     }
@@ -208,6 +214,7 @@ mod tests {
             role: Role::Primary,
             replication: Stage::Running,
             lapsed: Vec::new(),
+            guest_stopped: false,
             pid: 7,
             set: None,
             cur: None,

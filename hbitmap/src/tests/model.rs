@@ -1,5 +1,7 @@
 //! Random calls against a plain vector of bits.
 
+use std::ops::Range;
+
 use proptest::prelude::*;
 
 use crate::HBitmap;
@@ -72,6 +74,26 @@ impl Model {
         assert_eq!(map.dirty_bytes(), exact);
         let areas: u64 = map.dirty_areas(0..u64::MAX).map(|area| area.end - area.start).sum();
         assert_eq!(areas, exact);
+        for range in [0..u64::MAX, 0..self.size / 2, self.size / 3..self.size, 65..1000, 7..7] {
+            let one_by_one = OneByOne { map, range: range.clone() };
+            assert!(map.dirty_areas(range.clone()).eq(one_by_one), "{range:?}");
+        }
+    }
+}
+
+/// Areas as they are found without remembering anything.
+struct OneByOne<'a> {
+    map: &'a HBitmap,
+    range: Range<u64>,
+}
+
+impl Iterator for OneByOne<'_> {
+    type Item = Range<u64>;
+
+    fn next(&mut self) -> Option<Range<u64>> {
+        let area = self.map.next_dirty_area(self.range.clone(), u64::MAX)?;
+        self.range.start = area.end;
+        Some(area)
     }
 }
 

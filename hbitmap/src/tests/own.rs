@@ -51,6 +51,23 @@ fn clearing_several_words_clears_several_parents() {
     shadow.reset(0, 2 * L3);
 }
 
+/// Series v3, section 9: clearing every bit in one call.
+#[test]
+fn s9_reset_all_clears_every_bit_and_keeps_size_and_granularity() {
+    for (size, granularity_log2) in [(0, 0), (1, 0), (L2 + 1, 0), (2 * L3 + 23, 3), (1 << 40, 16)] {
+        let empty = HBitmap::new(size, granularity_log2).unwrap();
+        let mut map = empty.clone();
+        map.set(0, size.min(L3));
+        map.set(size - size.min(1), size.min(1));
+        map.reset_all();
+        assert_eq!((map.size(), map.granularity_log2()), (size, granularity_log2));
+        assert_eq!((map.count(), map.dirty_bytes(), map.iter(0).next()), (0, 0, None));
+        assert_eq!(map, empty);
+        map.set(size - size.min(1), size.min(1));
+        assert_eq!(map.count(), empty.granularity() * size.min(1), "it can be filled again");
+    }
+}
+
 #[test]
 fn old_contents_do_not_shine_through_after_reset_all() {
     let mut shadow = Shadow::new(2 * L3);

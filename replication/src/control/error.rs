@@ -17,6 +17,14 @@ pub enum ErrorClass {
 }
 
 impl ErrorClass {
+    /// Every class.
+    pub const ALL: [ErrorClass; 4] = [
+        ErrorClass::GenericError,
+        ErrorClass::CommandNotFound,
+        ErrorClass::DeviceNotActive,
+        ErrorClass::DeviceNotFound,
+    ];
+
     /// The name on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -29,12 +37,8 @@ impl ErrorClass {
 
     /// The class with this name; unknown ones are generic.
     pub(crate) fn from_wire(name: &str) -> Self {
-        match name {
-            "CommandNotFound" => ErrorClass::CommandNotFound,
-            "DeviceNotActive" => ErrorClass::DeviceNotActive,
-            "DeviceNotFound" => ErrorClass::DeviceNotFound,
-            _ => ErrorClass::GenericError,
-        }
+        let known = Self::ALL.into_iter().find(|class| class.as_str() == name);
+        known.unwrap_or(ErrorClass::GenericError)
     }
 }
 

@@ -27,7 +27,7 @@ pub use connection::SERVER_COMMANDS;
 pub use error::{CommandError, ErrorClass};
 pub use event::EventBus;
 pub use server::{ControlServer, ServerLimits, serve};
-pub use spec::{ArgumentKind, ArgumentSpec, CommandSpec, EventSpec, Variant};
+pub use spec::{ArgumentKind, ArgumentSpec, CommandSpec, Variant};
 
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value};

@@ -26,15 +26,6 @@ pub struct ArgumentSpec {
     pub required: bool,
 }
 
-/// An event that clients may get, for the schema.
-#[derive(Debug, Clone, Copy)]
-pub struct EventSpec {
-    /// The name, in capitals.
-    pub name: &'static str,
-    /// The members of its data.
-    pub data: &'static [&'static str],
-}
-
 /// What values an argument takes.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]

@@ -2,8 +2,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use brep_block::{
-    BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, Result, WriteFlags, ZeroFlags,
-    detach,
+    BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, Operation, Result, WriteFlags,
+    ZeroFlags, detach,
 };
 use bytes::Bytes;
 use futures_util::future::join;
@@ -11,6 +11,7 @@ use futures_util::future::join;
 use super::group::Group;
 use crate::change::Change;
 use crate::config::Ack;
+use crate::door::Door;
 
 /// The guest's disk: the local image, with every change forwarded to the secondary.
 ///
@@ -36,9 +37,32 @@ impl PrimaryDisk {
         Io::future(detach(self.clone().change(offset, change)))
     }
 
+    /// A request that is the local disk's alone.
+    fn pass<'a, T: Send + 'a>(
+        &'a self,
+        operation: Operation,
+        start: impl FnOnce(&'a dyn BlockDevice) -> Io<'a, T> + Send + 'a,
+    ) -> Io<'a, T> {
+        let Some(inside) = Door::try_enter(&self.group.door) else {
+            return Io::future(async move {
+                let _inside = Door::enter(&self.group.door, operation).await?;
+                start(&*self.device).await
+            });
+        };
+        match start(&*self.device) {
+            Io::Pending(request) => Io::future(async move {
+                let _inside = inside;
+                request.await
+            }),
+            done => done,
+        }
+    }
+
     async fn change(self, offset: u64, change: Change) -> Result<()> {
         let len = change.len();
         let operation = change.operation();
+        // Before it counts as a request: a guest that is stopped does not wait for the peer.
+        let _inside = Door::enter(&self.group.door, operation).await?;
         let counters = &self.group.counters;
         counters.guest_writes.fetch_add(1, Ordering::Relaxed);
         counters.guest_write_bytes.fetch_add(len, Ordering::Relaxed);
@@ -95,7 +119,7 @@ impl BlockDevice for PrimaryDisk {
     }
 
     fn read(&self, offset: u64, len: usize) -> Io<'_, Bytes> {
-        self.device.read(offset, len)
+        self.pass(Operation::Read, move |device| device.read(offset, len))
     }
 
     fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
@@ -117,10 +141,10 @@ impl BlockDevice for PrimaryDisk {
     }
 
     fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus> {
-        self.device.block_status(offset, len)
+        self.pass(Operation::BlockStatus, move |device| device.block_status(offset, len))
     }
 
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
-        self.device.flush(level)
+        self.pass(Operation::Flush, move |device| device.flush(level))
     }
 }

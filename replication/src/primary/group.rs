@@ -17,9 +17,12 @@ use self::window::HeldWrite;
 use super::ages::Ages;
 use super::epochs::{Drained, Epochs};
 use super::hello::{Refusal, Wish};
+use crate::commands::{Colo, ColoMode};
 use crate::config::PrimaryConfig;
 use crate::control::EventBus;
+use crate::door::Door;
 use crate::errors::ErrorLog;
+use crate::guest::Guest;
 use crate::image::Image;
 use crate::link::{DiskInfo, Side};
 use crate::node::Stage;
@@ -51,6 +54,10 @@ pub(crate) struct Group {
     pub(crate) quiesced: CancellationToken,
     /// The guest may be served.
     pub(crate) guest_allowed: CancellationToken,
+    /// What the guest's requests pass, on all disks.
+    pub(crate) door: Arc<Door>,
+    pub(crate) guest: Guest,
+    pub(crate) colo: Colo,
     pub(crate) counters: Counters,
 }
 
@@ -166,7 +173,11 @@ impl Group {
             true => Stage::Running,
             false => Stage::None,
         };
+        let door = Door::new(&config.name);
         Ok(Arc::new(Group {
+            guest: Guest::new(vec![Arc::clone(&door)]),
+            door,
+            colo: Colo::default(),
             window_bytes: Arc::new(Semaphore::new(window_bytes as usize)),
             window_requests: Arc::new(Semaphore::new(config.window_requests)),
             config,
@@ -248,6 +259,10 @@ impl Group {
         self.ended.notify_waiters();
         tracing::warn!(reason, "the secondary is lost; going on alone");
         self.events.emit("BREP_PEER_LOST", json!({ "reason": reason }));
+        if self.stage() == Stage::Running {
+            self.errors.latch(reason);
+            self.colo.broken(&self.events);
+        }
     }
 
     /// A session begins: everything is different until the copy says otherwise.
@@ -277,6 +292,7 @@ impl Group {
         core.reason = None;
         core.peer = Some(peer.to_owned());
         core.epochs.attach(epoch);
+        self.colo.enter(ColoMode::Primary);
         Ok(())
     }
 
@@ -334,6 +350,7 @@ impl Group {
                 }
             })?;
         }
+        self.errors.clear_latch();
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
         self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
         Ok(())
@@ -400,6 +417,7 @@ impl Group {
         if self.stage.send_replace(Stage::Running) == Stage::Running {
             return Err(Error::refused("Block replication is running or done"));
         }
+        self.errors.clear_latch();
         Ok(())
     }
 
@@ -407,7 +425,6 @@ impl Group {
     ///
     /// # Errors
     /// It does not run.
-    #[expect(dead_code, reason = "the control commands that call it come next")]
     pub(crate) async fn stop_replication(&self) -> Result<()> {
         if self.stage() != Stage::Running {
             return Err(Error::refused("Block replication is not running"));

@@ -8,6 +8,7 @@ mod establish;
 mod group;
 mod hello;
 mod link;
+mod manager;
 mod plain;
 mod session;
 mod status;
@@ -17,8 +18,7 @@ use std::time::Duration;
 
 use brep_nbd::Endpoint;
 use brep_nbd::server::{
-    Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode, Server,
-    ServerConfig,
+    Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode,
 };
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -29,6 +29,7 @@ use self::disk::PrimaryDisk;
 use self::establish::{Attempt, establish};
 use self::group::Group;
 use self::session::CheckpointRequest;
+use crate::commands::Service;
 use crate::config::{PeerKind, PrimaryConfig};
 use crate::control::EventBus;
 use crate::daemon;
@@ -60,19 +61,11 @@ pub async fn run(config: PrimaryConfig, shutdown: CancellationToken) -> Result<(
     let events = EventBus::new();
     let group = Group::open(config, events.clone(), shutdown.clone()).await?;
 
-    // Bound at once, so that an address in use is known at the start; served when it is allowed.
     let exports = Arc::new(GuestExports(Arc::clone(&group)));
-    let server = Server::new(exports, ServerConfig::default());
-    let listener =
-        Server::bind(&group.config.guest_listen).await.map_err(|e| Error::failed(e.to_string()))?;
-    let serving = tokio::spawn({
-        let server = Arc::clone(&server);
-        let group = Arc::clone(&group);
-        async move {
-            group.guest_allowed.cancelled().await;
-            server.serve(listener).await;
-        }
-    });
+    let allowed = group.guest_allowed.clone();
+    let service = Service::new(exports, allowed, group.config.allow_plaintext, events.clone());
+    let disks: Vec<_> = group.disks().iter().map(|d| d.name.as_str()).collect();
+    service.serve(&group.config.guest_listen, &disks).await?;
 
     let (requests, waiting) = mpsc::channel(REQUESTS_MAX);
     let replicating = tokio::spawn(replicate(Arc::clone(&group), waiting));
@@ -80,14 +73,16 @@ pub async fn run(config: PrimaryConfig, shutdown: CancellationToken) -> Result<(
         group: Arc::clone(&group),
         data: tokio::runtime::Handle::current(),
         requests,
+        service: Arc::clone(&service),
+        detached: Arc::default(),
     };
     let control = daemon::ControlThread::spawn(control, Arc::new(handler), events)?;
     tracing::info!(name = group.config.name, "primary ready");
 
     shutdown.cancelled().await;
+    group.guest.end();
     // Guests first: what they were told is replicated, if there is a peer.
-    server.shutdown(STOP_GRACE).await;
-    serving.abort();
+    service.shut_down().await;
     // Bounded by the peer timeout, if not by this.
     let _ = tokio::time::timeout(STOP_GRACE, group.idle()).await;
     group.quiesced.cancel();

@@ -11,6 +11,7 @@ use super::epochs::Drained;
 use super::group::Group;
 use super::link::{CutAnswers, Link};
 use super::plain::Plain;
+use crate::commands::{Job, JobKind};
 use crate::link::{CopyMode, StopReason};
 use crate::{Epoch, Error, Result};
 
@@ -181,6 +182,10 @@ impl Session {
             () = refusing => {}
         }
         self.group.core().copying = false;
+        for disk in self.group.disks() {
+            let job = Job::ended(JobKind::Mirror, &disk.name, disk.image.device().size());
+            self.group.events.emit("BLOCK_JOB_COMPLETED", job.completed());
+        }
         match self.checkpoint(None).await {
             Ok(_) => Ok(()),
             Err(Failure::Void(error) | Failure::Lost(error)) => Err(error),

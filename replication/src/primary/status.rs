@@ -60,6 +60,7 @@ impl Group {
                 PeerKind::Brep => Vec::new(),
                 PeerKind::Plain => LAPSED.iter().map(|text| (*text).to_owned()).collect(),
             },
+            guest_stopped: self.guest.is_stopped(),
             disks,
             errors: self.errors.list(),
             counters: Counters {

@@ -69,6 +69,11 @@ impl Buffer {
         Ok(())
     }
 
+    /// Its file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     pub(crate) fn device(&self) -> Arc<dyn BlockDevice> {
         cropped(Arc::clone(&self.image) as Arc<dyn BlockDevice>, self.size)
     }

@@ -1,3 +1,4 @@
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -297,6 +298,23 @@ impl ReplicaDisk {
     /// Whether this side's guest has written since the last checkpoint.
     pub(crate) fn guest_wrote(&self) -> bool {
         self.state().active.is_some() && self.gate.was_written()
+    }
+
+    /// The buffers over the image, the lowest first: what each is, and its file.
+    pub(crate) fn layers(&self) -> Vec<(String, PathBuf)> {
+        let state = self.state();
+        let mut layers = Vec::new();
+        let hidden =
+            state.chain.iter().chain(state.next.as_ref().filter(|_| state.chain.is_empty()));
+        for (index, buffer) in hidden.enumerate() {
+            let name = if index == 0 { "hidden".to_owned() } else { format!("hidden-{index}") };
+            layers.push((name, buffer.path().to_owned()));
+        }
+        let upper = [("active", &state.active), ("top", &state.top)];
+        for (name, buffer) in upper {
+            layers.extend(buffer.iter().map(|b| (name.to_owned(), b.path().to_owned())));
+        }
+        layers
     }
 
     /// Bytes of pre-images since the last checkpoint.

@@ -7,6 +7,7 @@ use serde_json::json;
 use super::buffers::Buffer;
 use super::group::Group;
 use super::plain::Claim;
+use crate::commands::{Job, JobKind};
 use crate::link::StopReason;
 use crate::state::{BufferRef, DiskRecord, Promotion, Target};
 use crate::{Epoch, Error, Generation, Result};
@@ -45,6 +46,13 @@ impl Group {
         if let Some(report) = self.check_failover(target)? {
             return Ok(report);
         }
+        self.colo.begin_failover();
+        let report = self.take_over(target, begun).await;
+        self.colo.end_failover(report.is_ok(), &self.events);
+        report
+    }
+
+    async fn take_over(self: &Arc<Self>, target: Target, begun: Instant) -> Result<Report> {
         self.end_session(StopReason::Promoted).await?;
         let differing_bytes = {
             let _held = self.hold_guest().await?;
@@ -163,6 +171,7 @@ impl Group {
                 while let Err(error) = group.merge().await {
                     tracing::error!(%error, "the merge has failed and will be tried again");
                     group.core().reason = Some(format!("the merge fails: {error}"));
+                    group.errors.latch(&error.to_string());
                     group.events.emit("BREP_MERGE_FAILED", json!({ "error": error.to_string() }));
                     tokio::time::sleep(MERGE_RETRY).await;
                 }
@@ -191,6 +200,11 @@ impl Group {
             disk.drop_buffers().await?;
         }
         self.core().reason = None;
+        self.errors.clear_latch();
+        for disk in self.disks() {
+            let job = Job::ended(JobKind::Commit, &disk.name, disk.size);
+            self.events.emit("BLOCK_JOB_COMPLETED", job.completed());
+        }
         self.events.emit("BREP_MERGED", json!({}));
         Ok(())
     }

@@ -11,9 +11,11 @@ use super::buffers::{Buffer, BufferPool};
 use super::disk::{Fresh, ReplicaDisk};
 use super::plain::{Claim, Plain};
 use super::session::Session;
+use crate::commands::{Colo, ColoMode};
 use crate::config::{DiskConfig, SecondaryConfig};
 use crate::control::EventBus;
 use crate::errors::ErrorLog;
+use crate::guest::Guest;
 use crate::image::Image;
 use crate::link::{DiskInfo, Side, StopReason};
 use crate::node::Stage;
@@ -39,6 +41,8 @@ pub(crate) struct Group {
     pub(crate) transition: tokio::sync::Mutex<()>,
     /// Whoever holds the guest has this: one opens the door only for himself.
     guest_hold: Arc<tokio::sync::Mutex<()>>,
+    pub(crate) guest: Guest,
+    pub(crate) colo: Colo,
     pub(crate) counters: Counters,
 }
 
@@ -156,7 +160,16 @@ impl Group {
             last_contact: None,
             last_commit: None,
         };
+        let colo = Colo::default();
+        let promotable = secondary.promotion.is_none() && !secondary.inconsistent;
+        if promotable && core.store.record().com.is_some() {
+            // Its manager may want the failover that this process was ended before.
+            colo.enter(ColoMode::Secondary);
+        }
+        let doors = disks.iter().map(|disk| Arc::clone(disk.gate().door())).collect();
         Ok(Arc::new(Group {
+            guest: Guest::new(doors),
+            colo,
             plain: config.plain_primary.then(Plain::default),
             config,
             run: Uuid::new_v4(),
@@ -319,6 +332,7 @@ impl Group {
         // Every session begins with a copy, and no cut is made before it has ended.
         core.copying = true;
         core.session = Some(Arc::clone(session));
+        self.colo.enter(ColoMode::Secondary);
         Ok(())
     }
 
@@ -369,6 +383,7 @@ impl Group {
             core.last_commit = Some(Instant::now());
             core.copying = false;
         }
+        self.errors.clear_latch();
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
         self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
         let group = Arc::clone(self);

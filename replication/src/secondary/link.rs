@@ -202,6 +202,7 @@ impl Group {
         if mine {
             self.end_retired(StopReason::Shutdown).await?;
             self.events.emit("BREP_DISCONNECTED", serde_json::json!({}));
+            self.colo.broken(&self.events);
         }
         ended.map(|_| ())
     }

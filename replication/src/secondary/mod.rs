@@ -7,6 +7,7 @@ mod exports;
 mod failover;
 mod group;
 mod link;
+mod manager;
 mod named;
 mod plain;
 mod session;
@@ -23,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use self::commands::SecondaryHandler;
 use self::exports::{GuestExports, PeerExports};
 use self::group::Group;
+use crate::commands::Service;
 use crate::config::SecondaryConfig;
 use crate::control::EventBus;
 use crate::daemon;
@@ -50,21 +52,30 @@ pub async fn run(config: SecondaryConfig, shutdown: CancellationToken) -> Result
     let events = EventBus::new();
     let group = Group::open(config, events.clone(), shutdown.clone()).await?;
 
+    let allowed = CancellationToken::new();
+    allowed.cancel();
     let mut servers = Vec::new();
     let listen = group.config.listen.clone();
-    servers.push(serve(&listen, Arc::new(PeerExports(Arc::clone(&group)))).await?);
+    let exports = Arc::new(PeerExports(Arc::clone(&group)));
+    let service = Service::new(exports, allowed, group.config.allow_plaintext, events.clone());
+    service.serve(&listen, &group.disk_names()).await?;
     if let Some(guest) = group.config.guest_listen.clone() {
         servers.push(serve(&guest, Arc::new(GuestExports(Arc::clone(&group)))).await?);
     }
     group.resume_promotion().await?;
     group.prepare_plain().await?;
-    let handler =
-        SecondaryHandler { group: Arc::clone(&group), data: tokio::runtime::Handle::current() };
+    let handler = SecondaryHandler {
+        group: Arc::clone(&group),
+        data: tokio::runtime::Handle::current(),
+        service: Arc::clone(&service),
+    };
     let control = daemon::ControlThread::spawn(control, Arc::new(handler), events)?;
     tracing::info!(name = group.config.name, "secondary ready");
 
     shutdown.cancelled().await;
+    group.guest.end();
     let mut result = group.end_session(StopReason::Shutdown).await;
+    service.shut_down().await;
     for server in servers {
         server.shutdown(STOP_GRACE).await;
     }

@@ -128,6 +128,13 @@ impl Session {
         result
     }
 
+    /// Cuts the primary off, without waiting for anything; the end of the session follows.
+    pub(crate) fn drop_now(&self) {
+        let bound: Vec<_> = self.slots().bound.values().cloned().collect();
+        bound.iter().for_each(|connection| connection.close());
+        self.ending.cancel();
+    }
+
     /// Queues a message for the primary.
     pub(crate) async fn send(&self, message: Message) -> Result<()> {
         let gone = || Error::failed("the link to the primary is gone");

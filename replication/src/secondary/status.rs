@@ -43,6 +43,7 @@ impl Group {
                 true => LAPSED.iter().map(|text| (*text).to_owned()).collect(),
                 false => Vec::new(),
             },
+            guest_stopped: self.guest.is_stopped(),
             disks: self
                 .disks()
                 .iter()

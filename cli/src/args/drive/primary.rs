@@ -34,7 +34,7 @@ pub(super) fn disk(mut options: Options) -> Result<PrimaryDisk, Failure> {
     options.take("id");
     options.take("if");
     let quorum = QuorumText::parse(options.pairs()).map_err(|error| options.error(error))?;
-    let rest = Options::of_part(options.label.clone(), quorum.rest);
+    let rest = Options::of_part(options.label.clone(), quorum.rest.clone());
     rest.finish()?;
     let children: Vec<_> = quorum
         .children
@@ -42,6 +42,22 @@ pub(super) fn disk(mut options: Options) -> Result<PrimaryDisk, Failure> {
         .enumerate()
         .map(|(index, text)| child(&options.label, index, text))
         .collect::<Result<_, _>>()?;
+    check_settings(&options, &quorum)?;
+    let (image, endpoint, export) = pick(&options, children)?;
+    check_ignored(&options, &quorum)?;
+    check_name(&export).map_err(|why| options.error(format!("children.1.file.export: {why}")))?;
+    let Some(format) = image.format() else {
+        return Err(options.error(format!(
+            "children.0.driver={}: Unknown driver; there are raw and qcow2",
+            image.driver
+        )));
+    };
+    let (path, cache) = (image.file, image.cache);
+    Ok((DiskConfig { name: export, path, format, cache, buffers: None }, endpoint))
+}
+
+/// What replication demands of the quorum itself.
+fn check_settings(options: &Options, quorum: &QuorumText) -> Result<(), Failure> {
     if quorum.settings.read_pattern != ReadPattern::Fifo {
         return Err(options.error(
             "invalid parameter 'read pattern': block replication needs read-pattern=fifo, so that \
@@ -54,6 +70,14 @@ pub(super) fn disk(mut options: Options) -> Result<PrimaryDisk, Failure> {
              fails, and never because of the secondary",
         ));
     }
+    Ok(())
+}
+
+/// The guest's disk, and the one child that replicates behind it.
+fn pick(
+    options: &Options,
+    children: Vec<ChildNode>,
+) -> Result<(ImageNode, Endpoint, String), Failure> {
     let is_nbd = |child: &ChildNode| matches!(child, ChildNode::Nbd { .. });
     match children.iter().filter(|child| is_nbd(child)).count() {
         0 => {
@@ -65,33 +89,29 @@ pub(super) fn disk(mut options: Options) -> Result<PrimaryDisk, Failure> {
         1 => {}
         _ => return Err(options.error("too many children support block replication")),
     }
-    let [local, nbd] = <[ChildNode; 2]>::try_from(children)
-        .map_err(|_| options.error("a primary has one local disk: children.0"))?;
-    let (ChildNode::Local(image), ChildNode::Nbd { endpoint, export }) = (local, nbd) else {
-        return Err(options.error(
+    match <[ChildNode; 2]>::try_from(children) {
+        Ok([ChildNode::Local(image), ChildNode::Nbd { endpoint, export }]) => {
+            Ok((image, endpoint, export))
+        }
+        Ok(_) => Err(options.error(
             "children.0 is the NBD client: it must not be the first child, because reads go to \
              that one",
-        ));
-    };
-    if quorum.children[0].ignore_errors {
-        return Err(options
-            .error("children.0.ignore-errors: errors of the guest's own disk are never ignored"));
+        )),
+        Err(_) => Err(options.error("a primary has one local disk: children.0")),
     }
-    if !quorum.children[1].ignore_errors {
-        return Err(options.error(
+}
+
+fn check_ignored(options: &Options, quorum: &QuorumText) -> Result<(), Failure> {
+    let ignored: Vec<_> = quorum.children.iter().map(|child| child.ignore_errors).collect();
+    match ignored[..] {
+        [false, true] => Ok(()),
+        [true, _] => Err(options
+            .error("children.0.ignore-errors: errors of the guest's own disk are never ignored")),
+        _ => Err(options.error(
             "children.1.ignore-errors=on is missing: a secondary that fails must not fail the \
              guest",
-        ));
+        )),
     }
-    check_name(&export).map_err(|why| options.error(format!("children.1.file.export: {why}")))?;
-    let Some(format) = image.format() else {
-        return Err(options.error(format!(
-            "children.0.driver={}: Unknown driver; there are raw and qcow2",
-            image.driver
-        )));
-    };
-    let (path, cache) = (image.file, image.cache);
-    Ok((DiskConfig { name: export, path, format, cache, buffers: None }, endpoint))
 }
 
 fn child(label: &str, index: usize, text: &ChildText) -> Result<ChildNode, Failure> {

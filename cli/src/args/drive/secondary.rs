@@ -89,15 +89,14 @@ pub(super) fn disks(options: Vec<Options>) -> Result<Vec<SecondaryDisk>, Failure
              backing_reference.drive_id=… and backing_reference.hidden-disk.…",
         ));
     }
-    let mut slots: Vec<_> = drives.into_iter().map(Some).collect();
-    let mut take = |index: usize| slots.get_mut(index).and_then(Option::take);
-    let mut made = Vec::new();
-    for (active, target) in disks {
-        if let (Some(active), Some(target)) = (take(active), take(target)) {
-            made.extend(disk(active, target));
-        }
-    }
-    Ok(made)
+    Ok(join(drives, &disks))
+}
+
+/// Makes disks of the drives; every drive belongs to one of them.
+fn join(drives: Vec<Drive>, disks: &[(usize, usize)]) -> Vec<SecondaryDisk> {
+    let mut drives: Vec<_> = drives.into_iter().map(Some).collect();
+    let mut take = |index: usize| drives.get_mut(index).and_then(Option::take);
+    disks.iter().filter_map(|(active, target)| disk(take(*active)?, take(*target)?)).collect()
 }
 
 fn disk(active: Drive, target: Drive) -> Option<SecondaryDisk> {
@@ -222,6 +221,23 @@ fn check_ids(drives: &[Drive]) -> Result<(), Failure> {
     Ok(())
 }
 
+fn position(drives: &[Drive], id: &str) -> Option<usize> {
+    drives.iter().position(|drive| drive.id.as_deref() == Some(id))
+}
+
+/// Whether the references lead from one drive to another. They may go round in a circle beside it.
+fn reaches(drives: &[Drive], from: usize, to: usize) -> bool {
+    let mut at = Some(from);
+    for _ in drives {
+        match at {
+            Some(index) if index == to => return true,
+            Some(index) => at = drives[index].drive_id().and_then(|id| position(drives, id)),
+            None => return false,
+        }
+    }
+    false
+}
+
 /// The drive that an active disk refers to, and whether it may.
 fn check_target(
     drives: &[Drive],
@@ -230,8 +246,7 @@ fn check_target(
     backings: &[(String, String)],
 ) -> Result<usize, Failure> {
     let from = &drives[active];
-    let position = |id: &str| drives.iter().position(|d| d.id.as_deref() == Some(id));
-    let Some(target) = position(drive_id) else {
+    let Some(target) = position(drives, drive_id) else {
         return Err(from.error(format!(
             "DeviceNotFound: Device '{drive_id}' not found; another --drive has id={drive_id}"
         )));
@@ -245,16 +260,8 @@ fn check_target(
         };
         return Err(from.error(format!("{why}; give it if=none")));
     }
-    // Along the chain of references: as long as there are drives, or round and round.
-    let mut at = Some(target);
-    for _ in 0..=drives.len() {
-        match at {
-            Some(index) if index == active => {
-                return Err(from.error(format!("Backing reference itself: {drive_id}")));
-            }
-            Some(index) => at = drives[index].drive_id().and_then(position),
-            None => break,
-        }
+    if reaches(drives, target, active) {
+        return Err(from.error(format!("Backing reference itself: {drive_id}")));
     }
     let blocked = |by: &str, what: &str| {
         Err(from.error(format!("Node '{drive_id}' is busy: it is used as the {what} of {by}")))

@@ -143,6 +143,7 @@ impl Group {
         }
         if let Err(error) = result {
             self.report(disk, error);
+            self.report_lost_vote(disk, offset, len, error);
         }
         self.ended.notify_waiters();
     }

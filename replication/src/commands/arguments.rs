@@ -1,0 +1,46 @@
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+/// How long a checkpoint command waits unless it says otherwise.
+const CHECKPOINT_LIMIT: Duration = Duration::from_secs(60);
+
+/// The arguments of a command, which have been checked against its description.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arguments<'a>(pub(crate) &'a Map<String, Value>);
+
+impl<'a> Arguments<'a> {
+    pub(crate) fn text(self, name: &str) -> Option<&'a str> {
+        self.0.get(name).and_then(Value::as_str)
+    }
+
+    pub(crate) fn has(self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    /// False if it was left out.
+    pub(crate) fn flag(self, name: &str) -> bool {
+        self.0.get(name).and_then(Value::as_bool).unwrap_or(false)
+    }
+
+    pub(crate) fn number(self, name: &str) -> Option<i64> {
+        self.0.get(name).and_then(Value::as_i64)
+    }
+
+    /// A member that is an object; empty if it was left out.
+    pub(crate) fn object(self, name: &str) -> Option<Arguments<'a>> {
+        self.0.get(name).and_then(Value::as_object).map(Arguments)
+    }
+
+    /// The objects of a list.
+    pub(crate) fn objects(self, name: &str) -> impl Iterator<Item = Arguments<'a>> {
+        let list = self.0.get(name).and_then(Value::as_array).into_iter().flatten();
+        list.filter_map(Value::as_object).map(Arguments)
+    }
+
+    /// The time that a checkpoint command may take.
+    pub(crate) fn checkpoint_limit(self) -> Duration {
+        let given = self.0.get("timeout-ms").and_then(Value::as_u64);
+        given.map_or(CHECKPOINT_LIMIT, Duration::from_millis)
+    }
+}

@@ -1,0 +1,372 @@
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use brep_nbd::Endpoint;
+use brep_nbd::server::{
+    Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode, PrivateReply,
+    Server, ServerConfig,
+};
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, join_all};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::{Arguments, CommandResult};
+use crate::control::{CommandError, EventBus};
+use crate::daemon::check_plaintext;
+use crate::{Error, Result};
+
+/// The time in which the clients' requests have to end when the server is stopped.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// Longest description of an export, in bytes.
+const DESCRIPTION_LEN_MAX: usize = 4096;
+
+/// An NBD server that commands start and stop, and whose exports they add and remove. At first it
+/// runs, with all disks.
+pub(crate) struct Service {
+    exports: Arc<Listed>,
+    /// Clients are served from then on.
+    allowed: CancellationToken,
+    allow_plaintext: bool,
+    events: EventBus,
+    running: tokio::sync::Mutex<Option<Running>>,
+}
+
+struct Running {
+    server: Arc<Server>,
+    accepting: tokio::task::JoinHandle<()>,
+}
+
+/// Exports, as far as they are listed.
+struct Listed {
+    inner: Arc<dyn Exports>,
+    /// By disk.
+    entries: Mutex<BTreeMap<String, Entry>>,
+    multi_conn: Mutex<bool>,
+}
+
+#[derive(Debug, Clone)]
+struct Entry {
+    id: String,
+    writable: bool,
+    description: Option<String>,
+    shutting_down: bool,
+}
+
+impl Entry {
+    fn of_disk(name: &str) -> Self {
+        Entry { id: name.to_owned(), writable: true, description: None, shutting_down: false }
+    }
+}
+
+impl Listed {
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_id(&self, id: &str) -> bool {
+        self.entries().values().any(|entry| entry.id == id)
+    }
+
+    fn multi_conn(&self) -> MutexGuard<'_, bool> {
+        self.multi_conn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Exports for Listed {
+    fn list(&self) -> Vec<ExportDescription> {
+        let entries = self.entries();
+        let mut list = self.inner.list();
+        list.retain(|export| entries.get(&export.name).is_some_and(|e| !e.shutting_down));
+        for export in &mut list {
+            if let Some(text) = entries.get(&export.name).and_then(|e| e.description.clone()) {
+                export.description = text;
+            }
+        }
+        list
+    }
+
+    fn open(
+        &self,
+        name: &str,
+        connection: &Arc<Connection>,
+    ) -> std::result::Result<Export, OptionError> {
+        let mut export = self.inner.open(name, connection)?;
+        let entry = self.entries().get(&export.canonical_name).cloned();
+        let Some(entry) = entry.filter(|entry| !entry.shutting_down) else {
+            return Err(OptionError::new(
+                OptionErrorCode::Unknown,
+                format!("{} is not exported at present", export.canonical_name),
+            ));
+        };
+        export.read_only |= !entry.writable;
+        export.multi_conn &= *self.multi_conn();
+        if let Some(description) = entry.description {
+            export.description = description;
+        }
+        Ok(export)
+    }
+
+    fn begin(&self, export: &Export, connection: &Arc<Connection>) {
+        self.inner.begin(export, connection);
+    }
+
+    fn private_option<'a>(
+        &'a self,
+        connection: &'a Arc<Connection>,
+        option: u32,
+        data: Bytes,
+    ) -> BoxFuture<'a, PrivateReply> {
+        self.inner.private_option(connection, option, data)
+    }
+}
+
+impl Service {
+    /// `allowed`: clients are accepted from its cancellation on.
+    pub(crate) fn new(
+        exports: Arc<dyn Exports>,
+        allowed: CancellationToken,
+        allow_plaintext: bool,
+        events: EventBus,
+    ) -> Arc<Self> {
+        let exports =
+            Listed { inner: exports, entries: Mutex::default(), multi_conn: Mutex::new(true) };
+        Arc::new(Service {
+            exports: Arc::new(exports),
+            allowed,
+            allow_plaintext,
+            events,
+            running: tokio::sync::Mutex::new(None),
+        })
+    }
+
+    /// Listens, and exports all `disks` for reading and writing, unless it runs already.
+    ///
+    /// # Errors
+    /// The address cannot be used.
+    pub(crate) async fn serve(&self, endpoint: &Endpoint, disks: &[&str]) -> Result<()> {
+        let mut running = self.running.lock().await;
+        if running.is_some() {
+            return Ok(());
+        }
+        *running = Some(self.listen(endpoint, ServerConfig::default()).await?);
+        *self.exports.multi_conn() = true;
+        *self.exports.entries() =
+            disks.iter().map(|name| ((*name).to_owned(), Entry::of_disk(name))).collect();
+        Ok(())
+    }
+
+    async fn listen(&self, endpoint: &Endpoint, config: ServerConfig) -> Result<Running> {
+        check_plaintext(&[endpoint], self.allow_plaintext)?;
+        let server = Server::new(Arc::clone(&self.exports) as Arc<dyn Exports>, config);
+        // Bound at once, so that an address in use is known now; served when it is allowed.
+        let listener = Server::bind(endpoint).await.map_err(|e| Error::failed(e.to_string()))?;
+        let accepting = tokio::spawn({
+            let (server, allowed) = (Arc::clone(&server), self.allowed.clone());
+            async move {
+                allowed.cancelled().await;
+                server.serve(listener).await;
+            }
+        });
+        Ok(Running { server, accepting })
+    }
+
+    /// Ends the server at the end of the process.
+    pub(crate) async fn shut_down(&self) {
+        if let Some(Running { server, accepting }) = self.running.lock().await.take() {
+            server.shutdown(STOP_GRACE).await;
+            accepting.abort();
+        }
+    }
+
+    /// The commands that concern the server and its exports.
+    pub(crate) async fn command(
+        &self,
+        command: &str,
+        disks: &[&str],
+        arguments: Arguments<'_>,
+    ) -> CommandResult<()> {
+        let text = |name| arguments.text(name).unwrap_or_default();
+        let hard = arguments.text("mode") == Some("hard");
+        match command {
+            "nbd-server-start" => self.start(arguments).await,
+            "nbd-server-stop" => self.stop().await,
+            "nbd-server-add" => {
+                let id = arguments.text("name").unwrap_or(text("device"));
+                self.add(id, text("device"), disks, arguments).await
+            }
+            "block-export-add" => self.add(text("id"), text("node-name"), disks, arguments).await,
+            "nbd-server-remove" => self.remove(text("name"), hard).await,
+            "block-export-del" => self.remove(text("id"), hard).await,
+            other => Err(CommandError::usage(format!("unknown command {other}"))),
+        }
+    }
+
+    /// `nbd-server-start`.
+    async fn start(&self, arguments: Arguments<'_>) -> CommandResult<()> {
+        let mut running = self.running.lock().await;
+        if running.is_some() {
+            return Err(CommandError::refused("NBD server already running"));
+        }
+        let credentials = arguments.text("tls-creds").or(arguments.text("tls-authz"));
+        if let Some(id) = credentials {
+            return Err(CommandError::usage(format!("No TLS credentials with id '{id}'")));
+        }
+        let endpoint = address(arguments.object("addr"))?;
+        let clients = arguments.number("max-connections").unwrap_or(0);
+        let clients = usize::try_from(clients).map_err(|_| {
+            CommandError::usage("Parameter 'max-connections' expects a value of 0 or more")
+        })?;
+        let mut config = ServerConfig::default();
+        if clients > 0 {
+            config = config.connections_max(clients);
+        }
+        *running = Some(self.listen(&endpoint, config).await?);
+        *self.exports.multi_conn() = clients != 1;
+        Ok(())
+    }
+
+    /// `nbd-server-stop`: clients and exports are gone when this returns.
+    pub(crate) async fn stop(&self) -> CommandResult<()> {
+        let Some(Running { server, accepting }) = self.running.lock().await.take() else {
+            return Err(CommandError::refused("NBD server not running"));
+        };
+        accepting.abort();
+        let entries = std::mem::take(&mut *self.exports.entries());
+        let clients = server.connections();
+        clients.iter().for_each(|client| client.close());
+        server.shutdown(STOP_GRACE).await;
+        drain(&clients).await?;
+        entries.into_values().for_each(|entry| self.deleted(&entry.id));
+        Ok(())
+    }
+
+    /// `nbd-server-add` and `block-export-add`.
+    async fn add(
+        &self,
+        id: &str,
+        disk: &str,
+        disks: &[&str],
+        arguments: Arguments<'_>,
+    ) -> CommandResult<()> {
+        let failed = |text: String| Err(CommandError::refused(text));
+        if self.running.lock().await.is_none() {
+            return failed("NBD server not running".to_owned());
+        }
+        if !well_formed(id) {
+            return failed(format!("Invalid block export id '{id}'"));
+        }
+        if self.exports.has_id(id) {
+            return failed(format!("Block export id '{id}' is already in use"));
+        }
+        if !disks.contains(&disk) {
+            return failed(format!("Cannot find device='{disk}' nor node-name='{disk}'"));
+        }
+        let name = arguments.text("name").unwrap_or(disk);
+        if name.len() > DESCRIPTION_LEN_MAX {
+            return failed(format!("export name '{name:.32}...' too long"));
+        }
+        if name != disk {
+            return failed(format!(
+                "export name '{name}': an export has its disk's name, '{disk}', on both sides"
+            ));
+        }
+        let description = arguments.text("description").map(str::to_owned);
+        if description.as_ref().is_some_and(|text| text.len() > DESCRIPTION_LEN_MAX) {
+            return failed(format!("description longer than {DESCRIPTION_LEN_MAX} bytes"));
+        }
+        if let Some(bitmap) = arguments.text("bitmap") {
+            return failed(format!("Bitmap '{bitmap}' is not found"));
+        }
+        if arguments.has("bitmaps") || arguments.flag("allocation-depth") {
+            return failed(format!("Disk '{disk}' has no bitmaps and no allocation depth"));
+        }
+        let mut entries = self.exports.entries();
+        if entries.contains_key(disk) {
+            return failed(format!("NBD server already has export named '{name}'"));
+        }
+        let writable = arguments.flag("writable");
+        let entry = Entry { id: id.to_owned(), writable, description, shutting_down: false };
+        entries.insert(disk.to_owned(), entry);
+        Ok(())
+    }
+
+    /// `nbd-server-remove` and `block-export-del`: returns when no client of it is left.
+    async fn remove(&self, id: &str, hard: bool) -> CommandResult<()> {
+        let clients = {
+            let running = self.running.lock().await;
+            let connections = running.as_ref().map(|r| r.server.connections()).unwrap_or_default();
+            let mut entries = self.exports.entries();
+            let Some((disk, entry)) = entries.iter_mut().find(|(_, entry)| entry.id == id) else {
+                return Err(CommandError::refused(format!("Export '{id}' is not found")));
+            };
+            if entry.shutting_down {
+                let text = format!("Export '{id}' is already shutting down");
+                return Err(CommandError::refused(text));
+            }
+            let uses = |c: &Arc<Connection>| c.export_name() == Some(disk) && !c.is_closed();
+            let clients: Vec<_> = connections.into_iter().filter(uses).collect();
+            if !clients.is_empty() && !hard {
+                return Err(CommandError::refused(format!("export '{id}' still in use")));
+            }
+            entry.shutting_down = true;
+            clients
+        };
+        clients.iter().for_each(|client| client.close());
+        drain(&clients).await?;
+        self.exports.entries().retain(|_, entry| entry.id != id);
+        self.deleted(id);
+        Ok(())
+    }
+
+    fn deleted(&self, id: &str) {
+        self.events.emit("BLOCK_EXPORT_DELETED", json!({ "id": id }));
+    }
+
+    /// `query-block-exports`.
+    pub(crate) fn to_value(&self) -> Value {
+        let entries = self.exports.entries();
+        let describe = |(disk, entry): (&String, &Entry)| {
+            json!({
+                "id": entry.id,
+                "type": "nbd",
+                "node-name": disk,
+                "shutting-down": entry.shutting_down,
+            })
+        };
+        entries.iter().map(describe).collect()
+    }
+}
+
+/// Waits until nothing of these clients goes on.
+async fn drain(clients: &[Arc<Connection>]) -> CommandResult<()> {
+    let ended = join_all(clients.iter().map(|client| client.closed()));
+    tokio::time::timeout(STOP_GRACE, ended).await.map(drop).map_err(|_| {
+        CommandError::failed(format!(
+            "requests of clients have not ended within {STOP_GRACE:?}; a disk may be stuck"
+        ))
+    })
+}
+
+/// The characters of an identifier.
+fn well_formed(id: &str) -> bool {
+    let inside = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    id.starts_with(|c: char| c.is_ascii_alphabetic()) && id.chars().all(inside)
+}
+
+fn address(given: Option<Arguments<'_>>) -> CommandResult<Endpoint> {
+    let data = given.and_then(|addr| addr.object("data"));
+    let text = |name: &str| data.and_then(|d| d.text(name)).unwrap_or_default().to_owned();
+    if data.is_some_and(|d| d.has("path")) {
+        return Ok(Endpoint::Unix { path: text("path").into() });
+    }
+    let port = text("port");
+    match port.parse() {
+        Ok(port) => Ok(Endpoint::Tcp { host: text("host"), port }),
+        Err(_) => {
+            Err(CommandError::usage(format!("Port '{port}' is not a number from 0 to 65535")))
+        }
+    }
+}

@@ -1,0 +1,78 @@
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::sync::Mutex;
+
+use crate::Result;
+use crate::control::EventBus;
+use crate::door::{Door, Hold};
+
+/// The time in which the guest's requests have to end when it is stopped.
+const STOP_LIMIT: Duration = Duration::from_secs(30);
+
+/// Stops and continues a side's guest: its requests, as far as they are brep's.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    /// What its requests pass.
+    doors: Vec<Arc<Door>>,
+    /// One command at a time.
+    turn: Mutex<()>,
+    stopped: AtomicBool,
+}
+
+impl Guest {
+    pub(crate) fn new(doors: Vec<Arc<Door>>) -> Self {
+        Guest { doors, turn: Mutex::new(()), stopped: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// Holds the guest's new requests, and returns when those before have ended and `drained` is
+    /// done. A guest that is stopped stays so.
+    ///
+    /// # Errors
+    /// Requests did not end in time; the guest goes on.
+    pub(crate) async fn stop(
+        &self,
+        drained: impl Future<Output = ()>,
+        events: &EventBus,
+    ) -> Result<()> {
+        let _turn = self.turn.lock().await;
+        if self.is_stopped() {
+            return Ok(());
+        }
+        for door in &self.doors {
+            if let Err(error) = door.hold(Hold::Stopped, STOP_LIMIT).await {
+                self.open();
+                return Err(error.into());
+            }
+        }
+        drained.await;
+        self.stopped.store(true, Ordering::Release);
+        events.emit("STOP", Value::Null);
+        Ok(())
+    }
+
+    /// Lets a stopped guest go on.
+    pub(crate) async fn cont(&self, events: &EventBus) {
+        let _turn = self.turn.lock().await;
+        if self.stopped.swap(false, Ordering::AcqRel) {
+            self.open();
+            events.emit("RESUME", Value::Null);
+        }
+    }
+
+    fn open(&self) {
+        self.doors.iter().for_each(|door| door.open(Hold::Stopped));
+    }
+
+    /// The process ends: requests of a stopped guest fail instead of waiting.
+    pub(crate) fn end(&self) {
+        self.doors.iter().for_each(|door| door.shut());
+    }
+}

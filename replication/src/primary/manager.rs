@@ -1,0 +1,97 @@
+//! A primary as a manager of the original knows it: block nodes, latched errors, yank.
+
+use brep_block::Error as BlockError;
+use serde_json::{Value, json};
+
+use super::commands::peer_node;
+use super::group::Group;
+use crate::commands::{self, Arguments, CommandResult, Node};
+use crate::config::DiskFormat;
+use crate::node::Stage;
+
+impl Group {
+    /// The answer to get_error: none, or its text.
+    pub(super) fn get_error(&self) -> Option<String> {
+        match self.stage() {
+            Stage::None => Some("Block replication is not running".to_owned()),
+            Stage::Running => self.errors.latched(),
+            _ => None,
+        }
+    }
+
+    /// The answer to `query-named-block-nodes`.
+    pub(super) fn nodes(&self, flat: bool) -> Value {
+        let attached = self.is_attached();
+        let mut nodes = Vec::new();
+        for (disk, config) in self.disks().iter().zip(&self.config.disks) {
+            let size = disk.image.device().size();
+            let node = |name: String, driver, file: String| Node {
+                name,
+                driver,
+                file,
+                size,
+                backing: Vec::new(),
+            };
+            let driver = match config.format {
+                DiskFormat::Raw => "raw",
+                DiskFormat::Qcow2 => "qcow2",
+            };
+            nodes.push(node(disk.name.clone(), "quorum", disk.file.clone()));
+            nodes.push(node(disk_node(&disk.name), driver, disk.file.clone()));
+            if let Some(peer) = self.config.peer.as_ref().filter(|_| attached) {
+                let file = format!("{peer} {}", disk.name);
+                nodes.push(node(peer_node(&disk.name), "nbd", file));
+            }
+        }
+        nodes.iter().map(|node| node.to_value(flat)).collect()
+    }
+
+    /// The answer to `query-yank`: the connections to the peer, while there are any.
+    pub(super) fn yank_instances(&self) -> Value {
+        if !self.is_attached() {
+            return json!([]);
+        }
+        let node = |name: &str| json!({ "type": "block-node", "node-name": peer_node(name) });
+        let nodes = self.disks().iter().map(|disk| node(&disk.name));
+        nodes.chain([json!({ "type": "migration" })]).collect()
+    }
+
+    /// Drops the peer, whatever is on its way: the guest goes on alone.
+    pub(super) fn yank(&self, arguments: Arguments<'_>) -> CommandResult<()> {
+        commands::check_yank(&self.yank_instances(), arguments)?;
+        if arguments.objects("instances").next().is_some() {
+            self.lose_peer("dropped by command (yank)");
+        }
+        Ok(())
+    }
+
+    /// A write of the guest has failed on the local disk, and fails to the guest.
+    pub(super) fn report_lost_vote(&self, disk: usize, offset: u64, len: u64, error: &BlockError) {
+        let Some(disk) = self.disks().get(disk) else { return };
+        let sector_num = offset / 512;
+        let sectors_count = offset.saturating_add(len).div_ceil(512) - sector_num;
+        self.events.emit(
+            "QUORUM_REPORT_BAD",
+            json!({
+                "type": "write",
+                "error": error.to_string(),
+                "node-name": disk_node(&disk.name),
+                "sector-num": sector_num,
+                "sectors-count": sectors_count,
+            }),
+        );
+        self.events.emit(
+            "QUORUM_FAILURE",
+            json!({
+                "reference": disk.name,
+                "sector-num": sector_num,
+                "sectors-count": sectors_count,
+            }),
+        );
+    }
+}
+
+/// The name of the node that is the local disk.
+fn disk_node(disk: &str) -> String {
+    format!("{disk}-disk")
+}
