@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use crate::backports;
 use crate::guest;
 use crate::programs::{self, PROGRAMS, Source};
+use crate::python_packages;
 use crate::workspace::Workspace;
 
 #[derive(clap::Args)]
@@ -36,10 +37,19 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     }
     let guest = guest::is_there(&workspace).then(|| workspace.guest());
     tell("a Linux guest", guest, programs::INSTALL);
+    tell("qemu.qmp (Python)", python_packages::find(&workspace), programs::INSTALL);
     Ok(complete)
 }
 
 fn install(workspace: &Workspace) -> Result<()> {
+    install_programs(workspace)?;
+    match python_packages::find(workspace) {
+        Some(_) => Ok(()),
+        None => python_packages::install(workspace),
+    }
+}
+
+fn install_programs(workspace: &Workspace) -> Result<()> {
     let missing: Vec<Source> = PROGRAMS
         .iter()
         .filter(|program| programs::find(program.name).is_none())

@@ -7,6 +7,7 @@ mod guest;
 mod iotest;
 mod process;
 mod programs;
+mod python_packages;
 mod skips;
 mod test;
 mod tidy;

@@ -29,6 +29,8 @@ pub(crate) const INSTALL_NEXTEST: &str = "cargo install --locked cargo-nextest";
 pub(crate) const PROGRAMS: &[Program] = &[
     Program { name: "cargo-nextest", source: Source::Command(INSTALL_NEXTEST), needed: true },
     Program { name: "python3", source: Source::Debian("python3"), needed: true },
+    // Its package manager, for the Python packages of the tests.
+    Program { name: "pip3", source: Source::Debian("python3-pip"), needed: false },
     Program { name: "qemu-img", source: Source::Debian("qemu-utils"), needed: true },
     Program { name: "qemu-io", source: Source::Debian("qemu-utils"), needed: true },
     Program { name: "qemu-nbd", source: Source::Debian("qemu-utils"), needed: true },

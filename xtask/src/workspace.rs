@@ -5,6 +5,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::python_packages;
+
 /// The workspace's folders.
 pub(crate) struct Workspace {
     /// The folder of the workspace's `Cargo.toml`.
@@ -56,6 +58,11 @@ impl Workspace {
     /// The Linux guest of the end-to-end tests.
     pub(crate) fn guest(&self) -> PathBuf {
         self.target.join("guest")
+    }
+
+    /// The Python packages of the end-to-end tests.
+    pub(crate) fn python_packages(&self) -> PathBuf {
+        self.guest().with_file_name(python_packages::FOLDER)
     }
 
     /// A cargo command in the workspace.

@@ -178,6 +178,7 @@ impl Service {
         if let Some(Running { server, accepting }) = self.running.lock().await.take() {
             server.shutdown(STOP_GRACE).await;
             accepting.abort();
+            let _ = accepting.await;
         }
     }
 
@@ -234,6 +235,8 @@ impl Service {
             return Err(CommandError::refused("NBD server not running"));
         };
         accepting.abort();
+        // Its listener is gone when it has ended: nobody connects any more.
+        let _ = accepting.await;
         let entries = std::mem::take(&mut *self.exports.entries());
         let clients = server.connections();
         clients.iter().for_each(|client| client.close());

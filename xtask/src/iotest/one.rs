@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
 
+use crate::python_packages;
+
 use super::Options;
 use super::diff;
 use super::discover::Test;
@@ -42,6 +44,8 @@ pub(crate) struct Harness {
     examples: PathBuf,
     /// The Linux guest, which may be missing.
     guest: PathBuf,
+    /// Python packages of the tests, which may be missing.
+    packages: PathBuf,
     python: PathBuf,
     bless: bool,
     /// Keep the scratch folders of tests that pass.
@@ -66,6 +70,7 @@ impl Harness {
             binary: binary.to_owned(),
             examples: binary.with_file_name("examples"),
             guest: guest.to_owned(),
+            packages: guest.with_file_name(python_packages::FOLDER),
             python: python()?,
             bless: options.bless,
             keep: options.keep,
@@ -110,7 +115,7 @@ impl Harness {
             .env("BREP_EXAMPLES", &self.examples)
             .env("BREP_GUEST", &self.guest)
             .env("BREP_XTASK", std::env::current_exe()?)
-            .env("PYTHONPATH", &self.lib_dir)
+            .env("PYTHONPATH", std::env::join_paths([&self.lib_dir, &self.packages])?)
             .env("PYTHONUNBUFFERED", "1")
             .env("LC_ALL", "C.UTF-8")
             .env("TMPDIR", &scratch.work)
