@@ -144,11 +144,9 @@ impl Map for RoaringBitmap {
         RoaringBitmap::clear(self);
     }
 
+    /// What it takes in a file; in memory it is a little more.
     fn memory_bytes(&self) -> usize {
-        let of = self.statistics();
-        (of.n_bytes_array_containers + of.n_bytes_run_containers + of.n_bytes_bitset_containers)
-            as usize
-            + of.n_containers as usize * 32
+        self.serialized_size()
     }
 }
 

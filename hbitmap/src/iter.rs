@@ -25,8 +25,8 @@ impl Cursor {
 #[derive(Debug, Clone)]
 pub struct Iter<'a> {
     map: &'a HBitmap,
-    /// The next word to look for.
-    word: u64,
+    /// The next bit to look for.
+    from: u64,
     /// What is left of the word before it.
     bits: u64,
 }
@@ -36,11 +36,10 @@ impl Iterator for Iter<'_> {
 
     fn next(&mut self) -> Option<u64> {
         if self.bits == 0 {
-            let (word, bits) = self.map.levels().next_word(self.word)?;
-            self.word = word + 1;
-            self.bits = bits;
+            let (word, bits) = self.map.levels().next_bits(self.from)?;
+            (self.from, self.bits) = ((word + 1) << 6, bits);
         }
-        let bit = (self.word - 1) << 6 | u64::from(self.bits.trailing_zeros());
+        let bit = self.from - 64 + u64::from(self.bits.trailing_zeros());
         self.bits &= self.bits - 1;
         Some(bit << self.map.granularity_log2())
     }
@@ -54,8 +53,8 @@ pub struct DirtyAreas<'a> {
     map: &'a HBitmap,
     /// In items, inside the map.
     range: Range<u64>,
-    /// The next word to look for.
-    word: u64,
+    /// The next bit to look for.
+    from: u64,
     /// What is left of the word before it.
     bits: u64,
 }
@@ -65,18 +64,20 @@ impl DirtyAreas<'_> {
     fn next_run(&mut self) -> Option<Range<u64>> {
         let levels = self.map.levels();
         if self.bits == 0 {
-            (self.word, self.bits) = levels.next_word(self.word).map(|(w, bits)| (w + 1, bits))?;
+            let (word, bits) = levels.next_bits(self.from)?;
+            (self.from, self.bits) = ((word + 1) << 6, bits);
         }
-        let base = (self.word - 1) << 6;
+        let base = self.from - 64;
         let low = self.bits.trailing_zeros();
         let high = low + (self.bits >> low).trailing_ones();
+        let start = base + u64::from(low);
         if high < 64 {
             self.bits &= !0 << high;
-            return Some(base + u64::from(low)..base + u64::from(high));
+            return Some(start..base + u64::from(high));
         }
-        let end = levels.next_clear(base + 64, levels.bits()).unwrap_or(levels.bits());
-        (self.word, self.bits) = self.map.word_from(end);
-        Some(base + u64::from(low)..end)
+        self.bits = 0;
+        self.from = levels.next_clear(self.from, levels.bits()).unwrap_or(levels.bits());
+        Some(start..self.from)
     }
 }
 
@@ -90,7 +91,7 @@ impl Iterator for DirtyAreas<'_> {
         let end = (run.end << log2).min(self.range.end);
         if start >= end {
             // Beyond the range. There it ends, also for who asks again.
-            (self.word, self.bits) = (self.map.levels().words(), 0);
+            (self.from, self.bits) = (self.map.bits(), 0);
             return None;
         }
         Some(start..end)
@@ -104,9 +105,8 @@ impl HBitmap {
     /// item; so the first one returned may be less than `first`. Nothing if `first` is not below
     /// the size.
     pub fn iter(&self, first: u64) -> Iter<'_> {
-        let bit = if first < self.size() { first >> self.granularity_log2() } else { self.bits() };
-        let (word, bits) = self.word_from(bit);
-        Iter { map: self, word, bits }
+        let from = if first < self.size() { first >> self.granularity_log2() } else { self.bits() };
+        Iter { map: self, from, bits: 0 }
     }
 
     /// The same for a map that changes meanwhile.
@@ -118,18 +118,8 @@ impl HBitmap {
     /// map, and neither end is rounded to groups.
     pub fn dirty_areas(&self, range: Range<u64>) -> DirtyAreas<'_> {
         let range = range.start..range.end.min(self.size());
-        let bit =
+        let from =
             if range.is_empty() { self.bits() } else { range.start >> self.granularity_log2() };
-        let (word, bits) = self.word_from(bit);
-        DirtyAreas { map: self, range, word, bits }
-    }
-
-    /// The number of the word behind the one that `bit` lies in, and what that holds from `bit`
-    /// on. Behind the last bit there is nothing.
-    fn word_from(&self, bit: u64) -> (u64, u64) {
-        if bit >= self.bits() {
-            return (self.levels().words(), 0);
-        }
-        (bit / 64 + 1, self.levels().word(bit / 64) & (!0 << (bit % 64)))
+        DirtyAreas { map: self, range, from, bits: 0 }
     }
 }

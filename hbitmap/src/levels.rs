@@ -338,8 +338,14 @@ impl Levels {
 
     /// The first word of the last level, at or after `from`, that is not zero.
     pub(crate) fn next_word(&self, from: u64) -> Option<(u64, u64)> {
-        let word = self.next_set(from.checked_mul(64)?)? >> WORD_LOG2;
-        Some((word, self.levels[self.leaf()].load(word)))
+        self.next_bits(from.checked_mul(64)?)
+    }
+
+    /// The word of the first set bit at or after `from`, and what it holds from that bit on.
+    pub(crate) fn next_bits(&self, from: u64) -> Option<(u64, u64)> {
+        let bit = self.next_set(from)?;
+        let word = bit >> WORD_LOG2;
+        Some((word, self.levels[self.leaf()].load(word) & (!0 << (bit & 63))))
     }
 
     /// Changes the number of bits. New bits are clear, bits beyond the end are dropped.
