@@ -114,6 +114,21 @@ async fn d25_a_unit_shows_its_old_content_after_a_write() {
 }
 
 #[tokio::test]
+async fn snapshot_access_decides_unit_by_unit() {
+    let rig = rig_64k(MIB);
+    // A range that begins copied and goes on not copied, and the other way round.
+    rig.write(64 * KIB, 64 * KIB, 0x22).await.unwrap();
+    rig.write(3 * 64 * KIB, 64 * KIB, 0x33).await.unwrap();
+    for (first, last) in [(1, 2), (0, 1), (1, 3), (0, 4)] {
+        let (offset, end) = (first * 64 * KIB + 100, last * 64 * KIB + 200);
+        let data = rig.view.read(offset, (end - offset) as usize).await.unwrap();
+        assert!(data.iter().all(|&b| b == 0x11), "units {first} to {last}");
+        let status = rig.view.block_status(offset, end - offset).await.unwrap();
+        assert_eq!(status.len, 64 * KIB - 100, "one unit, one device");
+    }
+}
+
+#[tokio::test]
 async fn d26_two_writes_to_one_unit_share_one_copy_and_wait_for_it() {
     let rig = rig_64k(MIB);
     let gate = rig.target.hold_if(|op| op.operation == Operation::Write);

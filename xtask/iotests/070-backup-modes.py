@@ -1,6 +1,6 @@
 """Backups of a disk that is written to: full, top and bitmap, each compared with the start.
 
-Seen to fail with: a filter that is put under the disk only when the job's first copy begins.
+Seen to fail with: a filter that copies nothing for the guest's writes.
 """
 
 import brep_iotest

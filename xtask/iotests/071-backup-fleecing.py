@@ -1,6 +1,6 @@
 """Fleecing: the snapshot stays as it was while the guest overwrites the disk, until a checkpoint.
 
-Seen to fail with: a view that looks up before it takes its lock.
+Seen to fail with: a filter that copies nothing for the guest's writes.
 """
 
 import brep_iotest

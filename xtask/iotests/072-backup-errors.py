@@ -1,6 +1,6 @@
 """Error policies: a full target, a target server that is killed.
 
-Seen to fail with: a stop that forgets to pause; an ignore that gives up after one round.
+Seen to fail with: a job that goes on although an error has stopped it.
 """
 
 import resource

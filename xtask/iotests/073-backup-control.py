@@ -1,6 +1,6 @@
 """Pause, resume, speed, cancel, finalize, dismiss: by conditions, never by time.
 
-Seen to fail with: a pause that does not stop the copy; a speed that is read at the start only.
+Seen to fail with: a job that goes on although it is paused.
 """
 
 import brep_iotest

@@ -1,6 +1,6 @@
 """A full backup and two incrementals, each in a file of its own over the last, restore each state.
 
-Seen to fail with: a bitmap that is cleared at the end of the job and not at its start.
+Seen to fail with: a bitmap that loses what was written during the job.
 """
 
 import brep_iotest

@@ -1,6 +1,6 @@
 """Error policies of a source that cannot be read for a while, and of a guest that writes then.
 
-Seen to fail with: the target's policy taken for the source.
+Seen to fail with: a job that goes on although an error has stopped it.
 """
 
 import pathlib

@@ -182,6 +182,23 @@ async fn a_write_in_flight_at_the_start_is_waited_for_and_later_ones_wait() {
 }
 
 #[tokio::test]
+async fn a_guests_write_waits_for_the_background_copy_of_its_unit() {
+    let rig = Rig::new();
+    let gate = rig.target.hold_if(|op| op.operation == Operation::Write);
+    let job = rig.sync(SyncMode::Full).await;
+    settle().await;
+    let write = rig.disk.write(5, Bytes::from_static(&[0x22]), WriteFlags::default());
+    settle().await;
+    assert_eq!(rig.source.content_of(5, 1), [0x11], "its copy is under way");
+    gate.add_permits(1000);
+    write.await.unwrap();
+    job.wait().await;
+    assert_eq!(rig.target.content_of(5, 1), [0x11]);
+    let copies = rig.target.take(Operation::Write);
+    assert_eq!(copies.iter().filter(|(offset, _)| *offset == 0).count(), 1, "copied once");
+}
+
+#[tokio::test]
 async fn the_disk_keeps_its_size_while_a_job_runs() {
     let rig = Rig::new();
     let job = rig.sync(SyncMode::None).await;
