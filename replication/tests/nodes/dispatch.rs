@@ -10,7 +10,6 @@ use crate::support::*;
 /// A device that does not replicate itself hands the calls down, through
 /// any number of its like.
 ///
-///
 /// Row: §5.1, §5.2, §5.4.
 #[test]
 fn series_s05_calls_reach_the_node_below_what_does_not_replicate() {
@@ -37,7 +36,6 @@ fn series_s05_calls_reach_the_node_below_what_does_not_replicate() {
 }
 
 /// Nobody below replicates. Nor does what only looks at a node.
-///
 ///
 /// Row: §5.3.
 #[test]

@@ -70,7 +70,6 @@ fn series_s07_start_connects_and_the_length_is_the_exports() {
 
 /// When connected, it is the state that is named, and not the mode.
 ///
-///
 /// Row: §7.1, §7.2.
 #[test]
 fn series_s07_start_in_another_mode_is_refused() {
@@ -93,7 +92,6 @@ fn series_s07_start_in_another_mode_is_refused() {
 }
 
 /// The quorum discards what its child says.
-///
 ///
 /// Row: §6.10, §7.5.
 #[test]
@@ -131,7 +129,6 @@ fn series_s07_checkpoint_and_stop_when_disconnected_and_connected() {
 }
 
 /// The way of the series from its seventh version on.
-///
 ///
 /// Row: §13.2.
 #[test]

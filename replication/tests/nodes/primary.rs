@@ -157,7 +157,6 @@ fn d07_primary_stop_before_start_fails() {
 
 /// The original's sides differ here; this one follows the older rule on both.
 ///
-///
 /// Row: §14.13.
 #[test]
 fn d08_primary_checkpoint_before_start_fails() {

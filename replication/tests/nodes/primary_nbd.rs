@@ -174,7 +174,6 @@ fn who_learns_primary_disk_read_error_the_guest_and_the_manager() {
 /// The guest's part is the quorum's result: with a threshold of 1 a write that was forwarded
 /// counts. With one of 2 it is the guest who learns.
 ///
-///
 /// Row: §14.47.
 #[test]
 fn who_learns_primary_disk_write_error_the_quorum_decides() {
@@ -194,7 +193,6 @@ fn who_learns_primary_disk_write_error_the_quorum_decides() {
 
 /// Of the copy, of the disk: the primary's manager learns of both through the primary's node, and
 /// neither guest nor the secondary's manager does.
-///
 ///
 /// Row: §13.9, §14.49, §14.50, §14.54.
 #[test]

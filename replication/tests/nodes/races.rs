@@ -187,7 +187,6 @@ fn checkpoint_that_cannot_empty_the_active_disk_leaves_the_old_one() {
 /// What the guest wrote is gone then, and the old checkpoint is whole: never the new one in some
 /// places and the old one in others.
 ///
-///
 /// Row: §11.21, §14.36, §14.37, §14.52.
 #[test]
 fn checkpoint_that_cannot_empty_the_hidden_disk_leaves_the_old_one() {
@@ -213,7 +212,6 @@ fn checkpoint_that_cannot_empty_the_hidden_disk_leaves_the_old_one() {
 
 /// The hidden disk has been emptied, and giving back its clusters failed: what the filter took
 /// for copied is to be copied again.
-///
 ///
 /// Row: §11.21.
 #[test]

@@ -68,7 +68,6 @@ fn t08_secondary_start_shows_the_checkpoint_and_the_guests_writes_by_subclusters
 
 /// As the cases have it: every image is a qcow2 file.
 ///
-///
 /// Row: §13.1.
 #[test]
 fn t08_t09_secondary_in_files() {
@@ -92,7 +91,6 @@ fn t08_t09_secondary_in_files() {
 
 /// The second half is 0x11 and not what the primary wrote: the disk ends as what the secondary's
 /// guest saw.
-///
 ///
 /// Row: §11.25, §14.40.
 #[test]
@@ -148,7 +146,6 @@ fn d09_secondary_active_disk_failure_goes_to_the_guest_alone() {
 /// What is more than the case says: without the job nothing can be kept of what the primary
 /// overwrites, so it is kept from overwriting.
 ///
-///
 /// Row: §11.20, §14.34.
 #[test]
 fn d10_secondary_checkpoint_without_the_job_fails() {
@@ -170,7 +167,6 @@ fn d10_secondary_checkpoint_without_the_job_fails() {
 }
 
 /// Full or broken where the data goes.
-///
 ///
 /// Row: §14.54.
 #[test]
@@ -284,7 +280,6 @@ fn d15_secondary_without_backing_is_refused() {
 /// Here no image is reopened for a start, so none has to become read-only again; it is not
 /// written to either.
 ///
-///
 /// Row: §14.4, §14.28.
 #[test]
 fn d16_secondary_top_that_is_not_above_is_refused() {
@@ -302,7 +297,6 @@ fn d16_secondary_top_that_is_not_above_is_refused() {
 /// A change of size is all that exists here of what the original refuses. There is no eject (a
 /// device lives as long as somebody has it), no second job (a filter is put on a device only by
 /// its owner), and no internal snapshot (such images are refused at open).
-///
 ///
 /// Row: §14.29.
 #[test]
@@ -370,7 +364,6 @@ fn secondary_active_disk_that_names_a_backing_file_is_refused() {
 }
 
 /// A start whose emptying fails can be repeated.
-///
 ///
 /// Row: §11.15, §14.26.
 #[test]

@@ -122,7 +122,6 @@ fn setups() -> [Setup; 2] {
 
 /// Every kind of request, in every stage.
 ///
-///
 /// Row: §11.5, §11.6, §11.7, §14.10, §14.11.
 #[test]
 fn series_s14_every_request_in_every_stage() {
@@ -366,7 +365,6 @@ fn series_s14_secondary_stop_in_every_stage() {
 
 /// Every kind of request to a primary; its other two stages do
 /// not exist.
-///
 ///
 /// Row: §4.2, §14.5, §14.8, §14.9.
 #[test]

@@ -55,7 +55,6 @@ async fn wrong_from(first: usize) -> S {
 /// Of several things that are wrong
 /// the first is named, and nothing has been touched.
 ///
-///
 /// Row: §11.18, §14.22, §14.23, §14.25, §14.27, §14.28, §14.33.
 #[test]
 fn series_s14_start_checks_come_in_order() {
@@ -75,7 +74,6 @@ fn series_s14_start_checks_come_in_order() {
 }
 
 /// Whichever of the three it is.
-///
 ///
 /// Row: §11.14, §14.25.
 #[test]
@@ -98,7 +96,6 @@ fn series_s14_start_with_any_disk_of_another_length_is_refused() {
 }
 
 /// The overlays have to be emptied, so they are refused when they are opened.
-///
 ///
 /// Row: §11.15, §14.26, §14.27.
 #[test]
@@ -159,7 +156,6 @@ fn series_s11_active_disk_with_internal_snapshots_is_refused() {
 
 /// And none is written by the node, whose relations exist at run time only.
 ///
-///
 /// Row: §8.17, §11.2.
 #[test]
 fn series_s08_headers_name_no_backing_file_after_use() {
@@ -179,7 +175,6 @@ fn series_s08_headers_name_no_backing_file_after_use() {
 
 /// The primary is kept from overwriting what cannot be kept any more; the node still
 /// leads to its last checkpoint, so its disks keep being in use.
-///
 ///
 /// Row: §11.24, §14.44.
 #[test]
@@ -203,7 +198,6 @@ fn series_s14_a_job_that_ends_by_itself_is_reported_and_the_checkpoint_stays() {
 
 /// A node that is closed while it runs has not been stopped.
 ///
-///
 /// Row: §8.16, §14.45.
 #[test]
 fn series_s14_close_while_running_keeps_the_buffers() {
@@ -224,7 +218,6 @@ fn series_s14_close_while_running_keeps_the_buffers() {
 }
 
 /// A start is a checkpoint too, of what the disk holds now.
-///
 ///
 /// Row: §8.2, §13.5, §14.31, §14.32.
 #[test]

@@ -15,7 +15,6 @@ const UNSUPPORTED: &str = "this feature or command is not currently supported";
 
 /// Patch 13: whoever calls every disk calls the target too, which has nothing to do.
 ///
-///
 /// Row: §5.5.
 #[test]
 fn series_s08_start_checkpoint_and_stop_skip_a_target() {
@@ -48,7 +47,6 @@ fn series_s08_start_checkpoint_and_stop_skip_a_target() {
 
 /// One that cannot start undoes what was started, and a target in between does not hinder.
 ///
-///
 /// Row: §5.5.
 #[test]
 fn series_s08_a_start_that_fails_behind_a_target_stops_those_before_it() {
@@ -65,7 +63,6 @@ fn series_s08_a_start_that_fails_behind_a_target_stops_those_before_it() {
 }
 
 /// Patch 14, and the close of the disk that refers: one user at a time, who gives it back.
-///
 ///
 /// Row: §8.8, §8.10, §8.16, §8.18.
 #[test]
@@ -115,7 +112,6 @@ fn a_target_obeys_the_rules_of_every_device() {
 
 /// The export is closed before anything is merged: what a client still sends is not carried out.
 ///
-///
 /// Row: §11.23.
 #[test]
 fn series_s11_stop_closes_the_export_first() {
@@ -135,7 +131,6 @@ fn series_s11_stop_closes_the_export_first() {
 
 /// The job is begun by start itself, and without it a stop with
 /// failover still leads to the last checkpoint.
-///
 ///
 /// Row: §11.24.
 #[test]

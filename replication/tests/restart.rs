@@ -1,0 +1,98 @@
+//! A pair that is stopped by the original's command while its processes go on, and started again.
+#![allow(missing_docs)]
+
+mod common;
+
+use brep_replication::control::ClientError;
+use common::{MIB, Scratch, Side, connect, file, fill};
+use serde_json::{Value, json};
+
+async fn set(side: &Side, enable: bool, primary: bool) -> Result<Value, ClientError> {
+    side.command("xen-set-replication", json!({ "enable": enable, "primary": primary })).await
+}
+
+async fn is_ok(side: &Side) -> bool {
+    let answer = side.command("query-xen-replication-status", json!({})).await.unwrap();
+    answer["error"] == json!(false)
+}
+
+struct Pair {
+    scratch: Scratch,
+    primary: Side,
+    secondary: Side,
+}
+
+impl Pair {
+    async fn new() -> Self {
+        let scratch = Scratch::new();
+        scratch.raw("p.raw", 2 * MIB, 1);
+        scratch.raw("s.raw", 2 * MIB, 2);
+        let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+        let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+        primary.wait_state("in-sync").await;
+        Pair { scratch, primary, secondary }
+    }
+
+    /// A guest's write, kept by the primary whatever becomes of the rest.
+    async fn write(&self, byte: u8) {
+        let guest = connect(self.scratch.endpoint("p-guest.sock"), "vda").await;
+        fill(&*guest, MIB, 4096, byte).await;
+        guest.close();
+    }
+
+    async fn ends_equal(self) {
+        self.primary.wait_state("in-sync").await;
+        self.write(0x77).await;
+        self.primary.checkpoint().await;
+        self.primary.stop().await;
+        self.secondary.stop().await;
+        let files = ["p.raw", "s.raw"].map(|name| file(&self.scratch.path(name)));
+        assert!(files[0] == files[1], "the disks differ");
+        assert_eq!(files[0][MIB as usize], 0x77);
+    }
+}
+
+/// What it had to go back to is gone, so the start copies everything.
+///
+/// Row: §14.39, §15.2.
+#[tokio::test]
+async fn a_secondary_stopped_without_failover_gives_its_checkpoint_up_and_starts_with_a_full_copy()
+{
+    let pair = Pair::new().await;
+    pair.write(0x22).await;
+    pair.primary.checkpoint().await;
+    pair.write(0x33).await;
+    set(&pair.secondary, false, false).await.unwrap();
+    let status = pair.secondary.status().await;
+    assert_eq!((&status["replication"], &status["promotable"]), (&json!("done"), &json!(false)));
+    assert!(is_ok(&pair.secondary).await);
+    // The guest of the primary goes on, and the secondary gets nothing of it.
+    let kept = file(&pair.scratch.path("s.raw"));
+    assert_eq!(kept[MIB as usize], 0x33, "what the primary had written is kept");
+    pair.write(0x44).await;
+    assert!(file(&pair.scratch.path("s.raw")) == kept);
+    set(&pair.secondary, false, false).await.unwrap();
+
+    set(&pair.secondary, true, false).await.unwrap();
+    pair.primary.wait_state("in-sync").await;
+    assert_eq!(file(&pair.scratch.path("s.raw"))[MIB as usize], 0x44);
+    assert!(set(&pair.secondary, true, false).await.is_err(), "it runs");
+    pair.ends_equal().await;
+}
+
+/// The secondary's checkpoint is still whole, so nothing is copied over it without a command.
+#[tokio::test]
+async fn a_primary_that_was_stopped_is_refused_over_the_gap_until_a_full_resync() {
+    let pair = Pair::new().await;
+    pair.write(0x22).await;
+    let epoch = pair.primary.checkpoint().await;
+    set(&pair.primary, false, true).await.unwrap();
+    assert_eq!(pair.primary.status().await["replication"], "done");
+    pair.write(0x44).await;
+    set(&pair.primary, true, true).await.unwrap();
+    pair.primary.wait("refused", |s| s["link"] == "refused").await;
+    let status = pair.secondary.status().await;
+    assert_eq!((&status["checkpoint"], &status["promotable"]), (&json!(epoch), &json!(true)));
+    pair.primary.command("resync", json!({ "full": true })).await.unwrap();
+    pair.ends_equal().await;
+}
