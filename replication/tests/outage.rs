@@ -48,39 +48,6 @@ async fn a_secondary_restarted_on_its_buffers_keeps_its_checkpoint() {
 }
 
 #[tokio::test]
-async fn a_returning_secondary_is_refused_until_a_full_resync() {
-    let scratch = Scratch::new();
-    let primary_file = scratch.raw("p.raw", 2 * MIB, 1);
-    let secondary_file = scratch.raw("s.raw", 2 * MIB, 2);
-    let disks = || vec![scratch.disk("vda", "s.raw")];
-    let secondary = Side::secondary(scratch.secondary(disks()));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
-    primary.wait_state("in-sync").await;
-    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
-    secondary.stop().await;
-    let status = primary.wait_state("disconnected").await;
-    assert!(status["reason"].is_string(), "{status}");
-    fill(&*guest, MIB, 4096, 0x77).await;
-    let status = primary.status().await;
-    assert_eq!(status["disks"][0]["bytes-behind"], 65536, "one granule: {status}");
-
-    let secondary = Side::secondary(scratch.secondary(disks()));
-    let status = primary.wait("refused", |s| s["link"] == "refused").await;
-    assert_eq!(status["advice"], "brep resync --full");
-    let error = primary.command("checkpoint", json!({})).await.unwrap_err();
-    assert_eq!(error.exit_code(), 3, "{error}");
-    fill(&*guest, MIB + 8192, 4096, 0x78).await;
-    assert_ne!(file(&primary_file), file(&secondary_file), "nothing was forwarded over the gap");
-
-    primary.command("resync", json!({ "full": true })).await.unwrap();
-    primary.wait_state("in-sync").await;
-    assert_eq!(file(&primary_file), file(&secondary_file));
-    guest.close();
-    primary.stop().await;
-    secondary.stop().await;
-}
-
-#[tokio::test]
 async fn in_async_mode_latest_is_refused_and_a_checkpoint_holds_every_write_before_it() {
     let scratch = Scratch::new();
     let primary_file = scratch.raw("p.raw", 2 * MIB, 1);

@@ -123,7 +123,7 @@ fn wait_for_end(mut client: ControlClient, timeout: Duration) -> Result<(), Fail
 pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
     if !args.full {
         return Err(Failure::usage(
-            "this version knows the full resync only, which copies everything: brep resync --full",
+            "what the secondary lacks is copied by itself when it returns; to copy everything: brep resync --full",
         ));
     }
     let mut client = connect(&args.control)?;

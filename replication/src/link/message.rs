@@ -4,7 +4,7 @@ use uuid::Uuid;
 use crate::{Commit, Epoch, Generation, SetId};
 
 /// The version of the messages; a side that gets another refuses and says so.
-pub const LINK_VERSION: u32 = 1;
+pub const LINK_VERSION: u32 = 2;
 
 /// Longest frame, in bytes.
 pub const FRAME_LEN_MAX: u32 = 1 << 20;
@@ -134,6 +134,10 @@ pub enum CopyMode {
     Full,
     /// What differs, found by comparing hashes.
     Compare,
+    /// What was written since the last checkpoint, and what the secondary never had.
+    Changed,
+    /// What the secondary never had: it is the one of the last session, and has the rest.
+    Missing,
 }
 
 /// What either side says of itself.
@@ -158,6 +162,8 @@ pub struct Side {
     pub history: Vec<Commit>,
     /// A primary, or promoted.
     pub primary: bool,
+    /// The last session that this side has begun, by its token.
+    pub session: Option<Uuid>,
     /// Names and sizes of the disks, in order.
     pub disks: Vec<DiskInfo>,
 }
@@ -196,6 +202,8 @@ pub struct HelloAnswer {
     pub side: Side,
     /// There is a guest on the secondary: checkpoints are the manager's.
     pub guest: bool,
-    /// The disks hold a mixture; a full copy has to begin anew.
+    /// The disks hold a mixture: there is no checkpoint.
     pub inconsistent: bool,
+    /// The secondary's host lost power: what the disks hold is not what was acknowledged.
+    pub power_lost: bool,
 }

@@ -246,7 +246,9 @@ pub(super) fn peer_node(disk: &str) -> String {
 /// Copies everything again: now, if the secondary is connected, else when it is.
 fn resync(group: &Arc<Group>, arguments: Arguments<'_>) -> Result<Value> {
     if !arguments.flag("full") {
-        return Err(Error::usage("only a full resync is possible: brep resync --full"));
+        return Err(Error::usage(
+            "what the secondary lacks is copied by itself; to copy everything: brep resync --full",
+        ));
     }
     if group.config.peer.is_none() {
         return Err(Error::refused("no --peer was given: there is nothing to copy to"));

@@ -25,6 +25,9 @@ pub(crate) struct Epochs<T> {
     held: VecDeque<T>,
     ended: InFlight,
     running: InFlight,
+    /// Writes that were on their way to the peer when it was lost, and whose owners have not
+    /// learned that yet.
+    stale: usize,
 }
 
 /// Writes that have begun and not ended, by side.
@@ -68,6 +71,7 @@ impl<T> Epochs<T> {
             held: VecDeque::new(),
             ended: InFlight::default(),
             running: InFlight::default(),
+            stale: 0,
         }
     }
 
@@ -86,7 +90,7 @@ impl<T> Epochs<T> {
 
     /// A session begins with `epoch`.
     pub(crate) fn attach(&mut self, epoch: Epoch) {
-        debug_assert!(!self.attached && epoch > self.current);
+        debug_assert!(!self.attached && epoch > self.current && self.stale == 0);
         self.current = epoch;
         self.first = epoch;
         self.attached = true;
@@ -97,6 +101,9 @@ impl<T> Epochs<T> {
 
     /// The peer is lost. Returns what was held: it differs now.
     pub(crate) fn detach(&mut self) -> VecDeque<T> {
+        if self.attached {
+            self.stale += self.ended.remote + self.running.remote;
+        }
         self.attached = false;
         self.holding = false;
         self.cut = None;
@@ -137,12 +144,21 @@ impl<T> Epochs<T> {
         }
     }
 
-    /// A write has ended on the peer.
+    /// A write has ended on the peer, or is lost.
     pub(crate) fn remote_done(&mut self, epoch: Epoch, ok: bool) {
-        if let Some(in_flight) = self.in_flight(epoch) {
-            in_flight.remote = in_flight.remote.saturating_sub(1);
-            in_flight.failed |= !ok;
+        match self.in_flight(epoch) {
+            Some(in_flight) => {
+                in_flight.remote = in_flight.remote.saturating_sub(1);
+                in_flight.failed |= !ok;
+            }
+            None => self.stale = self.stale.saturating_sub(1),
         }
+    }
+
+    /// Whether everything that was on its way to a lost peer has been given up by its owner, and
+    /// is known to differ.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.stale == 0
     }
 
     /// Ends the current epoch, if no cut is outstanding.
@@ -297,7 +313,10 @@ mod tests {
         epochs.hold(7);
         assert_eq!(epochs.detach(), [7]);
         assert_eq!(epochs.begin().1, Route::Nowhere);
+        assert!(!epochs.is_settled(), "two writes were on their way");
         epochs.remote_done(epoch, false);
+        epochs.remote_done(Epoch(2), false);
+        assert!(epochs.is_settled());
         epochs.attach(Epoch(9));
         assert_eq!(epochs.start_cut(), Some(Epoch(9)));
         assert_eq!(epochs.drained(), Drained::Clean);

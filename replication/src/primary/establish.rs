@@ -9,7 +9,7 @@ use brep_nbd::client::{ClientError, ConnectOptions, Connection, connect_private}
 use bytes::{BufMut, Bytes, BytesMut};
 use uuid::Uuid;
 
-use super::group::Group;
+use super::group::{Group, Terms};
 use super::hello::{Decision, Refusal, decide, decide_plain};
 use super::link::Link;
 use super::plain::Plain;
@@ -41,6 +41,8 @@ pub(super) async fn establish(group: &Arc<Group>, peer: &Endpoint) -> Attempt {
 }
 
 async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
+    // The maps have to be complete before anything is decided by them.
+    group.settled().await?;
     let limit = group.config.peer_timeout;
     let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
     let link = match connect_private(peer, OPTION_LINK, version, limit).await {
@@ -66,7 +68,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         other => return Err(Error::failed(format!("unexpected message {other:?}"))),
     };
     let wish = group.core().wish;
-    let copy = match decide(&me, &answer, wish) {
+    let copy = match decide(&me, &answer, wish, group.maps_are_known()) {
         Decision::Start(copy) => copy,
         Decision::Refuse(refusal) => {
             let refuse =
@@ -91,7 +93,13 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         other => return Err(Error::failed(format!("unexpected message {other:?}"))),
     };
     let connections = connect_disks(group, peer, Some(token)).await?;
-    group.attach(epoch, connections.clone(), &format!("{} ({peer})", answer.side.name))?;
+    group.attach(Terms {
+        epoch,
+        session: Some(token),
+        copy,
+        connections: connections.clone(),
+        peer: &format!("{} ({peer})", answer.side.name),
+    })?;
     let link = Link::new(group, reader, writer, &answer);
     Ok(session(group, Peer::Brep(link), copy, connections))
 }
@@ -108,8 +116,15 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         Decision::Start(copy) => copy,
         Decision::Refuse(refusal) => return Ok(Attempt::Refused(refusal)),
     };
+    group.settled().await?;
     let connections = connect_disks(group, peer, None).await?;
-    group.attach(epoch, connections.clone(), &format!("plain NBD server ({peer})"))?;
+    group.attach(Terms {
+        epoch,
+        session: None,
+        copy,
+        connections: connections.clone(),
+        peer: &format!("plain NBD server ({peer})"),
+    })?;
     let plain = Plain::new(group, connections.clone());
     Ok(session(group, Peer::Plain(plain), copy, connections))
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use brep_block::{Error as BlockError, RangeLock};
-use brep_hbitmap::HBitmap;
+use brep_hbitmap::{MapSet, Tag};
 use brep_nbd::client::Connection;
 use serde_json::json;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use self::maps::{begin_copy, open_maps};
 use self::window::HeldWrite;
 use super::ages::Ages;
 use super::epochs::{Drained, Epochs};
@@ -24,14 +25,11 @@ use crate::door::Door;
 use crate::errors::ErrorLog;
 use crate::guest::Guest;
 use crate::image::Image;
-use crate::link::{DiskInfo, Side};
+use crate::link::{CopyMode, DiskInfo, Side};
 use crate::node::Stage;
 use crate::state::{Phase, PrimaryRecord, Record, RecordStore, boot_id};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
-
-/// Bytes that one bit of a map stands for, as a power of two: 64 KiB.
-const GRANULE_LOG2: u32 = 16;
 
 /// The disks of a primary, and everything that concerns all of them: epochs, window, record.
 pub(crate) struct Group {
@@ -61,6 +59,18 @@ pub(crate) struct Group {
     pub(crate) counters: Counters,
 }
 
+/// On which terms a session begins.
+pub(crate) struct Terms<'a> {
+    pub(crate) epoch: Epoch,
+    /// Its token; a stock NBD server has none.
+    pub(crate) session: Option<Uuid>,
+    pub(crate) copy: CopyMode,
+    /// One a disk.
+    pub(crate) connections: Vec<Arc<Connection>>,
+    /// The other side, for people.
+    pub(crate) peer: &'a str,
+}
+
 /// What the group has of each disk.
 #[derive(Debug)]
 pub(crate) struct DiskPart {
@@ -76,8 +86,8 @@ pub(crate) struct Core {
     epochs: Epochs<HeldWrite>,
     /// One a disk, while a session is attached.
     connections: Vec<Arc<Connection>>,
-    /// One a disk: not known to be equal on the peer.
-    differs: Vec<HBitmap>,
+    /// One a disk: what is known of the differences to the peer.
+    maps: Vec<MapSet>,
     ages: Ages,
     /// Nothing more may be acknowledged: the record could not be saved.
     fatal: Option<String>,
@@ -148,14 +158,17 @@ impl Group {
                     disks.iter().map(|d| (d.name.clone(), d.image.device().size())).collect();
             }
         })?;
-        let differs =
-            disks.iter().map(|d| new_map(d.image.device().size())).collect::<Result<Vec<_>>>()?;
+        let set = store.record().set;
+        let maps = disks
+            .iter()
+            .map(|d| open_maps(&config.state_dir, set, &d.name, d.image.device().size()))
+            .collect::<Result<Vec<_>>>()?;
         let window_bytes = u32::try_from(config.window_bytes).unwrap_or(u32::MAX >> 4);
         let core = Core {
             epochs: Epochs::new(store.record().epoch),
             store,
             connections: Vec::new(),
-            differs,
+            maps,
             ages: Ages::default(),
             fatal: None,
             wish: Wish { seeded: config.seeded, resync: false },
@@ -220,6 +233,7 @@ impl Group {
             fork: record.fork,
             com: record.com,
             epoch: record.epoch,
+            session: record.primary().and_then(|p| p.session),
             history: record.history,
             primary: true,
             disks: self
@@ -251,6 +265,8 @@ impl Group {
             core.copying = false;
             core.link = LinkState::Disconnected;
             core.reason = Some(reason.to_owned());
+            // What was on its way marks itself as different when its owner learns of the loss.
+            core.maps.iter_mut().for_each(MapSet::void_pending);
             core.go_alone();
             core.epochs.detach()
         };
@@ -265,22 +281,22 @@ impl Group {
         }
     }
 
-    /// A session begins: everything is different until the copy says otherwise.
-    pub(crate) fn attach(
-        &self,
-        epoch: Epoch,
-        connections: Vec<Arc<Connection>>,
-        peer: &str,
-    ) -> Result<()> {
+    /// A session begins. What differs from the peer now is in the maps before the first write.
+    pub(crate) fn attach(&self, terms: Terms<'_>) -> Result<()> {
+        let Terms { epoch, session, copy, connections, peer } = terms;
         let mut core = self.core();
-        for (map, disk) in core.differs.iter_mut().zip(&self.disks) {
-            map.set(0, disk.image.device().size());
+        if !core.epochs.is_settled() {
+            return Err(Error::failed("writes to the lost secondary have not ended yet"));
+        }
+        for (maps, disk) in core.maps.iter_mut().zip(&self.disks) {
+            begin_copy(maps, copy, disk.image.device().size());
         }
         core.store.update(|record| {
             record.epoch = epoch;
             if let Some(primary) = record.primary_mut() {
                 primary.had_peer = true;
                 primary.alone = false;
+                primary.session = session;
             }
         })?;
         core.connections = connections;
@@ -308,6 +324,9 @@ impl Group {
         // itself for an older copy then. After a commit this is recorded already, after a void
         // cut it is not.
         core.store.update(|record| record.epoch = record.epoch.max(epoch))?;
+        for maps in &mut core.maps {
+            maps.rotate(Tag::default()).map_err(|e| Error::failed(e.to_string()))?;
+        }
         Ok(Some(epoch))
     }
 
@@ -326,6 +345,7 @@ impl Group {
     pub(crate) fn void_cut(&self) {
         let mut core = self.core();
         core.dirty = true;
+        core.maps.iter_mut().for_each(MapSet::void_pending);
         let held = core.epochs.void_cut();
         core.send_held(held);
     }
@@ -349,6 +369,8 @@ impl Group {
                     record.com = Some(Commit { cur, epoch });
                 }
             })?;
+            // Only now: a start after a kill in between finds more than it needs.
+            core.maps.iter_mut().for_each(MapSet::drop_pending);
         }
         self.errors.clear_latch();
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
@@ -383,6 +405,27 @@ impl Group {
             }
             ended.await;
         }
+    }
+
+    /// Waits until what was on its way to a lost peer is known to differ.
+    ///
+    /// # Errors
+    /// It has not ended within the peer timeout.
+    pub(crate) async fn settled(&self) -> Result<()> {
+        let settled = async {
+            loop {
+                let ended = self.ended.notified();
+                let mut ended = std::pin::pin!(ended);
+                ended.as_mut().enable();
+                if self.core().epochs.is_settled() {
+                    return;
+                }
+                ended.await;
+            }
+        };
+        tokio::time::timeout(self.config.peer_timeout, settled)
+            .await
+            .map_err(|_| Error::failed("writes to the lost secondary do not end"))
     }
 
     /// Everything that failed in this epoch has been sent again.
@@ -461,7 +504,7 @@ impl Core {
 
     /// Whether a peer was ever connected.
     pub(crate) fn had_peer(&self) -> bool {
-        matches!(&self.store.record().phase, Phase::Primary(p) if p.had_peer)
+        self.store.record().primary().is_some_and(|p| p.had_peer)
     }
 
     pub(crate) fn fatal(&self) -> Option<&str> {
@@ -487,8 +530,4 @@ impl Core {
             self.fatal = Some(format!("no write can be acknowledged: {error}"));
         }
     }
-}
-
-fn new_map(size: u64) -> Result<HBitmap> {
-    HBitmap::new(size, GRANULE_LOG2).map_err(|e| Error::failed(format!("dirty map: {e}")))
 }

@@ -1,4 +1,5 @@
 use crate::link::{CopyMode, HelloAnswer, LINK_VERSION, Side};
+use crate::{Commit, Epoch};
 
 /// What the primary makes of a secondary's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,8 +31,9 @@ pub(crate) struct Wish {
     pub(crate) resync: bool,
 }
 
-/// Decides at hello. The first row that fits wins.
-pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
+/// Decides at hello. The first row that fits wins. `maps_known`: this side's maps hold whatever a
+/// secondary lacks that has the last checkpoint.
+pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish, maps_known: bool) -> Decision {
     let peer = &answer.side;
     if answer.version != LINK_VERSION {
         return refuse(
@@ -90,18 +92,48 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
             "bring the newer disks back, or start the secondary over with an empty state directory",
         );
     }
-    if answer.inconsistent || wish.resync {
-        // Nothing to roll back to is lost, or the operator has asked for it.
+    if wish.resync {
         return Decision::Start(CopyMode::Full);
     }
-    refuse_secondary(
-        format!(
-            "the secondary {} was away and lacks writes; its last checkpoint is {}",
-            peer.name,
-            peer.com.map_or_else(|| "none".to_owned(), |c| c.epoch.to_string())
+    // What this side forwarded last is what the other one received last.
+    let continues = me.session.is_some() && me.session == peer.session;
+    let Some(theirs) = peer.com.filter(|_| !answer.inconsistent) else {
+        // There is nothing to roll back to that could be lost.
+        let resumed = continues && maps_known && !answer.power_lost;
+        return Decision::Start(if resumed { CopyMode::Missing } else { CopyMode::Full });
+    };
+    if !maps_known {
+        return refuse_secondary(
+            format!(
+                "the secondary {} was away, and what it lacks is not known: this side's maps were \
+                 lost, or its host lost power; the secondary's last checkpoint is {}",
+                peer.name, theirs.epoch
+            ),
+            "brep resync --full",
+        );
+    }
+    match (position(me, theirs), me.com.and_then(|mine| position(me, mine))) {
+        (Some(theirs), mine) if mine.is_none_or(|mine| theirs >= mine) => {
+            let copy = if continues { CopyMode::Missing } else { CopyMode::Changed };
+            Decision::Start(copy)
+        }
+        _ => refuse_secondary(
+            format!(
+                "the secondary {} has checkpoint {}, but had committed a later one: it was \
+                 restored from an older copy, or another secondary has been in its place",
+                peer.name, theirs.epoch
+            ),
+            "brep resync --full",
         ),
-        "brep resync --full",
-    )
+    }
+}
+
+/// Where on this side's line of writes a commit lies: the line's number, and the epoch. None: on
+/// no line that is remembered.
+fn position(me: &Side, commit: Commit) -> Option<(usize, Epoch)> {
+    let earlier = me.history.iter().position(|fork| fork.cur == commit.cur);
+    let line = earlier.or_else(|| (me.cur == Some(commit.cur)).then_some(me.history.len()))?;
+    Some((line, commit.epoch))
 }
 
 /// Decides about a stock NBD server, which says nothing of what it holds.
@@ -189,7 +221,7 @@ impl Refusal {
 mod tests {
     use super::*;
     use crate::link::DiskInfo;
-    use crate::{Commit, Epoch, Generation, SetId};
+    use crate::{Generation, SetId};
 
     fn pair() -> (Side, HelloAnswer) {
         let side = Side {
@@ -202,6 +234,7 @@ mod tests {
             epoch: Epoch(9),
             history: vec![],
             primary: true,
+            session: None,
             disks: vec![DiskInfo { name: "vda".into(), size: 512 }],
         };
         let answer = HelloAnswer {
@@ -210,6 +243,7 @@ mod tests {
             side: Side { name: "s".into(), primary: false, ..side.clone() },
             guest: false,
             inconsistent: false,
+            power_lost: false,
         };
         (side, answer)
     }
@@ -226,9 +260,9 @@ mod tests {
         let (me, mut answer) = pair();
         answer.side.set = None;
         answer.side.cur = None;
-        assert_eq!(decide(&me, &answer, Wish::default()), Decision::Start(CopyMode::Full));
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Full));
         let wish = Wish { seeded: true, ..Wish::default() };
-        assert_eq!(decide(&me, &answer, wish), Decision::Start(CopyMode::Compare));
+        assert_eq!(decide(&me, &answer, wish, true), Decision::Start(CopyMode::Compare));
     }
 
     #[test]
@@ -248,7 +282,7 @@ mod tests {
         let (me, mut answer) = pair();
         answer.side.set = Some(SetId::random());
         let wish = Wish { resync: true, ..Wish::default() };
-        let refused = refusal(decide(&me, &answer, wish));
+        let refused = refusal(decide(&me, &answer, wish, true));
         assert!(refused.reason.contains("other disks"));
         assert!(!refused.is_secondary, "the secondary of these disks may be promoted");
     }
@@ -259,37 +293,109 @@ mod tests {
         answer.side.primary = true;
         answer.side.history = vec![Commit { cur: me.cur.unwrap(), epoch: Epoch(4) }];
         answer.side.disks[0].size = 1 << 20;
-        assert!(refusal(decide(&me, &answer, Wish::default())).superseded);
+        assert!(refusal(decide(&me, &answer, Wish::default(), true)).superseded);
         answer.version = LINK_VERSION + 1;
-        assert!(!refusal(decide(&me, &answer, Wish::default())).is_secondary);
+        assert!(!refusal(decide(&me, &answer, Wish::default(), true)).is_secondary);
     }
 
     #[test]
     fn sizes_and_names_must_be_equal() {
         let (me, mut answer) = pair();
         answer.side.disks[0].size = 1024;
-        assert!(refusal(decide(&me, &answer, Wish::default())).reason.contains("1024"));
+        assert!(refusal(decide(&me, &answer, Wish::default(), true)).reason.contains("1024"));
         answer.side.disks[0] = DiskInfo { name: "vdb".into(), size: 512 };
-        assert!(refusal(decide(&me, &answer, Wish::default())).reason.contains("vdb"));
+        assert!(refusal(decide(&me, &answer, Wish::default(), true)).reason.contains("vdb"));
         answer.side.disks = vec![me.disks[0].clone(), DiskInfo { name: "vdc".into(), size: 512 }];
-        assert!(refusal(decide(&me, &answer, Wish::default())).reason.contains("vdc"));
+        assert!(refusal(decide(&me, &answer, Wish::default(), true)).reason.contains("vdc"));
+    }
+
+    /// A pair whose last checkpoint is epoch 5, and that has gone on to epoch 9.
+    fn committed() -> (Side, HelloAnswer) {
+        let (mut me, mut answer) = pair();
+        me.com = me.cur.map(|cur| Commit { cur, epoch: Epoch(5) });
+        answer.side.com = me.com;
+        (me, answer)
     }
 
     #[test]
-    fn a_secondary_that_returns_is_never_continued_over_a_gap() {
-        let (me, answer) = pair();
-        let refused = refusal(decide(&me, &answer, Wish::default()));
+    fn a_secondary_that_returns_gets_what_was_written_since_its_checkpoint() {
+        let (me, answer) = committed();
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Changed));
+        let wish = Wish { resync: true, ..Wish::default() };
+        assert_eq!(decide(&me, &answer, wish, true), Decision::Start(CopyMode::Full));
+    }
+
+    #[test]
+    fn the_secondary_of_the_last_session_gets_only_what_it_never_had() {
+        let (mut me, mut answer) = committed();
+        me.session = Some(uuid::Uuid::new_v4());
+        answer.side.session = me.session;
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Missing));
+        answer.side.session = Some(uuid::Uuid::new_v4());
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Changed));
+    }
+
+    #[test]
+    fn a_checkpoint_that_this_side_never_heard_of_is_no_reason_to_copy_more() {
+        let (me, mut answer) = committed();
+        answer.side.com = me.com.map(|com| Commit { epoch: Epoch(9), ..com });
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Changed));
+        // Not even the first one was heard of.
+        let me = Side { com: None, ..me };
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Changed));
+    }
+
+    #[test]
+    fn lines_that_this_side_began_alone_do_not_break_the_connection() {
+        let (mut me, answer) = committed();
+        for epoch in [9, 12, 20] {
+            me.history.push(Commit { cur: me.cur.unwrap(), epoch: Epoch(epoch) });
+            me.cur = Some(Generation::random());
+        }
+        me.epoch = Epoch(20);
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Changed));
+    }
+
+    #[test]
+    fn a_secondary_that_lost_a_commit_is_copied_only_on_command() {
+        let (me, mut answer) = committed();
+        answer.side.com = me.com.map(|com| Commit { epoch: Epoch(4), ..com });
+        let refused = refusal(decide(&me, &answer, Wish::default(), true));
+        assert!(refused.reason.contains("restored") && refused.is_secondary);
+        // An older line than the last commit's, however high its epoch.
+        let (mut me, mut answer) = committed();
+        me.history.push(Commit { cur: me.cur.unwrap(), epoch: Epoch(9) });
+        me.cur = Some(Generation::random());
+        me.com = me.cur.map(|cur| Commit { cur, epoch: Epoch(10) });
+        me.epoch = Epoch(10);
+        answer.side.com = Some(Commit { epoch: Epoch(9), ..answer.side.com.unwrap() });
+        assert!(refusal(decide(&me, &answer, Wish::default(), true)).reason.contains("restored"));
+        // A line that the history does not reach.
+        me.history.clear();
+        answer.side.cur = me.cur;
+        assert!(refusal(decide(&me, &answer, Wish::default(), true)).reason.contains("restored"));
+    }
+
+    #[test]
+    fn without_maps_a_whole_copy_is_needed_and_that_is_a_command() {
+        let (me, answer) = committed();
+        let refused = refusal(decide(&me, &answer, Wish::default(), false));
         assert_eq!(refused.advice.as_deref(), Some("brep resync --full"));
         assert!(!refused.superseded && refused.is_secondary);
-        let wish = Wish { resync: true, ..Wish::default() };
-        assert_eq!(decide(&me, &answer, wish), Decision::Start(CopyMode::Full));
     }
 
     #[test]
-    fn an_interrupted_first_copy_begins_anew() {
-        let (me, mut answer) = pair();
+    fn an_interrupted_first_copy_goes_on_or_begins_anew() {
+        let (mut me, mut answer) = pair();
         answer.inconsistent = true;
-        assert_eq!(decide(&me, &answer, Wish::default()), Decision::Start(CopyMode::Full));
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Full));
+        me.session = Some(uuid::Uuid::new_v4());
+        answer.side.session = me.session;
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Missing));
+        // What had been copied may be gone, or is not known.
+        assert_eq!(decide(&me, &answer, Wish::default(), false), Decision::Start(CopyMode::Full));
+        answer.power_lost = true;
+        assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Full));
     }
 
     #[test]
@@ -300,11 +406,11 @@ mod tests {
         answer.side.cur = Some(Generation::random());
         answer.side.history = vec![fork];
         let wish = Wish { resync: true, ..Wish::default() };
-        let refused = refusal(decide(&me, &answer, wish));
+        let refused = refusal(decide(&me, &answer, wish, true));
         assert!(refused.superseded && refused.reason.contains("promoted"));
         // This side has gone on alone: its line is a new one that the other never saw.
         let me = Side { cur: Some(Generation::random()), history: vec![fork], ..me };
-        let refused = refusal(decide(&me, &answer, wish));
+        let refused = refusal(decide(&me, &answer, wish, true));
         assert!(refused.superseded && refused.reason.contains("split brain"));
     }
 
@@ -313,11 +419,11 @@ mod tests {
         let (me, mut answer) = pair();
         answer.side.cur = Some(Generation::random());
         let wish = Wish { resync: true, ..Wish::default() };
-        assert!(refusal(decide(&me, &answer, wish)).superseded);
+        assert!(refusal(decide(&me, &answer, wish, true)).superseded);
         // A line that this side left is known.
         let fork = Commit { cur: answer.side.cur.unwrap(), epoch: Epoch(3) };
         let me = Side { history: vec![fork], ..me };
-        assert_eq!(decide(&me, &answer, wish), Decision::Start(CopyMode::Full));
+        assert_eq!(decide(&me, &answer, wish, true), Decision::Start(CopyMode::Full));
     }
 
     #[test]
@@ -327,6 +433,6 @@ mod tests {
         me.com = Some(com);
         answer.side.com = Some(Commit { epoch: Epoch(20), ..com });
         let wish = Wish { resync: true, ..Wish::default() };
-        assert!(refusal(decide(&me, &answer, wish)).reason.contains("restored"));
+        assert!(refusal(decide(&me, &answer, wish, true)).reason.contains("restored"));
     }
 }

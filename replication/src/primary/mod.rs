@@ -97,6 +97,7 @@ async fn close(group: &Arc<Group>) -> Result<()> {
     for disk in group.disks() {
         result = result.and(disk.image.close().await);
     }
+    result = result.and(group.close_maps());
     if result.is_ok() {
         group.update_record(|record| record.clean = true)?;
     }

@@ -264,6 +264,7 @@ impl Group {
             com: record.com,
             epoch: record.epoch,
             primary: record.is_primary(),
+            session: record.secondary().and_then(|s| s.session),
             history: record.history,
             disks: self
                 .disks
@@ -320,6 +321,10 @@ impl Group {
                 secondary.inconsistent = !keep_checkpoint;
                 // Until a commit says otherwise: a copy begins, or writes that may be missing.
                 secondary.latest_ok = false;
+                secondary.session = Some(session.token);
+                // What was lost with the power is copied now, or is part of what a later
+                // session will still have to copy.
+                secondary.power_lost = false;
             }
         })?;
         if keep_checkpoint {

@@ -59,12 +59,15 @@ impl Group {
             let reason = format!("this side speaks link version {LINK_VERSION}");
             return refuse(writer, limit, reason, None).await;
         }
+        let record = self.record();
+        let secondary = record.secondary();
         let answer = HelloAnswer {
             version: LINK_VERSION,
             timeout_ms: timeout_ms(limit),
             side: self.side(),
             guest: self.has_guest(),
-            inconsistent: self.record().secondary().is_none_or(|s| s.inconsistent),
+            inconsistent: secondary.is_none_or(|s| s.inconsistent),
+            power_lost: secondary.is_some_and(|s| s.power_lost),
         };
         writer.send(&Message::HelloAnswer(Box::new(answer)), limit).await?;
         let (terms, sync) = match reader.receive_within(limit).await? {

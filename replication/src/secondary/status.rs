@@ -110,8 +110,8 @@ fn explain(
     let (state, advice) = match (record.com, secondary.inconsistent) {
         (Some(com), false) => (
             format!("holds checkpoint {}", com.epoch),
-            "if the primary is gone for good: brep failover; if it returns: brep resync --full \
-             on the primary",
+            "if the primary is gone for good: brep failover; if it returns, what \
+             was missed is copied",
         ),
         _ if record.set.is_none() => {
             ("no primary has ever connected".to_owned(), "start brep primary with --peer")

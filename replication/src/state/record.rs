@@ -1,4 +1,5 @@
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::{Commit, Epoch, Generation, SetId};
 
@@ -51,6 +52,9 @@ pub struct PrimaryRecord {
     pub alone: bool,
     /// Names and sizes of the disks.
     pub disks: Vec<(String, u64)>,
+    /// The last session, by its token.
+    #[serde(default)]
+    pub session: Option<Uuid>,
 }
 
 /// What a secondary remembers.
@@ -69,6 +73,12 @@ pub struct SecondaryRecord {
     pub disks: Vec<DiskRecord>,
     /// No buffer with a sequence number up to this one is created again.
     pub buffer_seq: u64,
+    /// The last session, by its token.
+    #[serde(default)]
+    pub session: Option<Uuid>,
+    /// Power was lost since the last session began: the disks may lack what was acknowledged.
+    #[serde(default)]
+    pub power_lost: bool,
 }
 
 /// One disk of a secondary, with the buffers that make its checkpoint.
@@ -163,6 +173,7 @@ impl Record {
             // Pre-images and what they belong to are of different moments now.
             secondary.inconsistent = true;
             secondary.latest_ok = false;
+            secondary.power_lost = true;
         }
         lost
     }
@@ -186,6 +197,15 @@ impl Record {
         match &self.phase {
             Phase::Primary(_) => true,
             Phase::Secondary(s) => s.promotion.is_some(),
+        }
+    }
+
+    /// The primary's part.
+    #[must_use]
+    pub fn primary(&self) -> Option<&PrimaryRecord> {
+        match &self.phase {
+            Phase::Primary(p) => Some(p),
+            Phase::Secondary(_) => None,
         }
     }
 

@@ -41,3 +41,40 @@ async fn a_piece_that_cannot_be_read_does_not_take_its_neighbours_with_it() {
     primary.stop().await;
     secondary.stop().await;
 }
+
+/// I9, I11: what one secondary was given is not what another one has, although neither has seen a
+/// checkpoint since.
+#[tokio::test]
+async fn a_secondary_gets_what_was_sent_to_another_one_in_its_place() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", 4 * MIB, 1);
+    scratch.raw("s.raw", 4 * MIB, 2);
+    let first = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    first.stop().await;
+    primary.wait_state("disconnected").await;
+    scratch.raw("other.raw", 4 * MIB, 3);
+    let mut config = scratch.secondary(vec![scratch.disk("vda", "other.raw")]);
+    config.state_dir = scratch.path("other.state");
+    config.start = false;
+    let other = Side::secondary(config);
+    other.wait("up", |_| true).await;
+    let disk = faults::of(&scratch.path("other.raw"));
+    // Its first copy never ends: one range is refused.
+    disk.upper.fail(Rule::new(Operation::Write).range(0..4096).forever());
+    disk.upper.fail(Rule::new(Operation::WriteZeroes).range(0..4096).forever());
+    other.command("replication-start", json!({})).await.unwrap();
+    let copied = |s: &serde_json::Value| s["disks"][0]["bytes-behind"] == MIB;
+    primary.wait("all but the first part", copied).await;
+    fill(&*guest, 2 * MIB, 4096, 0x77).await;
+    other.stop().await;
+    primary.wait_state("disconnected").await;
+    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    primary.wait_state("in-sync").await;
+    guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+    assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")), "the disks differ");
+}

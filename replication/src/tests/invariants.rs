@@ -160,8 +160,7 @@ async fn i10_the_last_checkpoint_stays_promotable_during_a_resync() {
     secondary.wait("up", |s| s["promotable"] == true).await;
     let disk = crate::image::faults::of(&scratch.path("s.raw"));
     let hang = disk.upper.hang(Rule::new(Operation::Write).range(524_288..528_384).forever());
-    primary.wait("refused", |s| s["link"] == "refused").await;
-    primary.command("resync", json!({ "full": true })).await.unwrap();
+    // The resync begins by itself, unless it has begun already, before the fault.
     hang.reached(1).await;
     assert_eq!(secondary.status().await["promotable"], true);
     let error = secondary.command("failover", json!({ "to": "latest" })).await.unwrap_err();
@@ -223,10 +222,9 @@ async fn a_range_that_cannot_be_read_keeps_a_resync_from_ending_and_the_session_
     let Pair { scratch, primary, secondary, local, .. } = Pair::new().await;
     secondary.stop().await;
     primary.wait_state("disconnected").await;
-    let secondary = super::Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    local.upper.fail(Rule::new(Operation::Read).range(524_288..528_384).forever());
-    primary.wait("refused", |s| s["link"] == "refused").await;
     primary.command("resync", json!({ "full": true })).await.unwrap();
+    local.upper.fail(Rule::new(Operation::Read).range(524_288..528_384).forever());
+    let secondary = super::Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let copied = |s: &serde_json::Value| s["errors"][0]["operation"] == "read";
     let status = primary.wait("reported", copied).await;
     assert_eq!(status["link"], "connected", "{status}");

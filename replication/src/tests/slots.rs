@@ -29,6 +29,7 @@ fn identity() -> Identity {
         epoch: Epoch(0),
         history: Vec::new(),
         primary: true,
+        session: None,
         disks: vec![DiskInfo { name: "vda".into(), size: MIB }],
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use brep_block::{Error as BlockError, ErrorKind, Io, Operation, WriteFlags, ZeroFlags};
+use brep_hbitmap::Role;
 use brep_nbd::client::Connection;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
@@ -92,16 +93,18 @@ impl Group {
         let (epoch, route) = core.epochs.begin();
         let remote = match route {
             Route::Send => {
+                core.mark(disk, Role::Open, offset, change.len());
                 let connection = &core.connections[disk];
                 Remote::Sent(submit(change.clone(), connection, offset))
             }
             Route::Hold => {
+                core.mark(disk, Role::Open, offset, change.len());
                 let (sent, wait) = oneshot::channel();
                 core.epochs.hold(HeldWrite { disk, offset, change: change.clone(), sent });
                 Remote::Held(wait)
             }
             Route::Nowhere => {
-                core.mark(disk, offset, change.len());
+                core.mark(disk, Role::Differs, offset, change.len());
                 Remote::Nowhere
             }
         };
@@ -138,7 +141,7 @@ impl Group {
             core.epochs.local_done(epoch, result.is_ok());
             if result.is_err() {
                 // The peer may have what this disk has not. It is read back before the next cut.
-                core.mark(disk, offset, len);
+                core.mark(disk, Role::Differs, offset, len);
             }
         }
         if let Err(error) = result {
@@ -179,7 +182,7 @@ impl Group {
             Err(error) => {
                 {
                     let mut core = self.core();
-                    core.mark(disk, offset, len);
+                    core.mark(disk, Role::Differs, offset, len);
                     core.epochs.remote_done(begun.epoch, false);
                 }
                 self.remote_failed(disk, begun.epoch, &error);
