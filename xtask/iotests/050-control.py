@@ -1,6 +1,6 @@
 """The control socket by hand: greeting, capabilities, bad input, types, out of band under a hang.
 
-Seen to fail with: out-of-band commands queued behind the others.
+Seen to fail with: a greeting that lacks a member which the schema has.
 """
 
 import json

@@ -373,3 +373,87 @@ fn address(given: Option<Arguments<'_>>) -> CommandResult<Endpoint> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use brep_block::{BlockDevice, Memory};
+    use brep_nbd::client::{ConnectOptions, Connection as Client};
+    use brep_nbd::server::StaticExports;
+
+    use super::*;
+
+    struct Rig {
+        service: Arc<Service>,
+        events: EventBus,
+        endpoint: Endpoint,
+        _folder: tempfile::TempDir,
+    }
+
+    impl Rig {
+        async fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let endpoint = Endpoint::Unix { path: folder.path().join("s.sock") };
+            let exports = StaticExports::new();
+            exports.add(Export::new("vda", Memory::new("vda", 65_536)).multi_conn(true));
+            let (allowed, events) = (CancellationToken::new(), EventBus::new());
+            allowed.cancel();
+            let service = Service::new(Arc::new(exports), allowed, false, events.clone());
+            service.serve(&endpoint, &["vda"]).await.unwrap();
+            Rig { service, events, endpoint, _folder: folder }
+        }
+
+        async fn command(
+            &self,
+            command: &str,
+            arguments: Value,
+        ) -> std::result::Result<(), String> {
+            let arguments = arguments.as_object().unwrap();
+            let done = self.service.command(command, &["vda"], Arguments(arguments)).await;
+            done.map_err(|error| error.desc)
+        }
+
+        async fn connect(&self) -> std::result::Result<Arc<Client>, String> {
+            let options = ConnectOptions::new(self.endpoint.clone(), "vda");
+            Client::connect(&options).await.map_err(|error| error.to_string())
+        }
+    }
+
+    #[tokio::test]
+    async fn an_export_with_a_client_goes_only_hard_and_then_its_id_is_free() {
+        let rig = Rig::new().await;
+        let mut events = rig.events.listen();
+        let client = rig.connect().await.unwrap();
+        let remove = |mode| rig.command("block-export-del", json!({ "id": "vda", "mode": mode }));
+        assert_eq!(remove("safe").await.unwrap_err(), "export 'vda' still in use");
+        client.read(0, 512).await.unwrap();
+        remove("hard").await.unwrap();
+        assert_eq!(events.next().unwrap()["data"], json!({ "id": "vda" }));
+        client.read(0, 512).await.unwrap_err();
+        assert_eq!(remove("hard").await.unwrap_err(), "Export 'vda' is not found");
+        assert!(rig.connect().await.is_err(), "it is not exported");
+        rig.command("nbd-server-add", json!({ "device": "vda" })).await.unwrap();
+        let client = rig.connect().await.unwrap();
+        assert!(client.limits().read_only, "unless it is to be writable");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_was_stopped_listens_no_more_and_starts_without_exports() {
+        let rig = Rig::new().await;
+        rig.command("nbd-server-stop", json!({})).await.unwrap();
+        assert!(rig.connect().await.is_err());
+        let Endpoint::Unix { path } = &rig.endpoint else { unreachable!() };
+        let addr = json!({ "type": "unix", "data": { "path": path } });
+        let start = json!({ "addr": addr, "max-connections": 1 });
+        rig.command("nbd-server-start", start).await.unwrap();
+        assert!(rig.connect().await.is_err(), "it has no exports");
+        assert_eq!(rig.service.to_value(), json!([]));
+        let add =
+            |id: &str| json!({ "type": "nbd", "id": id, "node-name": "vda", "writable": true });
+        let bad = rig.command("block-export-add", add("7 x")).await;
+        assert_eq!(bad.unwrap_err(), "Invalid block export id '7 x'");
+        rig.command("block-export-add", add("e0")).await.unwrap();
+        let again = rig.command("block-export-add", add("e1")).await;
+        assert_eq!(again.unwrap_err(), "NBD server already has export named 'vda'");
+        assert!(!rig.connect().await.unwrap().limits().read_only);
+    }
+}
