@@ -10,6 +10,7 @@ class Fio:
     def __init__(self, name, title, rw, block, depth):
         self.name, self.title = name, title
         self.rw, self.block, self.depth = rw, block, depth
+        self.writes = "write" in rw
 
     def measure(self, contender, runtime_s):
         said = contender.t.run(
@@ -26,6 +27,8 @@ class Fio:
 
 class SimpleReads:
     """The reads of `cargo xtask read-load`."""
+
+    writes = False
 
     def __init__(self, name, title, length, depth):
         self.name, self.title, self.length, self.depth = name, title, length, depth
