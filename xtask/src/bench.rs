@@ -53,6 +53,8 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     }
     let binary = match &args.binary {
         Some(binary) => binary.clone(),
+        // A list needs none.
+        None if args.list => std::env::current_exe()?,
         None => build(&workspace)?,
     };
     let binary = binary.canonicalize().with_context(|| format!("no {}", binary.display()))?;
