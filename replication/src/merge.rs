@@ -5,6 +5,7 @@ use brep_block::{
     BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, Operation, RangeLock, Result,
     StatusFlags, WriteFlags, ZeroFlags, detach,
 };
+use brep_qcow2::Qcow2;
 use bytes::Bytes;
 
 use crate::change::Change;
@@ -40,21 +41,23 @@ struct Shared {
 struct Stack {
     /// Takes all writes; its backing is what lies below.
     top: Arc<dyn BlockDevice>,
-    /// The layers below it, the upper first, each of which tells what it has.
-    below: Vec<Arc<dyn BlockDevice>>,
+    /// The image behind the top, and those below it, the upper first. Each tells what it has by
+    /// itself; nobody asks the disk's image, which may be slow to tell and has everything anyway.
+    layers: Vec<Arc<Qcow2>>,
 }
 
 /// What the layers have, for one walk in ascending order.
 #[derive(Debug)]
 struct Walk<'a> {
-    top: &'a dyn BlockDevice,
+    stack: &'a Stack,
+    /// Those below the top.
     below: Vec<Layer<'a>>,
 }
 
 /// A layer that nobody writes to any more.
 #[derive(Debug)]
 struct Layer<'a> {
-    device: &'a dyn BlockDevice,
+    image: &'a Qcow2,
     /// What it said last, and from where on. To ask is expensive: a layer that has nothing more
     /// looks through all of the rest before it says so.
     said: Option<(u64, BlockStatus)>,
@@ -64,7 +67,7 @@ impl Layer<'_> {
     async fn status(&mut self, offset: u64, len: u64) -> Result<BlockStatus> {
         let (from, said) = match self.said {
             Some((from, said)) if (from..from + said.len).contains(&offset) => (from, said),
-            _ => (offset, self.device.block_status(offset, self.device.size() - offset).await?),
+            _ => (offset, self.image.layer_status(offset, self.image.size() - offset).await?),
         };
         self.said = Some((from, said));
         Ok(BlockStatus { len: len.min(from + said.len - offset), flags: said.flags })
@@ -73,8 +76,8 @@ impl Layer<'_> {
 
 impl<'a> Walk<'a> {
     fn new(stack: &'a Stack) -> Self {
-        let layer = |device: &'a Arc<dyn BlockDevice>| Layer { device: &**device, said: None };
-        Self { top: &*stack.top, below: stack.below.iter().map(layer).collect() }
+        let layer = |image: &'a Arc<Qcow2>| Layer { image, said: None };
+        Self { stack, below: stack.layers.iter().skip(1).map(layer).collect() }
     }
 
     /// The state of the first bytes of a range; `allocated`: some layer over the image has them.
@@ -87,7 +90,8 @@ impl<'a> Walk<'a> {
             }
         }
         // Only the top changes. It is asked no further than the others reach.
-        let top = self.top.block_status(offset, below.len).await?;
+        let Some(top) = self.stack.layers.first() else { return Ok(below) };
+        let top = top.layer_status(offset, below.len).await?;
         let flags = if top.flags.allocated { top.flags } else { below.flags };
         Ok(BlockStatus { len: top.len.min(below.len), flags })
     }
@@ -99,15 +103,15 @@ impl MergedDisk {
         Self::new(name, base, None)
     }
 
-    /// `top`, whose backing shows the checkpoint, is the disk until the merge has ended. `below`
-    /// are the layers between it and the image, the upper first.
+    /// `top`, whose backing shows the checkpoint, is the disk until the merge has ended. `layers`
+    /// are the image behind it and those between it and the disk's image, the upper first.
     pub(crate) fn merging(
         name: &str,
         base: Arc<dyn BlockDevice>,
         top: Arc<dyn BlockDevice>,
-        below: Vec<Arc<dyn BlockDevice>>,
+        layers: Vec<Arc<Qcow2>>,
     ) -> Arc<Self> {
-        Self::new(name, base, Some(Stack { top, below }))
+        Self::new(name, base, Some(Stack { top, layers }))
     }
 
     fn new(name: &str, base: Arc<dyn BlockDevice>, stack: Option<Stack>) -> Arc<Self> {
@@ -181,7 +185,7 @@ impl Shared {
             let mut part = status.len.min(end - at);
             if status.flags.allocated {
                 part = part.min(MERGE_STEP_BYTES);
-                self.merge_part(walk.top, at, part, status.flags.zero).await?;
+                self.merge_part(&*walk.stack.top, at, part, status.flags.zero).await?;
             }
             at += part;
         }

@@ -280,7 +280,7 @@ impl Shared {
             &self.options.name,
             target,
             Arc::clone(&self.active) as Arc<dyn BlockDevice>,
-            vec![Arc::clone(&replica.view) as Arc<dyn BlockDevice>],
+            vec![Arc::clone(&self.active), Arc::clone(&replica.hidden)],
         );
         self.guest.0.replace(Arc::clone(&merged) as Arc<dyn BlockDevice>);
         let mut state = self.state();

@@ -336,19 +336,21 @@ impl ReplicaDisk {
         let promoted = match top {
             None => MergedDisk::direct(&self.name, base),
             Some(top) => {
-                let (active, view) = {
+                let (active, view, chain) = {
                     let state = self.state();
                     let Some(replica) = &state.replica else {
                         return Err(Error::refused(format!("disk {}: no checkpoint", self.name)));
                     };
-                    (state.active.clone(), Arc::clone(&replica.view))
+                    (state.active.clone(), Arc::clone(&replica.view), state.chain.clone())
                 };
-                let mut layers: Vec<Arc<dyn BlockDevice>> = vec![view];
-                if let Some(active) = active {
-                    active.below.set(layers.first().cloned());
-                    layers.insert(0, active.device());
+                let mut below = view as Arc<dyn BlockDevice>;
+                if let Some(active) = &active {
+                    active.below.set(Some(below));
+                    below = active.device();
                 }
-                top.below.set(layers.first().cloned());
+                top.below.set(Some(below));
+                let layers = [&top].into_iter().chain(&active).chain(&chain);
+                let layers = layers.map(|b| Arc::clone(&b.image)).collect();
                 let promoted = MergedDisk::merging(&self.name, base, top.device(), layers);
                 self.state().top = Some(top);
                 promoted

@@ -55,3 +55,21 @@ async fn latest_is_refused_if_a_write_fails_while_the_session_is_drained() {
     primary.stop().await;
     secondary.stop().await;
 }
+
+/// To find out what a file holds can take as long as to read it; the layers alone are asked.
+#[tokio::test]
+async fn a_merge_does_not_ask_the_disks_image_what_it_has() {
+    let Pair { scratch, primary, secondary, disk, .. } = Pair::new().await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    primary.checkpoint().await;
+    let checkpoint = file(&scratch.path("p.raw"));
+    fill(&*guest, 65536, 65536, 0x11).await;
+    guest.close();
+    primary.stop().await;
+    disk.upper.fail(Rule::new(Operation::BlockStatus).forever());
+    disk.lower.fail(Rule::new(Operation::BlockStatus).forever());
+    secondary.command("failover", json!({})).await.unwrap();
+    secondary.wait_state("promoted").await;
+    assert!(file(&scratch.path("s.raw")) == checkpoint, "another disk than at the checkpoint");
+    secondary.stop().await;
+}
