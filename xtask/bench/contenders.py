@@ -130,7 +130,9 @@ class BrepPair(Contender):
         return ("127.0.0.1", self.port), self.export
 
     def wait_merged(self):
-        self.secondary_control.wait_event("BREP_MERGED")
+        """When it was merged, in seconds since 1970."""
+        timestamp = self.secondary_control.wait_event("BREP_MERGED")["timestamp"]
+        return timestamp["seconds"] + timestamp["microseconds"] / 1e6
 
     def lose_primary(self):
         self.control.close()
