@@ -32,6 +32,16 @@ impl Ages {
         }
     }
 
+    /// Requests that have arrived so far.
+    pub(crate) fn arrived(&self) -> u64 {
+        self.base + self.arrivals.len() as u64
+    }
+
+    /// Whether the first `arrived` requests have left.
+    pub(crate) fn have_left(&self, arrived: u64) -> bool {
+        self.base >= arrived
+    }
+
     pub(crate) fn oldest(&self) -> Option<Instant> {
         // The front is never `None`: `leave` sees to it.
         self.arrivals.front().copied().flatten()
@@ -53,6 +63,7 @@ mod tests {
         ages.leave(places[1]);
         assert_eq!(ages.oldest(), Some(at(0)));
         ages.leave(places[0]);
+        assert!(ages.have_left(2) && !ages.have_left(3));
         assert_eq!(ages.oldest(), Some(at(2)));
         ages.leave(places[3]);
         ages.leave(places[2]);

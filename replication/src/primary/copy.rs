@@ -1,7 +1,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use brep_block::{BlockDevice, LockMode, WriteFlags, ZeroFlags};
+use brep_block::{BlockDevice, LockMode, WriteFlags, ZeroFlags, detach};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
@@ -25,7 +25,8 @@ const PIECES_IN_FLIGHT: usize = 8;
 /// Bytes a hash when contents are compared.
 const HASH_CHUNK_BYTES: u32 = 64 << 10;
 
-/// Sends whatever differs, in ascending order, until nothing differs any more.
+/// Sends whatever differs, in ascending order, until nothing differs any more or the session is
+/// about to end.
 ///
 /// # Errors
 /// A local read failed, or the secondary refused a write: the range differs still.
@@ -45,6 +46,7 @@ pub(super) async fn copy_differences(
             let next = group.next_different(disk, at, PIECE_BYTES);
             if let Some(range) = next
                 && failure.is_none()
+                && !session.is_ending()
             {
                 // Found again only if it fails, in the next pass.
                 at = range.end;
@@ -55,8 +57,7 @@ pub(super) async fn copy_differences(
             }
             match pieces.next().await {
                 Some(Ok(end)) => at = at.max(end),
-                // The others go on to their end: a piece that is dropped after its range was
-                // cleared is sent by nobody.
+                // What the others have read is sent.
                 Some(Err(error)) => failure = failure.or(Some(error)),
                 None => break,
             }
@@ -77,15 +78,11 @@ async fn copy_piece(
     mode: CopyMode,
 ) -> Result<u64> {
     // After a failure a range may differ although what is on its way makes it look equal.
-    if mode == CopyMode::Compare && !group.has_failures() {
-        match same_on_peer(group, session, disk, &range).await {
-            Ok(true) => return Ok(range.end),
-            Ok(false) => group.mark_different(disk, &range),
-            Err(error) => {
-                group.mark_different(disk, &range);
-                return Err(error);
-            }
-        }
+    if mode == CopyMode::Compare
+        && !group.has_failures()
+        && same_on_peer(group, session, disk, &range).await?
+    {
+        return Ok(range.end);
     }
     send_range(group, disk, range).await
 }
@@ -104,8 +101,6 @@ async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Resul
     };
     let len = range.end - range.start;
     let guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
-    // Cleared before the read: a guest's write that fails afterwards marks it again.
-    group.clear_different(disk, &range);
     let change = if zero && still_zero(&**device, &range).await {
         Ok(Change::Zeroes(len, ZeroFlags { may_unmap: true, ..ZeroFlags::default() }))
     } else {
@@ -115,15 +110,16 @@ async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Resul
     let change = match change {
         Ok(change) => change,
         Err(error) => {
-            group.mark_different(disk, &range);
             group.report(disk, &error);
             return Err(error.into());
         }
     };
-    let begun = group.begin(disk, range.start, &change)?;
+    let begun = group.begin_copy(disk, range.start, &change)?;
     drop(guard);
     group.local_done(begun.epoch, disk, range.start, len, &Ok(()));
-    group.finish_remote(begun, disk, range.start, len, admission).await;
+    let (group, start) = (Arc::clone(group), range.start);
+    // The session may end and give the copy up: what is on its way is taken note of all the same.
+    detach(async move { group.finish_remote(begun, disk, start, len, admission).await }).await;
     Ok(range.end)
 }
 
@@ -156,15 +152,19 @@ async fn same_on_peer(
 ) -> Result<bool> {
     let len = range.end - range.start;
     let part = &group.disks()[disk];
-    let data = {
+    let (assumed, data) = {
         let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
-        group.clear_different(disk, range);
-        part.image.device().read(range.start, len as usize).await?
+        let assumed = group.assume_equal(disk, range.clone());
+        (assumed, part.image.device().read(range.start, len as usize).await?)
     };
     let mine: Vec<String> = data.chunks(HASH_CHUNK_BYTES as usize).map(hash_hex).collect();
     let theirs = session.hashes(disk, range.start, len, HASH_CHUNK_BYTES).await?;
     if theirs.len() != mine.len() {
         return Err(Error::failed("the secondary sent another number of hashes than asked for"));
     }
-    Ok(mine == theirs)
+    let same = mine == theirs;
+    if same {
+        assumed.confirm();
+    }
+    Ok(same)
 }

@@ -267,7 +267,10 @@ impl Group {
             core.reason = Some(reason.to_owned());
             // What was on its way marks itself as different when its owner learns of the loss.
             core.maps.iter_mut().for_each(MapSet::void_pending);
-            core.go_alone();
+            // At the end of the process the guest is gone already.
+            if !self.quiesced.is_cancelled() {
+                core.go_alone();
+            }
             core.epochs.detach()
         };
         // Dropped outside the lock: each held write wakes its owner, who marks its range.
@@ -394,13 +397,14 @@ impl Group {
         self.core().ages.oldest()
     }
 
-    /// Waits until nothing is on its way to the peer.
+    /// Waits until nothing that is on its way to the peer now is on its way any more.
     pub(crate) async fn idle(&self) {
+        let arrived = self.core().ages.arrived();
         loop {
             let ended = self.ended.notified();
             let mut ended = std::pin::pin!(ended);
             ended.as_mut().enable();
-            if self.oldest_request().is_none() {
+            if self.core().ages.have_left(arrived) {
                 return;
             }
             ended.await;

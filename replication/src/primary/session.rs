@@ -5,6 +5,7 @@ use std::time::Duration;
 use brep_nbd::client::Connection;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use super::copy::copy_differences;
 use super::epochs::Drained;
@@ -40,6 +41,8 @@ pub(super) struct Session {
     peer: Peer,
     copy: CopyMode,
     connections: Vec<Arc<Connection>>,
+    /// It is about to end: nothing more is copied.
+    ending: CancellationToken,
 }
 
 impl Session {
@@ -49,7 +52,12 @@ impl Session {
         copy: CopyMode,
         connections: Vec<Arc<Connection>>,
     ) -> Self {
-        Session { group: Arc::clone(group), peer, copy, connections }
+        let ending = CancellationToken::new();
+        Session { group: Arc::clone(group), peer, copy, connections, ending }
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending.is_cancelled()
     }
 
     /// Runs until the peer is lost, stops, or `stop` is done; returns why.
@@ -66,6 +74,9 @@ impl Session {
         };
         let stopped = async {
             let reason = stop.await;
+            self.ending.cancel();
+            // A copy goes on in the next session, and what was sent is not sent again.
+            self.group.idle().await;
             if let Peer::Brep(link) = &self.peer {
                 link.stop(reason).await;
             }

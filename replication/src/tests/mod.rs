@@ -4,6 +4,7 @@ mod begin;
 mod common;
 mod copy;
 mod failover;
+mod interrupted;
 mod invariants;
 mod slots;
 mod stall;

@@ -69,8 +69,8 @@ pub(super) fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
         }
         // The peer may have been given something else meanwhile.
         CopyMode::Changed => maps.all_to_differs(),
-        // The peer has what it acknowledged.
-        CopyMode::Missing => {}
+        // The peer has what it acknowledged. A clean stop may have left a cut behind; it is void.
+        CopyMode::Missing => maps.void_pending(),
     }
     maps.set_tag(Role::Differs, KNOWN);
 }
@@ -110,16 +110,11 @@ impl Group {
         range.start..end.max(range.end)
     }
 
-    /// Marks whole granules as on their way, before they are read and sent.
-    pub(crate) fn clear_different(&self, disk: usize, range: &Range<u64>) {
-        if let Some(maps) = self.core().maps.get_mut(disk) {
-            maps.transfer(Role::Differs, Role::Open, range.start, range.end - range.start);
-        }
-    }
-
-    /// Marks a range as different.
-    pub(crate) fn mark_different(&self, disk: usize, range: &Range<u64>) {
-        self.core().mark(disk, Role::Differs, range.start, range.end - range.start);
+    /// Takes whole granules as equal while they are compared. They differ again when the result is
+    /// dropped, unless they were found equal.
+    pub(crate) fn assume_equal(&self, disk: usize, range: Range<u64>) -> AssumedEqual<'_> {
+        self.core().clear_different(disk, range.start, range.end - range.start);
+        AssumedEqual { group: self, disk, range, confirmed: false }
     }
 
     /// Whether any range of any disk differs.
@@ -146,7 +141,38 @@ impl Group {
     }
 }
 
+/// Granules that count as equal until they have been compared.
+pub(crate) struct AssumedEqual<'a> {
+    group: &'a Group,
+    disk: usize,
+    range: Range<u64>,
+    confirmed: bool,
+}
+
+impl AssumedEqual<'_> {
+    /// They are equal.
+    pub(crate) fn confirm(mut self) {
+        self.confirmed = true;
+    }
+}
+
+impl Drop for AssumedEqual<'_> {
+    fn drop(&mut self) {
+        if !self.confirmed {
+            let (start, end) = (self.range.start, self.range.end);
+            self.group.core().mark(self.disk, Role::Differs, start, end - start);
+        }
+    }
+}
+
 impl Core {
+    /// Marks whole granules as on their way.
+    pub(super) fn clear_different(&mut self, disk: usize, offset: u64, len: u64) {
+        if let Some(maps) = self.maps.get_mut(disk) {
+            maps.transfer(Role::Differs, Role::Open, offset, len);
+        }
+    }
+
     pub(super) fn mark(&mut self, disk: usize, role: Role, offset: u64, len: u64) {
         if let Some(maps) = self.maps.get_mut(disk)
             && len > 0

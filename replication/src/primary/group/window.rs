@@ -88,27 +88,26 @@ impl Group {
         change: &Change,
     ) -> brep_block::Result<Begun> {
         self.check_fatal(disk, change.operation()).map_err(|e| e.at(offset, change.len()))?;
+        Ok(self.core().begin(disk, offset, change))
+    }
+
+    /// As [`begin`](Self::begin), for what was read of whole granules: they do not differ any more.
+    ///
+    /// Not before: a copy that is given up while it reads has changed nothing. Whatever marked them
+    /// until now had ended on the local disk when they were read, and so is part of the copy.
+    pub(crate) fn begin_copy(
+        &self,
+        disk: usize,
+        offset: u64,
+        change: &Change,
+    ) -> brep_block::Result<Begun> {
+        self.check_fatal(disk, change.operation()).map_err(|e| e.at(offset, change.len()))?;
         let mut core = self.core();
-        core.dirty = true;
-        let (epoch, route) = core.epochs.begin();
-        let remote = match route {
-            Route::Send => {
-                core.mark(disk, Role::Open, offset, change.len());
-                let connection = &core.connections[disk];
-                Remote::Sent(submit(change.clone(), connection, offset))
-            }
-            Route::Hold => {
-                core.mark(disk, Role::Open, offset, change.len());
-                let (sent, wait) = oneshot::channel();
-                core.epochs.hold(HeldWrite { disk, offset, change: change.clone(), sent });
-                Remote::Held(wait)
-            }
-            Route::Nowhere => {
-                core.mark(disk, Role::Differs, offset, change.len());
-                Remote::Nowhere
-            }
-        };
-        Ok(Begun { epoch, remote })
+        let begun = core.begin(disk, offset, change);
+        if !matches!(begun.remote, Remote::Nowhere) {
+            core.clear_different(disk, offset, change.len());
+        }
+        Ok(begun)
     }
 
     /// Whether changes may still be acknowledged.
@@ -209,6 +208,29 @@ impl Group {
 }
 
 impl Core {
+    fn begin(&mut self, disk: usize, offset: u64, change: &Change) -> Begun {
+        self.dirty = true;
+        let (epoch, route) = self.epochs.begin();
+        let remote = match route {
+            Route::Send => {
+                self.mark(disk, Role::Open, offset, change.len());
+                let connection = &self.connections[disk];
+                Remote::Sent(submit(change.clone(), connection, offset))
+            }
+            Route::Hold => {
+                self.mark(disk, Role::Open, offset, change.len());
+                let (sent, wait) = oneshot::channel();
+                self.epochs.hold(HeldWrite { disk, offset, change: change.clone(), sent });
+                Remote::Held(wait)
+            }
+            Route::Nowhere => {
+                self.mark(disk, Role::Differs, offset, change.len());
+                Remote::Nowhere
+            }
+        };
+        Begun { epoch, remote }
+    }
+
     pub(super) fn send_held(&mut self, held: VecDeque<HeldWrite>) {
         for write in held {
             let io = submit(write.change, &self.connections[write.disk], write.offset);
