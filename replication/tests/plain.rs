@@ -61,7 +61,8 @@ async fn a_plain_primarys_last_checkpoint_is_what_a_failover_gives() {
 
     primary.kill();
     secondary.command("failover", json!({})).await.unwrap();
-    secondary.wait_state("promoted").await;
+    let status = secondary.wait_state("promoted").await;
+    assert_eq!(status["lapsed"], json!([]), "there is no peer any more");
     assert_eq!(file(&replica), checkpoint);
     assert!(refused(&secondary, "replication-start").await.contains("Cannot restart"));
     secondary.stop().await;
@@ -139,8 +140,12 @@ async fn before_the_start_command_what_comes_is_a_copy() {
     let secondary = Side::secondary(config);
     let status = secondary.wait("up", |s| s["replication"] == "none").await;
     assert_eq!(
-        (&status["promotable"], reason(&status)),
-        (&json!(false), "replication has not been started")
+        (&status["promotable"], reason(&status), &status["advice"]),
+        (
+            &json!(false),
+            "replication has not been started",
+            &json!("make both disks equal, then brep start")
+        )
     );
     let mirror = open(&scratch).await;
     fill(&*mirror, 0, SIZE as usize, 0x11).await;
@@ -256,7 +261,8 @@ async fn a_stock_server_that_was_away_is_copied_only_on_command() {
     fill(&*guest, 0, 4096, 0x55).await;
     let (_server, stock) = stock_server(&scratch).await;
     let status = primary.wait("refused", |s| s["link"] == "refused").await;
-    assert_eq!(status["advice"], "brep resync --full");
+    let advice = status["advice"].as_str().unwrap();
+    assert!(advice.starts_with("brep resync --full; but if"), "{advice}");
     refused(&primary, "checkpoint").await;
     primary.command("resync", json!({ "full": true })).await.unwrap();
     primary.wait_state("in-sync").await;
@@ -307,4 +313,21 @@ async fn a_primary_starts_on_command_and_serves_its_guest_before() {
     primary.stop().await;
     secondary.stop().await;
     assert_eq!(file(&mine), file(&theirs));
+
+    // Both know each other now: each says that it waits, and for what.
+    let secondary = Side::secondary(SecondaryConfig {
+        start: false,
+        ..scratch.secondary(vec![scratch.disk("vda", "s.raw")])
+    });
+    let primary = Side::primary(PrimaryConfig {
+        start: false,
+        ..scratch.primary(vec![scratch.disk("vda", "p.raw")])
+    });
+    for side in [&primary, &secondary] {
+        let status = side.wait("up", |s| s["replication"] == "none").await;
+        assert!(status["advice"].as_str().unwrap().starts_with("brep start"), "{status}");
+    }
+    assert!(reason(&secondary.status().await).contains("not been started; holds checkpoint"));
+    primary.stop().await;
+    secondary.stop().await;
 }

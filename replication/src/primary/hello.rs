@@ -146,7 +146,8 @@ pub(crate) fn decide_plain(had_peer: bool, wish: Wish) -> Decision {
         "a plain NBD server does not say what it holds: it was connected before, and may lack \
          writes"
             .to_owned(),
-        "brep resync --full",
+        "brep resync --full; but if the server's side has taken over, stop this one: the copy would \
+         overwrite what was written there",
     )
 }
 

@@ -96,7 +96,10 @@ impl Group {
                      secondary may have been promoted since{}",
                     core.reason.as_ref().map_or_else(String::new, |r| format!(" ({r})"))
                 )),
-                Some("start the secondary, or make it reachable".to_owned()),
+                Some(match self.stage() {
+                    Stage::Running => "start the secondary, or make it reachable".to_owned(),
+                    _ => "brep start, with the secondary running and reachable".to_owned(),
+                }),
             ),
             LinkState::Disconnected if self.stage() != Stage::Running => (
                 Some(match self.stage() {

@@ -233,10 +233,15 @@ impl Group {
         session.bind(slot, connection).await
     }
 
-    /// Why a plain primary's replica is not healthy, and what gets out of it.
-    pub(super) fn explain_plain(&self) -> Option<(String, String)> {
-        let again = "make both disks equal, then brep start; or, if the primary is gone for good: \
-                     brep failover";
+    /// Why a plain primary's replica is not healthy, and what gets out of it. `has_checkpoint`:
+    /// there is something to fail over to.
+    pub(super) fn explain_plain(&self, has_checkpoint: bool) -> Option<(String, String)> {
+        let again = if has_checkpoint {
+            "make both disks equal, then brep start; or, if the primary is gone for good: brep \
+             failover"
+        } else {
+            "make both disks equal, then brep start"
+        };
         match self.plain.as_ref()?.claim() {
             Claim::Holds => None,
             Claim::Broken(reason) => Some((missing_writes(&reason).to_string(), again.to_owned())),

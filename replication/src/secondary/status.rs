@@ -4,6 +4,7 @@ use std::time::Instant;
 use super::disk::ReplicaDisk;
 use super::group::Group;
 use super::plain::LAPSED;
+use crate::node::Stage;
 use crate::state::{Record, SecondaryRecord};
 use crate::status::{Counters, DiskState, DiskStatus, LinkState, Role, Status};
 
@@ -14,12 +15,12 @@ impl Group {
         let secondary = record.secondary().cloned().unwrap_or_default();
         let replication = self.stage();
         let core = self.core();
-        let (reason, advice) = match self.explain_plain().filter(|_| secondary.promotion.is_none())
-        {
-            Some((reason, advice)) => (Some(reason), Some(advice)),
-            None => explain(&record, &secondary, core.link, core.reason.clone()),
-        };
         let promoted = secondary.promotion.is_some();
+        let has_checkpoint = !secondary.inconsistent && record.com.is_some();
+        let (reason, advice) = match self.explain_plain(has_checkpoint).filter(|_| !promoted) {
+            Some((reason, advice)) => (Some(reason), Some(advice)),
+            None => explain(&record, &secondary, core.link, replication, core.reason.clone()),
+        };
         Status {
             name: self.config.name.clone(),
             role: if promoted { Role::Promoted } else { Role::Secondary },
@@ -37,9 +38,9 @@ impl Group {
             advice,
             ack: core.session_is_sync().map(|s| if s { "sync" } else { "async" }.to_owned()),
             durability: "process".to_owned(),
-            promotable: Some(promoted || (!secondary.inconsistent && record.com.is_some())),
+            promotable: Some(promoted || has_checkpoint),
             latest_ok: Some(secondary.latest_ok),
-            lapsed: match self.config.plain_primary {
+            lapsed: match self.config.plain_primary && !promoted {
                 true => LAPSED.iter().map(|text| (*text).to_owned()).collect(),
                 false => Vec::new(),
             },
@@ -99,6 +100,7 @@ fn explain(
     record: &Record,
     secondary: &SecondaryRecord,
     link: LinkState,
+    stage: Stage,
     reason: Option<String>,
 ) -> (Option<String>, Option<String>) {
     if secondary.promotion.is_some() {
@@ -107,19 +109,25 @@ fn explain(
     if link == LinkState::Connected {
         return (reason, None);
     }
-    let (state, advice) = match (record.com, secondary.inconsistent) {
-        (Some(com), false) => (
-            format!("holds checkpoint {}", com.epoch),
-            "if the primary is gone for good: brep failover; if it returns, what \
-             was missed is copied",
-        ),
-        _ if record.set.is_none() => {
-            ("no primary has ever connected".to_owned(), "start brep primary with --peer")
+    let held = record.com.filter(|_| !secondary.inconsistent);
+    let state = match held {
+        Some(com) => format!("holds checkpoint {}", com.epoch),
+        None if record.set.is_none() => "no primary has ever connected".to_owned(),
+        None => "no complete copy yet, cannot be promoted".to_owned(),
+    };
+    let advice = match (stage == Stage::Running, held.is_some()) {
+        (true, true) => {
+            "if the primary is gone for good: brep failover; if it returns, what was missed is \
+             copied"
         }
-        _ => (
-            "no complete copy yet, cannot be promoted".to_owned(),
-            "let the primary connect again: the copy begins anew",
-        ),
+        (true, false) if record.set.is_none() => "start brep primary with --peer",
+        (true, false) => "let the primary connect again: the copy begins anew",
+        (false, true) => "brep start; or, if the primary is gone for good: brep failover",
+        (false, false) => "brep start",
+    };
+    let reason = match stage {
+        Stage::None => Some("replication has not been started".to_owned()),
+        _ => reason,
     };
     let reason = match reason {
         Some(reason) => format!("{reason}; {state}"),
