@@ -331,3 +331,73 @@ async fn a_primary_starts_on_command_and_serves_its_guest_before() {
     primary.stop().await;
     secondary.stop().await;
 }
+
+/// I11: no map of the old primary knows what somebody else wrote.
+#[tokio::test]
+async fn i11_a_brep_primary_does_not_take_a_disk_back_that_a_plain_one_has_written_to() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", SIZE, 1);
+    scratch.raw("s.raw", SIZE, 2);
+    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    secondary.stop().await;
+
+    let secondary = Side::secondary(plain_secondary(&scratch));
+    let other = open(&scratch).await;
+    fill(&*other, 4096, 65536, 0x55).await;
+    other.close();
+    secondary.stop().await;
+
+    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let met = |s: &Value| s["link"] == "refused" || s["disks"][0]["state"] == "in-sync";
+    let status = primary.wait("an answer", met).await;
+    assert!(reason(&status).contains("served another primary"), "{status:#}");
+    primary.stop().await;
+    secondary.stop().await;
+}
+
+/// I4: a client that was idle across a stop and a start of replication writes under the
+/// protection of the checkpoint that the start made.
+#[tokio::test]
+async fn i04_an_idle_plain_primary_writes_to_the_replication_that_runs_now() {
+    let scratch = Scratch::new();
+    let replica = scratch.raw("s.raw", SIZE, 1);
+    let secondary = Side::secondary(plain_secondary(&scratch));
+    let primary = open(&scratch).await;
+    let switch = |enable: bool| {
+        let arguments = json!({ "enable": enable, "primary": false });
+        secondary.command("xen-set-replication", arguments)
+    };
+    switch(false).await.unwrap();
+    switch(true).await.unwrap();
+    let checkpoint = file(&replica);
+    fill(&*primary, 4096, 65536, 0x55).await;
+    assert_ne!(file(&replica), checkpoint);
+    primary.kill();
+    secondary.command("failover", json!({})).await.unwrap();
+    secondary.wait_state("promoted").await;
+    assert!(file(&replica) == checkpoint, "what the primary overwrote was not kept");
+    secondary.stop().await;
+}
+
+#[tokio::test]
+async fn a_plain_primary_may_come_after_the_nbd_server_was_started_again() {
+    let scratch = Scratch::new();
+    scratch.raw("s.raw", SIZE, 1);
+    let secondary = Side::secondary(plain_secondary(&scratch));
+    secondary.wait("started", |s| s["replication"] == "running").await;
+    secondary.command("nbd-server-stop", json!({})).await.unwrap();
+    let addr = json!({ "type": "unix", "data": { "path": scratch.path("s.sock") } });
+    secondary.command("nbd-server-start", json!({ "addr": addr })).await.unwrap();
+    let export = json!({ "device": "vda", "writable": true });
+    secondary.command("nbd-server-add", export).await.unwrap();
+    let primary = open(&scratch).await;
+    fill(&*primary, 0, 4096, 0x55).await;
+    secondary.checkpoint().await;
+    secondary.command("nbd-server-stop", json!({})).await.unwrap();
+    assert!(refused(&secondary, "checkpoint").await.contains("may be missing"));
+    secondary.stop().await;
+}

@@ -118,7 +118,7 @@ impl Side {
                 Ok(json!({}))
             }
             _ => {
-                if command == "nbd-server-stop" {
+                if command == "nbd-server-stop" && group.plain.is_none() {
                     // By command, not by an accident of the connection: the manager knows.
                     group.end_session(StopReason::Stopped).await?;
                 }

@@ -61,7 +61,8 @@ impl Exports for PeerExports {
                 ));
             }
         }
-        Ok(Export::new(disk.name.clone(), Arc::new(self.replica(&disk)?)))
+        let replica = ReplicaDevice::new(&self.0, &disk).map_err(unknown)?;
+        Ok(Export::new(disk.name.clone(), Arc::new(replica)))
     }
 
     fn begin(&self, export: &Export, connection: &Arc<Connection>) {
@@ -95,12 +96,6 @@ impl Exports for PeerExports {
 }
 
 impl PeerExports {
-    fn replica(&self, disk: &ReplicaDisk) -> std::result::Result<ReplicaDevice, OptionError> {
-        let filter =
-            disk.filter().map_err(|e| OptionError::new(OptionErrorCode::Unknown, e.to_string()))?;
-        Ok(ReplicaDevice { filter, group: Arc::clone(&self.0), name: disk.name.clone() })
-    }
-
     fn plain_export(
         &self,
         disk: &Arc<ReplicaDisk>,
@@ -108,7 +103,8 @@ impl PeerExports {
     ) -> std::result::Result<Export, OptionError> {
         let disks = self.0.disks();
         let index = disks.iter().position(|d| Arc::ptr_eq(d, disk)).unwrap_or_default();
-        let device = PlainDevice::new(self.replica(disk)?, &self.0, index, connection);
+        let replica = ReplicaDevice::new(&self.0, disk).map_err(unknown)?;
+        let device = PlainDevice::new(replica, &self.0, index, connection);
         Ok(Export::new(disk.name.clone(), Arc::new(device)))
     }
 
@@ -163,6 +159,10 @@ impl Exports for GuestExports {
     }
 }
 
+fn unknown(error: crate::Error) -> OptionError {
+    OptionError::new(OptionErrorCode::Unknown, error.to_string())
+}
+
 fn describe(group: &Group, what: &str) -> Vec<ExportDescription> {
     let describe = |d: &Arc<ReplicaDisk>| ExportDescription {
         name: d.name.clone(),
@@ -189,6 +189,12 @@ pub(super) struct ReplicaDevice {
 }
 
 impl ReplicaDevice {
+    /// The disk as it is replicated now.
+    pub(super) fn new(group: &Arc<Group>, disk: &ReplicaDisk) -> crate::Result<Self> {
+        let filter = disk.filter()?;
+        Ok(ReplicaDevice { filter, group: Arc::clone(group), name: disk.name.clone() })
+    }
+
     fn watch<'a>(&'a self, len: u64, io: Io<'a, ()>) -> Io<'a, ()> {
         match io {
             Io::Ready(Ok(())) => {

@@ -96,7 +96,8 @@ impl Group {
         let record = self.record();
         let terms = Terms {
             set: record.set.unwrap_or_else(SetId::random),
-            cur: record.cur.unwrap_or_else(Generation::random),
+            // A line of its own: no brep primary knows what is written on it.
+            cur: Generation::random(),
             epoch: record.epoch.next(),
             fork_epoch: record.epoch,
         };
@@ -219,8 +220,12 @@ impl Group {
     }
 
     /// The first change that comes over a connection: it becomes the one that may write, and
-    /// whoever was that before has ended.
-    async fn admit_plain(&self, disk: usize, connection: &Arc<Connection>) -> Result<()> {
+    /// whoever was that before has ended. Returns what it writes to.
+    async fn admit_plain(
+        self: &Arc<Self>,
+        disk: usize,
+        connection: &Arc<Connection>,
+    ) -> Result<ReplicaDevice> {
         let gone = || Error::refused("replication has been stopped here");
         let session = self.session().ok_or_else(gone)?;
         if let Some(plain) = &self.plain
@@ -230,7 +235,9 @@ impl Group {
             plain.break_claim(format!("a second client began to write ({peer})"));
         }
         let slot = u32::try_from(disk).map_err(|_| Error::failed("too many disks"))?;
-        session.bind(slot, connection).await
+        session.bind(slot, connection).await?;
+        // Replication may have been stopped and started since the client came.
+        ReplicaDevice::new(self, &self.disks()[disk])
     }
 
     /// Why a plain primary's replica is not healthy, and what gets out of it. `has_checkpoint`:
@@ -259,11 +266,13 @@ fn missing_writes(reason: &str) -> Error {
 
 /// A replica as a plain primary sees it: one client at a time may change it.
 pub(super) struct PlainDevice {
+    /// What it reads.
     replica: ReplicaDevice,
     group: Arc<Group>,
     disk: usize,
     connection: Arc<Connection>,
-    admitted: OnceCell<()>,
+    /// What it writes to, once it does.
+    admitted: OnceCell<ReplicaDevice>,
 }
 
 impl fmt::Debug for PlainDevice {
@@ -293,16 +302,16 @@ impl PlainDevice {
         operation: Operation,
         start: impl FnOnce(&'a ReplicaDevice) -> Io<'a, ()> + Send + 'a,
     ) -> Io<'a, ()> {
-        if self.admitted.initialized() {
-            return start(&self.replica);
+        if let Some(replica) = self.admitted.get() {
+            return start(replica);
         }
         Io::future(async move {
             let admit = || self.group.admit_plain(self.disk, &self.connection);
-            self.admitted.get_or_try_init(admit).await.map_err(|error| {
+            let replica = self.admitted.get_or_try_init(admit).await.map_err(|error| {
                 let name = self.replica.name();
                 BlockError::new(operation, ErrorKind::Shutdown, name, error.to_string())
             })?;
-            start(&self.replica).await
+            start(replica).await
         })
     }
 }
