@@ -1,5 +1,5 @@
 use crate::link::{CopyMode, HelloAnswer, LINK_VERSION, Side};
-use crate::{Commit, Epoch};
+use crate::{Commit, Epoch, Generation};
 
 /// What the primary makes of a secondary's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,15 +79,15 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish, maps_known: bo
              state directory",
         );
     }
-    if let (Some(theirs), Some(mine)) = (peer.com, me.com)
-        && theirs.cur == mine.cur
-        && theirs.epoch > me.epoch
+    if let Some(theirs) = peer.com
+        && let Some(last) = last_epoch(me, theirs.cur)
+        && theirs.epoch > last
     {
         return refuse_superseded(
             format!(
-                "the secondary {} has committed epoch {}, beyond epoch {} of this primary: this \
-                 side was restored from an older copy",
-                peer.name, theirs.epoch, me.epoch
+                "the secondary {} has committed epoch {}, beyond epoch {last} of this primary: \
+                 this side was restored from an older copy",
+                peer.name, theirs.epoch
             ),
             "bring the newer disks back, or start the secondary over with an empty state directory",
         );
@@ -126,6 +126,12 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish, maps_known: bo
             "brep resync --full",
         ),
     }
+}
+
+/// The last epoch of a line, as far as this side has come on it. None: not its line.
+fn last_epoch(me: &Side, cur: Generation) -> Option<Epoch> {
+    let left = me.history.iter().find(|fork| fork.cur == cur).map(|fork| fork.epoch);
+    left.or_else(|| (me.cur == Some(cur)).then_some(me.epoch))
 }
 
 /// Where on this side's line of writes a commit lies: the line's number, and the epoch. None: on
@@ -221,8 +227,8 @@ impl Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::SetId;
     use crate::link::DiskInfo;
-    use crate::{Generation, SetId};
 
     fn pair() -> (Side, HelloAnswer) {
         let side = Side {
@@ -344,6 +350,28 @@ mod tests {
         // Not even the first one was heard of.
         let me = Side { com: None, ..me };
         assert_eq!(decide(&me, &answer, Wish::default(), true), Decision::Start(CopyMode::Changed));
+    }
+
+    /// What is taken for the secondary of the last session is one that has seen more since.
+    #[test]
+    fn a_primary_restored_to_before_its_last_commits_is_refused() {
+        let (mut me, mut answer) = committed();
+        me.session = Some(uuid::Uuid::new_v4());
+        answer.side.session = me.session;
+        answer.side.com = me.com.map(|com| Commit { epoch: Epoch(12), ..com });
+        let refused = |me: &Side| refusal(decide(me, &answer, Wish::default(), true));
+        assert!(refused(&me).superseded);
+        assert!(refused(&Side { com: None, ..me.clone() }).superseded, "before its first commit");
+        // Before its first commit of the line that it began last.
+        let earlier = Generation::random();
+        me.history = vec![Commit { cur: earlier, epoch: Epoch(5) }];
+        me.com = Some(Commit { cur: earlier, epoch: Epoch(5) });
+        assert!(refused(&me).superseded);
+        // It went on alone from there, and to higher epochs.
+        me.history.push(Commit { cur: me.cur.unwrap(), epoch: Epoch(9) });
+        me.cur = Some(Generation::random());
+        me.epoch = Epoch(20);
+        assert!(refused(&me).superseded);
     }
 
     #[test]
