@@ -148,9 +148,11 @@ async fn attempt(
     requests: &mut mpsc::Receiver<CheckpointRequest>,
 ) -> bool {
     let connecting = tokio::select! {
-        attempt = establish(group, peer) => attempt,
+        // A stop first: once it has been answered the peer gets nothing more.
+        biased;
         () = group.until_stage(false) => return false,
         () = group.stopping.cancelled() => return false,
+        attempt = establish(group, peer) => attempt,
     };
     match connecting {
         Attempt::Session(session) => {

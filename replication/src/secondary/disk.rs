@@ -50,6 +50,14 @@ struct State {
     copied_at_switch: u64,
 }
 
+impl State {
+    /// What a cut switches to, and where.
+    fn for_switch(&self, disk: &str) -> Result<(Buffer, Replica)> {
+        let parts = self.next.clone().zip(self.replica.clone());
+        parts.ok_or_else(|| Error::failed(format!("disk {disk}: no buffer for the next epoch")))
+    }
+}
+
 /// The working parts while a primary may write.
 #[derive(Debug, Clone)]
 struct Replica {
@@ -208,12 +216,24 @@ impl ReplicaDisk {
         })
     }
 
+    /// Whether [`switch`](Self::switch) can be done now.
+    ///
+    /// # Errors
+    /// A write of the primary is in flight, or there is no buffer.
+    pub(crate) fn check_switch(&self) -> Result<()> {
+        match self.state().for_switch(&self.name)?.1.filter.in_flight() {
+            0 => Ok(()),
+            _ => Err(Error::failed(format!(
+                "disk {}: the primary writes during a checkpoint; its guest is to be stopped for it",
+                self.name
+            ))),
+        }
+    }
+
     /// Ends the epoch: from here on pre-images go to the next buffer. Nothing is in flight.
     pub(crate) fn switch(&self) -> Result<()> {
         let mut state = self.state();
-        let (Some(next), Some(replica)) = (state.next.clone(), state.replica.clone()) else {
-            return Err(Error::failed(format!("disk {}: no buffer for the next epoch", self.name)));
-        };
+        let (next, replica) = state.for_switch(&self.name)?;
         replica.filter.switch_target_with_unit(next.device(), next.unit_bytes())?;
         replica.filter.set_enabled(true);
         state.next = None;

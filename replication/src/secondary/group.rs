@@ -365,6 +365,10 @@ impl Group {
         self.check_current(session)?;
         // From here to the end there is no await: no write can come between two disks.
         for disk in &self.disks {
+            // A plain primary may not have been stopped: all are cut, or none is.
+            disk.check_switch()?;
+        }
+        for disk in &self.disks {
             disk.switch()?;
         }
         session.forget_failed_writes();

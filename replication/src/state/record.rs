@@ -184,7 +184,11 @@ impl Record {
             let fork = Commit { cur: old, epoch: last };
             self.history.push(fork);
             if self.history.len() > Self::HISTORY_MAX {
-                self.history.remove(0);
+                // The line of the last checkpoint stays: by it a secondary is measured that
+                // returns, however often it was lost since.
+                let com = self.com.map(|com| com.cur);
+                let oldest = self.history.iter().position(|fork| Some(fork.cur) != com);
+                self.history.remove(oldest.unwrap_or(0));
             }
             self.fork = Some(fork);
         }
@@ -258,6 +262,21 @@ impl DiskRecord {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_line_of_the_last_checkpoint_is_never_forgotten() {
+        let mut record = Record::blank("p", Phase::Primary(PrimaryRecord::default()));
+        record.cur = Some(Generation::random());
+        record.begin_line(Generation::random(), Epoch(1));
+        let line = record.cur.unwrap();
+        record.com = Some(Commit { cur: line, epoch: Epoch(2) });
+        for epoch in 3..200 {
+            record.begin_line(Generation::random(), Epoch(epoch));
+        }
+        assert_eq!(record.history.len(), Record::HISTORY_MAX);
+        assert_eq!(record.history[0], Commit { cur: line, epoch: Epoch(3) });
+        assert_eq!(record.history.last(), record.fork.as_ref());
+    }
 
     #[test]
     fn a_power_loss_is_told_from_a_kill_and_from_a_clean_stop() {

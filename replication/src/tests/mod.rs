@@ -3,6 +3,7 @@ mod begin;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 mod copy;
+mod cut;
 mod failover;
 mod interrupted;
 mod invariants;
