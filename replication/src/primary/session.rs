@@ -75,8 +75,10 @@ impl Session {
         let stopped = async {
             let reason = stop.await;
             self.ending.cancel();
-            // A copy goes on in the next session, and what was sent is not sent again.
-            self.group.idle().await;
+            if reason == StopReason::Shutdown {
+                // Nobody is there afterwards who could take note of what was not answered.
+                self.group.idle().await;
+            }
             if let Peer::Brep(link) = &self.peer {
                 link.stop(reason).await;
             }
