@@ -145,6 +145,15 @@ impl BlockDevice for PrimaryDisk {
     }
 
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
-        self.pass(Operation::Flush, move |device| device.flush(level))
+        self.pass(Operation::Flush, move |device| match device.flush(level) {
+            Io::Ready(Ok(())) => Io::ok(()),
+            flush => Io::future(async move {
+                let result = flush.await;
+                if result.is_err() {
+                    self.group.distrust_maps(self.index);
+                }
+                result
+            }),
+        })
     }
 }

@@ -106,7 +106,7 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish, maps_known: bo
         return refuse_secondary(
             format!(
                 "the secondary {} was away, and what it lacks is not known: this side's maps were \
-                 lost, or its host lost power; the secondary's last checkpoint is {}",
+                 lost, its host lost power, or a flush of a disk failed; the secondary's last checkpoint is {}",
                 peer.name, theirs.epoch
             ),
             "brep resync --full",

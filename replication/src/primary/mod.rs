@@ -94,8 +94,12 @@ pub async fn run(config: PrimaryConfig, shutdown: CancellationToken) -> Result<(
 
 async fn close(group: &Arc<Group>) -> Result<()> {
     let mut result = Ok(());
-    for disk in group.disks() {
-        result = result.and(disk.image.close().await);
+    for (index, disk) in group.disks().iter().enumerate() {
+        let closed = disk.image.close().await;
+        if closed.is_err() {
+            group.distrust_maps(index);
+        }
+        result = result.and(closed);
     }
     result = result.and(group.close_maps());
     if result.is_ok() {

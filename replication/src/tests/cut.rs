@@ -31,18 +31,18 @@ async fn i02_all_disks_are_cut_or_none_is() {
     let (hang_b, hang_c) = (hang("vdb"), hang("vdc"));
     let slow_c = write(&c, 0, 0x55);
     hang_c.reached(1).await;
+    let mut slow_b = None;
     let meanwhile = async {
         // The checkpoint waits for the third disk now.
         tokio::time::sleep(Duration::from_millis(300)).await;
-        let slow_b = write(&b, 0, 0x66);
+        slow_b = Some(write(&b, 0, 0x66));
         hang_b.reached(1).await;
         hang_c.release();
-        slow_b
     };
-    let (refused, slow_b) = tokio::join!(secondary.command("checkpoint", json!({})), meanwhile);
+    let (refused, ()) = tokio::join!(secondary.command("checkpoint", json!({})), meanwhile);
     refused.unwrap_err();
     hang_b.release();
-    slow_b.await.unwrap().unwrap();
+    slow_b.unwrap().await.unwrap().unwrap();
     slow_c.await.unwrap().unwrap();
     secondary.checkpoint().await;
     fill(&*b, 0, 4096, 0x77).await;

@@ -1,7 +1,7 @@
 use std::time::Duration;
 
-use brep_block::{Hang, Operation, Rule};
-use serde_json::json;
+use brep_block::{BlockDevice, FlushLevel, Hang, Operation, Rule};
+use serde_json::{Value, json};
 
 use super::common::{MIB, Scratch, Side, connect, file, fill};
 use crate::image::faults;
@@ -98,5 +98,28 @@ async fn i10_a_primary_that_is_stopped_while_it_reads_for_a_copy_knows_what_was_
     };
     tokio::join!(first.stop(), release);
     let primary = primary(&scratch);
+    end_equal(&scratch, primary, secondary).await;
+}
+
+/// I7: a disk whose flush has failed may have lost what the secondary has, and no map says what.
+#[tokio::test]
+async fn i07_a_flush_that_failed_makes_the_maps_unknown() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", MIB, 1);
+    scratch.raw("s.raw", MIB, 2);
+    let (first, primary) = (secondary(&scratch), primary(&scratch));
+    primary.wait_state("in-sync").await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    let disk = faults::of(&scratch.path("p.raw")).lower;
+    disk.fail(Rule::new(Operation::Flush));
+    guest.flush(FlushLevel::Durable).await.unwrap_err();
+    first.stop().await;
+    primary.wait_state("disconnected").await;
+    let secondary = secondary(&scratch);
+    let met = |s: &Value| s["link"] == "refused" || s["disks"][0]["state"] == "in-sync";
+    let status = primary.wait("an answer", met).await;
+    assert!(status["reason"].as_str().unwrap_or_default().contains("flush"), "{status:#}");
+    primary.command("resync", json!({ "full": true })).await.unwrap();
+    guest.close();
     end_equal(&scratch, primary, secondary).await;
 }

@@ -87,6 +87,13 @@ impl Group {
         self.core().maps.iter().all(|maps| maps.tag(Role::Differs) == KNOWN)
     }
 
+    /// A flush of a disk has failed: it may have lost what the peer has, and nobody knows what.
+    pub(crate) fn distrust_maps(&self, disk: usize) {
+        if let Some(maps) = self.core().maps.get_mut(disk) {
+            maps.set_tag(Role::Differs, Tag::default());
+        }
+    }
+
     /// The first range of a disk, from `offset` on, that differs; at most `max` bytes.
     pub(crate) fn next_different(&self, disk: usize, offset: u64, max: u64) -> Option<Range<u64>> {
         let core = self.core();
