@@ -11,6 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::process;
+use crate::process;
 use crate::programs;
 use crate::workspace::Workspace;
 
@@ -54,7 +55,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
     let binary = match &args.binary {
         Some(binary) => binary.clone(),
         // A list needs none.
-        None if args.list => std::env::current_exe()?,
+        None if args.list => process::own_binary(),
         None => build(&workspace)?,
     };
     let binary = binary.canonicalize().with_context(|| format!("no {}", binary.display()))?;
@@ -73,7 +74,7 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
         .args(args.list.then_some("--list"))
         .current_dir(&scratch)
         .env("BREP", &binary)
-        .env("BREP_XTASK", std::env::current_exe()?)
+        .env("BREP_XTASK", process::own_binary())
         .env("PYTHONPATH", workspace.iotests().join("lib"))
         .env("XDG_RUNTIME_DIR", &scratch);
     if let Some(json) = json {

@@ -1,10 +1,17 @@
 //! Running a command with its output shown as it comes and kept.
 
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 
 use anyhow::{Context, Result, anyhow};
+
+/// This program, for those that it starts: under a name that stays good while it runs. Its file
+/// does not, for a build of the workspace replaces it.
+pub(crate) fn own_binary() -> PathBuf {
+    PathBuf::from(format!("/proc/{}/exe", std::process::id()))
+}
 
 /// What a command said.
 pub(crate) struct Outcome {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
 
+use crate::process;
 use crate::python_packages;
 
 use super::Options;
@@ -114,7 +115,7 @@ impl Harness {
             .env("BREP", &self.binary)
             .env("BREP_EXAMPLES", &self.examples)
             .env("BREP_GUEST", &self.guest)
-            .env("BREP_XTASK", std::env::current_exe()?)
+            .env("BREP_XTASK", process::own_binary())
             .env("PYTHONPATH", std::env::join_paths([&self.lib_dir, &self.packages])?)
             .env("PYTHONUNBUFFERED", "1")
             .env("LC_ALL", "C.UTF-8")
