@@ -11,7 +11,6 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::process;
-use crate::process;
 use crate::programs;
 use crate::workspace::Workspace;
 
