@@ -27,7 +27,7 @@ use crate::guest::Guest;
 use crate::image::Image;
 use crate::link::{CopyMode, DiskInfo, Side};
 use crate::node::Stage;
-use crate::state::{Phase, PrimaryRecord, Record, RecordStore, boot_id};
+use crate::state::{Record, RecordStore, Role, boot_id};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
 
@@ -133,10 +133,11 @@ impl Group {
         let blank = || Record {
             set: Some(SetId::random()),
             cur: Some(Generation::random()),
-            ..Record::blank(&config.name, Phase::Primary(PrimaryRecord::default()))
+            ..Record::blank(&config.name, Role::Primary)
         };
         let mut store = RecordStore::open(&config.state_dir, blank)?;
-        if store.record().secondary().is_some() {
+        let record = store.record();
+        if record.role == Role::Secondary || record.secondary.promotion.is_some() {
             return Err(Error::refused(format!(
                 "{}: this is the state of a secondary; start it with brep secondary",
                 config.state_dir.display()
@@ -153,10 +154,8 @@ impl Group {
         }
         store.update(|record| {
             record.begin_run(boot_id());
-            if let Some(primary) = record.primary_mut() {
-                primary.disks =
-                    disks.iter().map(|d| (d.name.clone(), d.image.device().size())).collect();
-            }
+            let size = |d: &DiskPart| (d.name.clone(), d.image.device().size());
+            record.primary.disks = disks.iter().map(size).collect();
         })?;
         let set = store.record().set;
         let maps = disks
@@ -233,7 +232,7 @@ impl Group {
             fork: record.fork,
             com: record.com,
             epoch: record.epoch,
-            session: record.primary().and_then(|p| p.session),
+            session: record.session,
             history: record.history,
             primary: true,
             disks: self
@@ -296,11 +295,9 @@ impl Group {
         }
         core.store.update(|record| {
             record.epoch = epoch;
-            if let Some(primary) = record.primary_mut() {
-                primary.had_peer = true;
-                primary.alone = false;
-                primary.session = session;
-            }
+            record.primary.had_peer = true;
+            record.primary.alone = false;
+            record.session = session;
         })?;
         core.connections = connections;
         core.copying = true;
@@ -508,7 +505,7 @@ impl Core {
 
     /// Whether a peer was ever connected.
     pub(crate) fn had_peer(&self) -> bool {
-        self.store.record().primary().is_some_and(|p| p.had_peer)
+        self.store.record().primary.had_peer
     }
 
     pub(crate) fn fatal(&self) -> Option<&str> {
@@ -519,11 +516,9 @@ impl Core {
     fn go_alone(&mut self) {
         let last = self.epochs.current();
         let saved = self.store.update(|record| {
-            let alone = record.primary_mut().is_some_and(|p| {
-                let was = p.alone;
-                p.alone = p.had_peer;
-                was || !p.had_peer
-            });
+            let primary = &mut record.primary;
+            let alone = primary.alone || !primary.had_peer;
+            primary.alone = primary.had_peer;
             record.epoch = record.epoch.max(last);
             if !alone {
                 record.begin_line(Generation::random(), last);

@@ -34,6 +34,7 @@ use crate::config::{PeerKind, PrimaryConfig};
 use crate::control::EventBus;
 use crate::daemon;
 use crate::link::StopReason;
+use crate::state::PrimaryRecord;
 use crate::status::LinkState;
 use crate::{Error, Result};
 
@@ -110,7 +111,8 @@ async fn close(group: &Arc<Group>) -> Result<()> {
 
 /// Keeps the pair together: connects, runs the session, and tries again when it ends.
 async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointRequest>) {
-    let was_connected = group.record().primary_mut().is_some_and(|p| p.had_peer && !p.alone);
+    let PrimaryRecord { had_peer, alone, .. } = group.record().primary;
+    let was_connected = had_peer && !alone;
     if !was_connected {
         group.allow_guest(false);
     } else if group.config.peer_kind == PeerKind::Plain {

@@ -9,7 +9,7 @@ use super::group::Group;
 use super::plain::Claim;
 use crate::commands::{Job, JobKind};
 use crate::link::StopReason;
-use crate::state::{BufferRef, DiskRecord, Promotion, Target};
+use crate::state::{BufferRef, DiskRecord, Promotion, Role, Target};
 use crate::{Epoch, Error, Generation, Result};
 
 /// Pause before a merge that failed is tried again.
@@ -78,7 +78,7 @@ impl Group {
     /// Whether it can be done; a report if it has been done already.
     fn check_failover(&self, target: Target) -> Result<Option<Report>> {
         let record = self.record();
-        let secondary = record.secondary().ok_or_else(|| Error::failed("not a secondary"))?;
+        let secondary = &record.secondary;
         if let Some(done) = &secondary.promotion {
             if done.target != target {
                 return Err(Error::refused(format!(
@@ -143,14 +143,14 @@ impl Group {
             self.record_disks(record, |disk| {
                 promoted_record(disk.record(), references.next().copied().flatten())
             });
-            if let Some(secondary) = record.secondary_mut() {
-                secondary.latest_ok = false;
-                secondary.promotion = Some(Promotion {
-                    target,
-                    merged: target == Target::Latest,
-                    dropped_bytes: differing_bytes,
-                });
-            }
+            record.role = Role::Primary;
+            record.session = None;
+            record.secondary.latest_ok = false;
+            record.secondary.promotion = Some(Promotion {
+                target,
+                merged: target == Target::Latest,
+                dropped_bytes: differing_bytes,
+            });
         })?;
         // A side that forgot its promotion would let the old primary overwrite it.
         if let Err(error) = self.sync_record() {
@@ -192,7 +192,7 @@ impl Group {
         // The record gives the buffers up before anything is done to them.
         self.update_record(|record| {
             self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
-            if let Some(promotion) = record.secondary_mut().and_then(|s| s.promotion.as_mut()) {
+            if let Some(promotion) = &mut record.secondary.promotion {
                 promotion.merged = true;
             }
         })?;
@@ -212,7 +212,7 @@ impl Group {
     /// Goes on with a failover that an earlier run began.
     pub(crate) async fn resume_promotion(self: &Arc<Self>) -> Result<()> {
         let record = self.record();
-        let Some(promotion) = record.secondary().and_then(|s| s.promotion.clone()) else {
+        let Some(promotion) = record.secondary.promotion.clone() else {
             return Ok(());
         };
         if promotion.merged {
@@ -232,7 +232,7 @@ impl Group {
     pub(crate) async fn stop(self: &Arc<Self>, discard: bool) -> Result<()> {
         let _transition = self.transition.lock().await;
         let record = self.record();
-        let secondary = record.secondary().ok_or_else(|| Error::failed("not a secondary"))?;
+        let secondary = &record.secondary;
         if let Some(promotion) = &secondary.promotion {
             if !promotion.merged {
                 tracing::info!("the merge goes on when this side is started again");
@@ -258,10 +258,8 @@ impl Group {
             self.update_record(|record| {
                 self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
                 record.com = None;
-                if let Some(secondary) = record.secondary_mut() {
-                    secondary.inconsistent = true;
-                    secondary.latest_ok = false;
-                }
+                record.secondary.inconsistent = true;
+                record.secondary.latest_ok = false;
             })?;
             let _held = self.hold_guest().await?;
             for disk in self.disks() {

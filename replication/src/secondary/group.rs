@@ -19,7 +19,7 @@ use crate::guest::Guest;
 use crate::image::Image;
 use crate::link::{DiskInfo, Side, StopReason};
 use crate::node::Stage;
-use crate::state::{DiskRecord, Phase, Record, RecordStore, SecondaryRecord, boot_id};
+use crate::state::{DiskRecord, Record, RecordStore, Role, SecondaryRecord, boot_id};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Result};
 
@@ -119,17 +119,15 @@ impl Group {
         events: EventBus,
         stopping: CancellationToken,
     ) -> Result<Arc<Self>> {
-        let blank = || {
-            let disks = SecondaryRecord { inconsistent: true, ..SecondaryRecord::default() };
-            Record::blank(&config.name, Phase::Secondary(disks))
-        };
+        let blank = || Record::blank(&config.name, Role::Secondary);
         let mut store = RecordStore::open(&config.state_dir, blank)?;
-        let Some(secondary) = store.record().secondary().cloned() else {
+        let secondary = store.record().secondary.clone();
+        if store.record().is_primary() && secondary.promotion.is_none() {
             return Err(Error::refused(format!(
                 "{}: this is the state of a primary; give the secondary a directory of its own",
                 config.state_dir.display()
             )));
-        };
+        }
         let mut disks = Vec::new();
         for disk in &config.disks {
             let known = secondary.disks.iter().find(|d| d.name == disk.name);
@@ -222,7 +220,7 @@ impl Group {
     /// How far replication has come.
     pub(crate) fn stage(&self) -> Stage {
         let core = self.core();
-        match core.store.record().secondary().and_then(|s| s.promotion.as_ref()) {
+        match &core.store.record().secondary.promotion {
             Some(promotion) if promotion.merged => return Stage::Done,
             Some(_) => return Stage::Failover,
             None => {}
@@ -264,7 +262,7 @@ impl Group {
             com: record.com,
             epoch: record.epoch,
             primary: record.is_primary(),
-            session: record.secondary().and_then(|s| s.session),
+            session: record.session,
             history: record.history,
             disks: self
                 .disks
@@ -300,8 +298,7 @@ impl Group {
         self.end_session(StopReason::Replaced).await?;
         let keep_checkpoint = {
             let record = self.record();
-            let whole = record.secondary().is_some_and(|s| !s.inconsistent);
-            whole && record.com.is_some()
+            !record.secondary.inconsistent && record.com.is_some()
         };
         // Whose buffers they are is known before one is taken: a file that somebody else has named
         // is taken for ours again after a kill only by its set.
@@ -317,15 +314,14 @@ impl Group {
         }
         self.update_record(|record| {
             self.record_disks(record, |disk| disk.record());
-            if let Some(secondary) = record.secondary_mut() {
-                secondary.inconsistent = !keep_checkpoint;
-                // Until a commit says otherwise: a copy begins, or writes that may be missing.
-                secondary.latest_ok = false;
-                secondary.session = Some(session.token);
-                // What was lost with the power is copied now, or is part of what a later
-                // session will still have to copy.
-                secondary.power_lost = false;
-            }
+            record.session = Some(session.token);
+            let secondary = &mut record.secondary;
+            secondary.inconsistent = !keep_checkpoint;
+            // Until a commit says otherwise: a copy begins, or writes that may be missing.
+            secondary.latest_ok = false;
+            // What was lost with the power is copied now, or is part of what a later session
+            // will still have to copy.
+            secondary.power_lost = false;
         })?;
         if keep_checkpoint {
             for disk in &self.disks {
@@ -349,10 +345,9 @@ impl Group {
     ) {
         let disks = self.disks.iter().map(|d| describe(d)).collect();
         let seq = self.disks.iter().map(|d| d.pool.seq()).max().unwrap_or(0);
-        if let Some(secondary) = record.secondary_mut() {
-            secondary.disks = disks;
-            secondary.buffer_seq = secondary.buffer_seq.max(seq);
-        }
+        let secondary = &mut record.secondary;
+        secondary.disks = disks;
+        secondary.buffer_seq = secondary.buffer_seq.max(seq);
     }
 
     /// Ends `epoch` on all disks at once. Nothing of the primary is in flight, as it says; this
@@ -425,12 +420,11 @@ impl Group {
                 record.com = Some(Commit { cur, epoch });
             }
             record.epoch = record.epoch.max(epoch.next());
-            if let Some(secondary) = record.secondary_mut() {
-                secondary.inconsistent = false;
-                secondary.latest_ok = latest_ok;
-                secondary.disks = disks;
-                secondary.buffer_seq = secondary.buffer_seq.max(seq);
-            }
+            let secondary = &mut record.secondary;
+            secondary.inconsistent = false;
+            secondary.latest_ok = latest_ok;
+            secondary.disks = disks;
+            secondary.buffer_seq = secondary.buffer_seq.max(seq);
         })?;
         let mut retired = Vec::new();
         for (disk, fresh) in self.disks.iter().zip(fresh) {
@@ -486,11 +480,7 @@ impl Group {
         }
         let entry = self.errors.add(disk, error);
         self.events.emit("BREP_ERROR", json!(entry));
-        let saved = self.update_record(|record| {
-            if let Some(secondary) = record.secondary_mut() {
-                secondary.latest_ok = false;
-            }
-        });
+        let saved = self.update_record(|record| record.secondary.latest_ok = false);
         if let Err(error) = saved {
             tracing::error!(%error, "the state record was not saved; ending the session");
             if let Some(session) = self.session() {
@@ -562,7 +552,7 @@ async fn open_disk(
         )));
     }
     let pool = BufferPool::new(&config.state_dir, &disk.name, size, disk.buffers.clone());
-    let seq_max = record.secondary().map_or(0, |s| s.buffer_seq);
+    let seq_max = record.secondary.buffer_seq;
     ReplicaDisk::open(disk, pool, image, known, record.set, seq_max).await
 }
 

@@ -60,14 +60,13 @@ impl Group {
             return refuse(writer, limit, reason, None).await;
         }
         let record = self.record();
-        let secondary = record.secondary();
         let answer = HelloAnswer {
             version: LINK_VERSION,
             timeout_ms: timeout_ms(limit),
             side: self.side(),
             guest: self.has_guest(),
-            inconsistent: secondary.is_none_or(|s| s.inconsistent),
-            power_lost: secondary.is_some_and(|s| s.power_lost),
+            inconsistent: record.secondary.inconsistent,
+            power_lost: record.secondary.power_lost,
         };
         writer.send(&Message::HelloAnswer(Box::new(answer)), limit).await?;
         let (terms, sync) = match reader.receive_within(limit).await? {

@@ -12,7 +12,7 @@ impl Group {
     /// The state of this side; never waits for a disk or a peer.
     pub(crate) fn status(&self) -> Status {
         let record = self.record();
-        let secondary = record.secondary().cloned().unwrap_or_default();
+        let secondary = record.secondary.clone();
         let replication = self.stage();
         let core = self.core();
         let promoted = secondary.promotion.is_some();

@@ -6,7 +6,7 @@ mod record;
 mod store;
 
 pub use record::{
-    BufferRef, DiskRecord, Phase, PrimaryRecord, Promotion, Record, SecondaryRecord, Target,
+    BufferRef, DiskRecord, PrimaryRecord, Promotion, Record, Role, SecondaryRecord, Target,
 };
 pub use store::RecordStore;
 pub(crate) use store::boot_id;

@@ -21,24 +21,29 @@ pub struct Record {
     pub epoch: Epoch,
     /// Earlier lines with their forks, the newest last; bounded by [`Record::HISTORY_MAX`].
     pub history: Vec<Commit>,
-    /// The role, and what belongs to it.
-    pub phase: Phase,
+    /// What this side is to its peer.
+    pub role: Role,
+    /// The last session that this side has begun in its role, by its token.
+    pub session: Option<Uuid>,
+    /// What it remembers as a primary.
+    pub primary: PrimaryRecord,
+    /// What it remembers as a secondary. A promoted one keeps its buffers until they are merged.
+    pub secondary: SecondaryRecord,
     /// The last run ended by itself.
     pub clean: bool,
     /// The kernel's boot id during the last run: another one, and a run that did not end by
     /// itself, mean that power was lost.
-    #[serde(default)]
     pub boot: Option<String>,
 }
 
-/// The role, and what belongs to it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "role")]
-pub enum Phase {
-    /// A primary.
-    Primary(PrimaryRecord),
-    /// A secondary, blank, replicating, or promoted.
-    Secondary(SecondaryRecord),
+/// What a side is to its peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// A primary, from the start or by a promotion.
+    Primary,
+    /// A secondary, blank or replicating.
+    Secondary,
 }
 
 /// What a primary remembers.
@@ -52,9 +57,6 @@ pub struct PrimaryRecord {
     pub alone: bool,
     /// Names and sizes of the disks.
     pub disks: Vec<(String, u64)>,
-    /// The last session, by its token.
-    #[serde(default)]
-    pub session: Option<Uuid>,
 }
 
 /// What a secondary remembers.
@@ -67,17 +69,14 @@ pub struct SecondaryRecord {
     /// Everything that was acknowledged to the guest while the sides were in contact is here:
     /// `failover --to latest` is possible.
     pub latest_ok: bool,
-    /// A failover has begun, or is done.
+    /// The failover by which this side became the primary; none on one that never was promoted, or
+    /// that is a secondary again.
     pub promotion: Option<Promotion>,
     /// The disks with their buffers.
     pub disks: Vec<DiskRecord>,
     /// No buffer with a sequence number up to this one is created again.
     pub buffer_seq: u64,
-    /// The last session, by its token.
-    #[serde(default)]
-    pub session: Option<Uuid>,
     /// Power was lost since the last session began: the disks may lack what was acknowledged.
-    #[serde(default)]
     pub power_lost: bool,
 }
 
@@ -147,7 +146,7 @@ impl Record {
 
     /// The record of a side that has never met anybody.
     #[must_use]
-    pub fn blank(name: &str, phase: Phase) -> Self {
+    pub fn blank(name: &str, role: Role) -> Self {
         Record {
             name: name.to_owned(),
             set: None,
@@ -156,7 +155,14 @@ impl Record {
             com: None,
             epoch: Epoch(0),
             history: Vec::new(),
-            phase,
+            role,
+            session: None,
+            primary: PrimaryRecord::default(),
+            // Nothing to be promoted to before the first commit.
+            secondary: SecondaryRecord {
+                inconsistent: role == Role::Secondary,
+                ..SecondaryRecord::default()
+            },
             clean: false,
             boot: None,
         }
@@ -168,12 +174,11 @@ impl Record {
         let lost = !self.clean && self.boot.is_some() && self.boot != boot;
         self.clean = false;
         self.boot = boot;
-        let secondary = self.secondary_mut().filter(|s| lost && s.promotion.is_none());
-        if let Some(secondary) = secondary {
+        if lost && self.role == Role::Secondary {
             // Pre-images and what they belong to are of different moments now.
-            secondary.inconsistent = true;
-            secondary.latest_ok = false;
-            secondary.power_lost = true;
+            self.secondary.inconsistent = true;
+            self.secondary.latest_ok = false;
+            self.secondary.power_lost = true;
         }
         lost
     }
@@ -195,47 +200,10 @@ impl Record {
         self.cur = Some(cur);
     }
 
-    /// The role of this side, as hello tells it: P for a primary or a promoted secondary.
+    /// Whether this side is a primary, from the start or by a promotion.
     #[must_use]
     pub fn is_primary(&self) -> bool {
-        match &self.phase {
-            Phase::Primary(_) => true,
-            Phase::Secondary(s) => s.promotion.is_some(),
-        }
-    }
-
-    /// The primary's part.
-    #[must_use]
-    pub fn primary(&self) -> Option<&PrimaryRecord> {
-        match &self.phase {
-            Phase::Primary(p) => Some(p),
-            Phase::Secondary(_) => None,
-        }
-    }
-
-    /// The secondary's part.
-    #[must_use]
-    pub fn secondary(&self) -> Option<&SecondaryRecord> {
-        match &self.phase {
-            Phase::Secondary(s) => Some(s),
-            Phase::Primary(_) => None,
-        }
-    }
-
-    /// The secondary's part, to be changed.
-    pub fn secondary_mut(&mut self) -> Option<&mut SecondaryRecord> {
-        match &mut self.phase {
-            Phase::Secondary(s) => Some(s),
-            Phase::Primary(_) => None,
-        }
-    }
-
-    /// The primary's part, to be changed.
-    pub fn primary_mut(&mut self) -> Option<&mut PrimaryRecord> {
-        match &mut self.phase {
-            Phase::Primary(p) => Some(p),
-            Phase::Secondary(_) => None,
-        }
+        self.role == Role::Primary
     }
 }
 
@@ -265,7 +233,7 @@ mod tests {
 
     #[test]
     fn the_line_of_the_last_checkpoint_is_never_forgotten() {
-        let mut record = Record::blank("p", Phase::Primary(PrimaryRecord::default()));
+        let mut record = Record::blank("p", Role::Primary);
         record.cur = Some(Generation::random());
         record.begin_line(Generation::random(), Epoch(1));
         let line = record.cur.unwrap();
@@ -281,16 +249,16 @@ mod tests {
     #[test]
     fn a_power_loss_is_told_from_a_kill_and_from_a_clean_stop() {
         let boot = |id: &str| Some(id.to_owned());
-        let phase = Phase::Secondary(SecondaryRecord { latest_ok: true, ..Default::default() });
-        let mut record = Record::blank("s", phase);
-        let inconsistent = |r: &Record| r.secondary().is_some_and(|s| s.inconsistent);
+        let mut record = Record::blank("s", Role::Secondary);
+        record.secondary =
+            SecondaryRecord { inconsistent: false, latest_ok: true, ..SecondaryRecord::default() };
         assert!(!record.begin_run(boot("a")), "the first run");
         assert!(!record.begin_run(boot("a")), "killed");
         record.clean = true;
         assert!(!record.begin_run(boot("b")), "stopped, and the machine was started again");
-        assert!(!inconsistent(&record));
+        assert!(!record.secondary.inconsistent);
         assert!(record.begin_run(boot("c")), "the machine went down");
-        assert!(inconsistent(&record));
-        assert_eq!(record.secondary().map(|s| s.latest_ok), Some(false));
+        assert!(record.secondary.inconsistent);
+        assert!(!record.secondary.latest_ok);
     }
 }

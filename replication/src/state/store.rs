@@ -7,7 +7,7 @@ use super::Record;
 use crate::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"BREPREC\0";
-const FORMAT_VERSION: u32 = 1;
+const FORMAT_VERSION: u32 = 2;
 const HEADER_LEN: usize = 32;
 const SLOT_LEN: usize = 256 << 10;
 const PAYLOAD_MAX: usize = SLOT_LEN - HEADER_LEN;
@@ -19,7 +19,7 @@ const PAYLOAD_MAX: usize = SLOT_LEN - HEADER_LEN;
 /// | offset | size | field |
 /// |---|---|---|
 /// | 0 | 8 | magic `BREPREC\0` |
-/// | 8 | 4 | format version, 1 |
+/// | 8 | 4 | format version, 2 |
 /// | 12 | 4 | length of the payload in bytes |
 /// | 16 | 8 | sequence number, from 1; the highest valid one wins |
 /// | 24 | 4 | CRC-32 of bytes 0 to 23 and of the payload |
@@ -212,11 +212,11 @@ fn read_exact(file: &File, offset: u64, len: usize) -> io::Result<Option<Vec<u8>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{Phase, PrimaryRecord};
+    use crate::state::Role;
     use crate::{Epoch, Generation};
 
     fn blank() -> Record {
-        Record::blank("a", Phase::Primary(PrimaryRecord::default()))
+        Record::blank("a", Role::Primary)
     }
 
     fn with_epoch(epoch: u64) -> Record {

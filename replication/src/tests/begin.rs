@@ -1,5 +1,5 @@
 use super::common::{MIB, Scratch, Side};
-use crate::state::{Phase, PrimaryRecord, Record, RecordStore};
+use crate::state::{Record, RecordStore, Role};
 
 /// A buffer that a killed process had tagged, and that no record names yet, is known as this
 /// side's by its set alone.
@@ -20,10 +20,10 @@ async fn a_session_that_cannot_take_its_buffers_has_put_its_set_into_the_record_
     secondary.wait("a session that fails", says_why).await;
     primary.stop().await;
     secondary.stop().await;
-    let blank = || Record::blank("none", Phase::Primary(PrimaryRecord::default()));
+    let blank = || Record::blank("none", Role::Primary);
     let record = RecordStore::open(&scratch.path("s.state"), blank).unwrap().record().clone();
     assert!(record.set.is_some());
-    assert!(record.secondary().unwrap().disks.iter().all(|disk| disk.buffers().count() == 0));
+    assert!(record.secondary.disks.iter().all(|disk| disk.buffers().count() == 0));
 
     // Out of the way, the pair comes together by itself.
     std::fs::remove_dir(&buffer).unwrap();
