@@ -14,7 +14,9 @@ mod raw;
 
 pub use buffer::{is_zero, zeroes};
 pub use copy::copy_range;
-pub use decorator::{Count, Counts, Fault, Hang, ReadOnly, Rule, Serialise, Times};
+pub use decorator::{
+    Count, Counts, Fault, Hang, Power, PowerCut, PowerLoss, ReadOnly, Rule, Serialise, Times,
+};
 pub use detach::{detach, start};
 pub use device::{
     BlockDevice, BlockStatus, FlushLevel, Limits, Replication, ReplicationMode, StatusFlags,
