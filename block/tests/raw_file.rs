@@ -268,6 +268,31 @@ async fn unmapping_gives_space_back_and_plain_zeroes_keep_it() {
     }
 }
 
+/// Large ones are carried out beside the thread that asked, several at a time.
+#[tokio::test]
+async fn large_requests_are_whole_at_their_end_and_next_to_each_other() {
+    const LEN: usize = (1 << 20) + 3;
+    let (_dir, path) = dir_with_file(4 * LEN as u64);
+    let file = open(&path).unwrap();
+    let pieces: Vec<_> = (0..4u8).map(|i| Bytes::from(vec![i + 1; LEN])).collect();
+    let write = |i: usize| file.write((i * LEN) as u64, pieces[i].clone(), WriteFlags::default());
+    tokio::try_join!(write(3), write(1), write(0), write(2)).unwrap();
+    for (i, piece) in pieces.iter().enumerate() {
+        assert_eq!(file.read((i * LEN) as u64, LEN).await.unwrap(), *piece);
+    }
+    assert!(std::fs::read(&path).unwrap() == pieces.concat(), "in the file, not only read back");
+    // Beyond the end the file grows with the data, or not at all.
+    let end = file.size();
+    let error = file.write(end, pieces[0].clone(), WriteFlags::default()).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    let options = RawFileOptions { growable: true, ..RawFileOptions::default() };
+    drop(file);
+    let file = RawFile::open(&path, options).unwrap();
+    file.write(end, pieces[1].clone(), WriteFlags::default()).await.unwrap();
+    assert_eq!(file.size(), end + LEN as u64);
+    assert_eq!(file.read(end, LEN).await.unwrap(), pieces[1]);
+}
+
 #[tokio::test]
 async fn a_file_that_was_truncated_by_somebody_else_is_an_error_and_not_zeroes() {
     for cache in [CacheMode::Writeback, CacheMode::None] {

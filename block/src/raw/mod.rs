@@ -96,6 +96,10 @@ async fn read_rest(
     engine::run(&core, Operation::Read, move |core| core.read_rest(offset, buffer, done)).await
 }
 
+/// From this length on a request through the page cache is carried out by another thread: to copy so
+/// much takes longer than to hand it over, and this thread has other requests to see to meanwhile.
+const INLINE_BYTES_MAX: usize = 256 << 10;
+
 impl BlockDevice for RawFile {
     fn name(&self) -> &str {
         &self.core.name
@@ -120,7 +124,10 @@ impl BlockDevice for RawFile {
             return Io::future(direct::read(self.core(), offset, len));
         }
         let mut buffer = AlignedBuffer::new(len, 1);
-        let done = self.core.read_cached(offset, &mut buffer);
+        let done = match len < INLINE_BYTES_MAX {
+            true => self.core.read_cached(offset, &mut buffer),
+            false => 0,
+        };
         if done == len {
             return Io::ok(buffer.into_bytes(0, len));
         }
@@ -139,7 +146,13 @@ impl BlockDevice for RawFile {
             return Io::future(direct::write(core, offset, data, flags.fua));
         }
         if !flags.fua {
-            return self.core.write_cached(offset, &data).into();
+            if data.len() < INLINE_BYTES_MAX || offset + data.len() as u64 > core.size() {
+                return self.core.write_cached(offset, &data).into();
+            }
+            return Io::future(async move {
+                let work = move |core: &Arc<Core>| core.write_cached(offset, &data);
+                engine::run(&core, Operation::Write, work).await
+            });
         }
         if offset + data.len() as u64 > core.size() {
             // The lock on the length is never held across a sync: others take it inline.
