@@ -11,6 +11,7 @@ mod io;
 mod memory;
 mod range_lock;
 mod raw;
+pub mod storage;
 
 pub use buffer::{is_zero, zeroes};
 pub use copy::copy_range;

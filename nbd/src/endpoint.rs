@@ -61,6 +61,10 @@ impl Endpoint {
     /// # Errors
     /// The last address's error, or [`io::ErrorKind::TimedOut`].
     pub async fn connect(&self, timeout: Duration) -> io::Result<Stream> {
+        #[cfg(feature = "simulation")]
+        if let Some(connecting) = crate::simulation::connect(self) {
+            return within(timeout, connecting).await;
+        }
         match self {
             Endpoint::Unix { path } => {
                 let stream = within(timeout, UnixStream::connect(path)).await?;

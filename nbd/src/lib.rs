@@ -7,6 +7,8 @@ mod uri;
 pub mod client;
 pub mod proto;
 pub mod server;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 
 pub use endpoint::Endpoint;
 pub use stream::Stream;

@@ -1,5 +1,4 @@
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -7,6 +6,9 @@ use std::time::Duration;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+
+#[cfg(feature = "simulation")]
+use crate::simulation;
 
 /// How long a TCP connection may be idle before the kernel probes the other side, and the pause
 /// between probes: a dead peer is noticed after about a minute even if nothing is being sent.
@@ -24,6 +26,9 @@ pub enum Stream {
     Tcp(TcpStream),
     /// A unix domain socket.
     Unix(UnixStream),
+    /// Whatever a simulator has put in their place.
+    #[cfg(feature = "simulation")]
+    Simulated(std::sync::Arc<dyn crate::simulation::Pipe>),
 }
 
 impl TryFrom<TcpStream> for Stream {
@@ -54,6 +59,8 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => stream.readable().await,
             Stream::Unix(stream) => stream.readable().await,
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => simulation::readable(&**pipe).await,
         }
     }
 
@@ -65,6 +72,8 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => stream.writable().await,
             Stream::Unix(stream) => stream.writable().await,
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => simulation::writable(&**pipe).await,
         }
     }
 
@@ -76,6 +85,8 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => stream.try_read(buffer),
             Stream::Unix(stream) => stream.try_read(buffer),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => pipe.try_read(buffer),
         }
     }
 
@@ -88,6 +99,8 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => stream.try_read_buf(buffer),
             Stream::Unix(stream) => stream.try_read_buf(buffer),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => simulation::try_read_buf(&**pipe, buffer),
         }
     }
 
@@ -99,6 +112,8 @@ impl Stream {
         match self {
             Stream::Tcp(stream) => stream.try_write_vectored(buffers),
             Stream::Unix(stream) => stream.try_write_vectored(buffers),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => simulation::try_write_vectored(&**pipe, buffers),
         }
     }
 
@@ -107,7 +122,16 @@ impl Stream {
     /// # Errors
     /// What the operating system says.
     pub fn shutdown_now(&self) -> io::Result<()> {
-        SockRef::from(self).shutdown(std::net::Shutdown::Both)
+        let socket = match self {
+            Stream::Tcp(stream) => SockRef::from(stream),
+            Stream::Unix(stream) => SockRef::from(stream),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => {
+                pipe.abort();
+                return Ok(());
+            }
+        };
+        socket.shutdown(std::net::Shutdown::Both)
     }
 
     /// The other side, for messages.
@@ -122,15 +146,8 @@ impl Stream {
                 Ok(credentials) => format!("unix socket, uid {}", credentials.uid()),
                 Err(_) => "a lost unix socket".to_owned(),
             },
-        }
-    }
-}
-
-impl AsFd for Stream {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Stream::Tcp(stream) => stream.as_fd(),
-            Stream::Unix(stream) => stream.as_fd(),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => pipe.peer(),
         }
     }
 }
@@ -144,6 +161,8 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => simulation::poll_read(&**pipe, cx, buf),
         }
     }
 }
@@ -157,6 +176,8 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => simulation::poll_write(&**pipe, cx, &[IoSlice::new(buf)]),
         }
     }
 
@@ -168,6 +189,8 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => simulation::poll_write(&**pipe, cx, bufs),
         }
     }
 
@@ -179,6 +202,8 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Stream::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(_) => Poll::Ready(Ok(())),
         }
     }
 
@@ -186,6 +211,11 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            #[cfg(feature = "simulation")]
+            Stream::Simulated(pipe) => {
+                pipe.close();
+                Poll::Ready(Ok(()))
+            }
         }
     }
 }

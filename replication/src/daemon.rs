@@ -1,10 +1,10 @@
 //! What both sides need to run as a process: directories, control thread, listening rules.
 
 use std::future::Future;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use brep_block::storage;
 use brep_nbd::Endpoint;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
@@ -32,8 +32,7 @@ pub(crate) fn prepare(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {
     }
     let fail =
         |e: std::io::Error| Error::failed(format!("state directory {}: {e}", state_dir.display()));
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(state_dir).map_err(fail)?;
-    std::fs::set_permissions(state_dir, std::fs::Permissions::from_mode(0o700)).map_err(fail)
+    storage::create_dir(state_dir).map_err(fail)
 }
 
 /// Clear text beyond loopback has to be asked for.
@@ -54,7 +53,7 @@ pub(crate) fn control_path(given: &Option<PathBuf>, state_dir: &Path) -> PathBuf
 /// The thread of the control socket: it answers while the data path is stuck.
 pub(crate) struct ControlThread {
     shutdown: CancellationToken,
-    thread: std::thread::JoinHandle<()>,
+    thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl ControlThread {
@@ -64,6 +63,14 @@ impl ControlThread {
         handler: Arc<dyn Handler>,
         events: EventBus,
     ) -> Result<Self> {
+        #[cfg(feature = "simulation")]
+        {
+            use crate::simulation::{self, Control};
+            let (handler, events) = (Arc::clone(&handler), events.clone());
+            if simulation::serve(&path, Control { handler, events }) {
+                return Ok(ControlThread { shutdown: CancellationToken::new(), thread: None });
+            }
+        }
         // Its error names the path. Before the runtime: one that is dropped here, inside another,
         // would panic.
         let server = ControlServer::bind(&path).map_err(|e| Error::failed(e.to_string()))?;
@@ -83,13 +90,13 @@ impl ControlThread {
                 runtime.shutdown_background();
             })
             .map_err(|e| Error::failed(format!("cannot start a thread: {e}")))?;
-        Ok(ControlThread { shutdown, thread })
+        Ok(ControlThread { shutdown, thread: Some(thread) })
     }
 
     /// Answers what is being executed and ends.
     pub(crate) fn stop(self) {
         self.shutdown.cancel();
-        if self.thread.join().is_err() {
+        if self.thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the control thread has panicked");
         }
     }

@@ -36,7 +36,7 @@ impl Generation {
     /// One that nobody has used.
     #[must_use]
     pub fn random() -> Self {
-        Generation(uuid::Uuid::new_v4())
+        Generation(crate::random::uuid())
     }
 }
 
@@ -56,7 +56,7 @@ impl SetId {
     /// One that nobody has used.
     #[must_use]
     pub fn random() -> Self {
-        SetId(uuid::Uuid::new_v4())
+        SetId(crate::random::uuid())
     }
 }
 

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use brep_block::{BlockDevice, FlushLevel, RawFile, RawFileOptions};
+use brep_block::{BlockDevice, FlushLevel, RawFileOptions, storage};
 use brep_qcow2::{OpenOptions, Qcow2};
 
 use crate::config::{DiskConfig, DiskFormat};
@@ -27,7 +27,7 @@ impl Image {
             lock: true,
             ..RawFileOptions::default()
         };
-        let file: Arc<dyn BlockDevice> = RawFile::open(&config.path, options)?;
+        let file = storage::open_disk(&config.path, options)?;
         #[cfg(test)]
         let file = faults::over(&config.path, file);
         match config.format {

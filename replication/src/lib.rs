@@ -16,7 +16,10 @@ mod link;
 mod merge;
 pub mod node;
 pub mod primary;
+mod random;
 pub mod secondary;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 mod state;
 pub mod status;
 #[cfg(test)]

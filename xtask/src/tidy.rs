@@ -5,6 +5,7 @@ mod guarantees;
 mod iotests;
 mod layout;
 mod links;
+mod outside;
 mod sources;
 mod words;
 
@@ -73,6 +74,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<bool> {
     faults.extend(guarantees::check(&sources));
     faults.extend(cases::check(&sources));
     faults.extend(iotests::check(&sources));
+    faults.extend(outside::check(&sources));
     for fault in &faults {
         println!("{fault}");
     }

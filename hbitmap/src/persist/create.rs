@@ -26,10 +26,16 @@ pub(super) fn create(path: &Path, options: &Options, maps: usize, tag: Tag) -> R
         options.identity,
         options.size,
         options.granularity_log2,
-        options.current_boot_id(),
+        options.current_boot_id(path),
         maps,
         tag,
     );
+    #[cfg(feature = "simulation")]
+    if let Some(storage) = super::stand_in::installed() {
+        let mut contents = io::Cursor::new(vec![0; layout.file_len() as usize]);
+        write_first(&mut contents, layout, &mut header).map_err(Error::io(path, "write"))?;
+        return storage.create(path, contents.into_inner()).map_err(Error::io(path, "create"));
+    }
     if path.symlink_metadata().is_ok() {
         return Err(Error::io(path, "create")(io::ErrorKind::AlreadyExists.into()));
     }
@@ -74,8 +80,19 @@ fn fill(file: &File, layout: Layout, header: &mut Header) -> io::Result<()> {
     file.set_permissions(fs::Permissions::from_mode(0o600))?;
     file.set_len(0)?;
     allocate(file, layout.file_len())?;
-    let tables = layout.tables_bytes();
     let mut writer = BufWriter::with_capacity(1 << 16, file);
+    write_first(&mut writer, layout, header)?;
+    writer.flush()?;
+    file.sync_all()
+}
+
+/// What an empty file does not read as zeroes.
+fn write_first(
+    writer: &mut (impl Write + Seek),
+    layout: Layout,
+    header: &mut Header,
+) -> io::Result<()> {
+    let tables = layout.tables_bytes();
     writer.seek(SeekFrom::Start(tables.start))?;
     for _ in 0..(tables.end - tables.start) / 16 {
         writer.write_all(&NEVER_USED.to_le_bytes())?;
@@ -86,8 +103,7 @@ fn fill(file: &File, layout: Layout, header: &mut Header) -> io::Result<()> {
         writer.seek(SeekFrom::Start(copy * PAGE))?;
         writer.write_all(&header.encode())?;
     }
-    writer.flush()?;
-    file.sync_all()
+    Ok(())
 }
 
 fn fresh_tables_crc(tables: &std::ops::Range<u64>) -> u32 {

@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
+use super::backing::Backing;
 use super::header::Header;
 use super::layout::{CHUNK_BITS, CHUNK_WORDS, Layout, PAGE};
-use super::lock::LockedFile;
 use super::words::Words;
 use super::{LastStop, Tag};
 use crate::levels::Levels;
@@ -17,7 +17,7 @@ pub(super) struct MapFile {
     pub(super) path: PathBuf,
     pub(super) words: Words,
     /// Holds the lock; after the mapping, because it is dropped in this order.
-    pub(super) _file: LockedFile,
+    pub(super) _file: Backing,
     pub(super) layout: Layout,
     pub(super) header: Header,
     /// The copy of the header that is overwritten last.

@@ -71,6 +71,7 @@
 //! conservative content is "everything is dirty": remove it, create it anew, set all. A caller who
 //! keeps a log of what may be missing says [`AfterPowerLoss::Accept`].
 
+mod backing;
 mod create;
 mod file;
 mod header;
@@ -79,15 +80,20 @@ mod lock;
 mod open;
 mod set;
 mod single;
+#[cfg(feature = "simulation")]
+mod stand_in;
 mod words;
 
 #[cfg(test)]
 pub(crate) use words::crash;
 
 use std::fmt;
+use std::path::Path;
 
 pub use set::{MapSet, Role};
 pub use single::PersistentBitmap;
+#[cfg(feature = "simulation")]
+pub use stand_in::{MapMemory, MapStorage, install};
 
 /// What a file belongs to, for example a disk of a set: 16 bytes that the caller chooses, a UUID.
 /// A file with another identity is not opened.
@@ -165,7 +171,11 @@ impl Options {
         self
     }
 
-    fn current_boot_id(&self) -> [u8; 16] {
+    fn current_boot_id(&self, _path: &Path) -> [u8; 16] {
+        #[cfg(feature = "simulation")]
+        if let Some(storage) = stand_in::installed() {
+            return storage.boot_id(_path);
+        }
         self.boot_id.or_else(kernel_boot_id).unwrap_or(UNKNOWN_BOOT)
     }
 }

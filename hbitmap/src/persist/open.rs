@@ -1,41 +1,33 @@
 //! Opening a file: who it belongs to, whether it is whole, and what it says.
 
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::create::allocate;
+use super::backing::Backing;
 use super::file::MapFile;
 use super::header::{Bad, HEADER_BYTES, Header};
 use super::layout::{CHUNK_BITS, CHUNK_WORDS, Layout, PAGE};
-use super::lock::LockedFile;
-use super::words::Words;
 use super::{AfterPowerLoss, LastStop, Options, UNKNOWN_BOOT};
 use crate::{Error, HBitmap, Result};
 
 /// Opens a file of `maps` maps for exclusive use, verifies it, and marks it as in use.
 pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFile> {
-    let file =
-        OpenOptions::new().read(true).write(true).open(path).map_err(Error::io(path, "open"))?;
-    let file = LockedFile::lock(file, path)?;
+    let file = Backing::open(path)?;
     let (header, newest_copy) = read_header(&file, path)?;
     check_owner(&header, options, maps, path)?;
     let empty = HBitmap::new(header.size, header.granularity_log2)?;
     let layout = Layout::new(empty.bits(), maps);
-    let len = file.metadata().map_err(Error::io(path, "stat"))?.len();
+    let len = file.len_bytes().map_err(Error::io(path, "stat"))?;
     if len != layout.file_len() {
         return Err(corrupt(path, format!("{len} bytes long instead of {}", layout.file_len())));
     }
-    let boot_id = options.current_boot_id();
+    let boot_id = options.current_boot_id(path);
     let last_stop = last_stop(&header, boot_id);
     if last_stop == LastStop::PowerLost && options.after_power_loss == AfterPowerLoss::Refuse {
         return Err(Error::PowerLost { path: path.to_owned() });
     }
 
-    // A copy of the file may have holes, which a full disk would turn into a signal.
-    allocate(&file, len).map_err(Error::io(path, "allocate"))?;
-    let words = Words::map(&file).map_err(Error::io(path, "map"))?;
+    let words = file.map(path, len)?;
     let mut this = MapFile {
         path: path.to_owned(),
         words,
@@ -72,7 +64,7 @@ fn last_stop(header: &Header, boot_id: [u8; 16]) -> LastStop {
 }
 
 /// The header that counts, and which copy it is.
-fn read_header(file: &File, path: &Path) -> Result<(Header, u64)> {
+fn read_header(file: &Backing, path: &Path) -> Result<(Header, u64)> {
     let not_a_bitmap = |reason: String| Error::NotABitmap { path: PathBuf::from(path), reason };
     let mut copies = [Err(Bad::Magic); 2];
     for (index, copy) in (0..).zip(&mut copies) {

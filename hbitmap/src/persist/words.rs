@@ -12,34 +12,39 @@ use memmap2::MmapRaw;
 /// Stores become visible in the order in which they are made, and outlive the process however
 /// it ends: they are in the page cache.
 #[derive(Debug)]
-pub(super) struct Words {
-    map: MmapRaw,
+pub(super) enum Words {
+    Mapped(MmapRaw),
+    #[cfg(feature = "simulation")]
+    StandIn(std::sync::Arc<dyn super::stand_in::MapMemory>),
 }
 
 impl Words {
     /// Maps all of `file`, whose length is a multiple of 8.
     pub(super) fn map(file: &File) -> io::Result<Words> {
-        Ok(Words { map: MmapRaw::map_raw(file)? })
-    }
-
-    fn word(&self, index: u64) -> &AtomicU64 {
-        let index = index as usize;
-        assert!(index < self.map.len() / 8, "word {index} lies outside the file");
-        // SAFETY: the word lies inside the mapping, which lives as long as `self` and starts at a
-        // page, so that it is aligned. Nothing in this process touches the mapping but through
-        // these atomics; other processes are kept out by the lock on the file.
-        unsafe { AtomicU64::from_ptr(self.map.as_mut_ptr().cast::<u64>().add(index)) }
+        Ok(Words::Mapped(MmapRaw::map_raw(file)?))
     }
 
     pub(super) fn load(&self, index: u64) -> u64 {
-        u64::from_le(self.word(index).load(Ordering::Relaxed))
+        match self {
+            Words::Mapped(map) => u64::from_le(word(map, index).load(Ordering::Relaxed)),
+            #[cfg(feature = "simulation")]
+            Words::StandIn(memory) => memory.load(index),
+        }
+    }
+
+    fn put(&self, index: u64, value: u64) {
+        match self {
+            Words::Mapped(map) => word(map, index).store(value.to_le(), Ordering::Release),
+            #[cfg(feature = "simulation")]
+            Words::StandIn(memory) => memory.store(index, value),
+        }
     }
 
     /// Not before anything that was stored before it.
     pub(super) fn store(&self, index: u64, value: u64) {
         #[cfg(test)]
         crash::count_store();
-        self.word(index).store(value.to_le(), Ordering::Release);
+        self.put(index, value);
     }
 
     /// Stores zeroes to a range of words.
@@ -50,14 +55,29 @@ impl Words {
             if index == words.start + (words.end - words.start) / 2 {
                 crash::count_store();
             }
-            self.word(index).store(0, Ordering::Release);
+            self.put(index, 0);
         }
     }
 
     /// Waits until a range of bytes is on stable storage.
     pub(super) fn flush(&self, bytes: Range<u64>) -> io::Result<()> {
-        self.map.flush_range(bytes.start as usize, (bytes.end - bytes.start) as usize)
+        match self {
+            Words::Mapped(map) => {
+                map.flush_range(bytes.start as usize, (bytes.end - bytes.start) as usize)
+            }
+            #[cfg(feature = "simulation")]
+            Words::StandIn(memory) => memory.flush(bytes),
+        }
     }
+}
+
+fn word(map: &MmapRaw, index: u64) -> &AtomicU64 {
+    let index = index as usize;
+    assert!(index < map.len() / 8, "word {index} lies outside the file");
+    // SAFETY: the word lies inside the mapping, which lives as long as the reference and starts
+    // at a page, so that it is aligned. Nothing in this process touches the mapping but through
+    // these atomics; other processes are kept out by the lock on the file.
+    unsafe { AtomicU64::from_ptr(map.as_mut_ptr().cast::<u64>().add(index)) }
 }
 
 /// Ends a test's "process" at a given store: a panic takes the place of the kill.

@@ -62,6 +62,8 @@ pub struct Listener {
 enum Listening {
     Tcp(TcpListener),
     Unix(UnixListener),
+    #[cfg(feature = "simulation")]
+    Simulated(std::sync::Arc<dyn crate::simulation::Acceptor>),
 }
 
 /// A socket's name in the file system: ours as long as the inode is the same.
@@ -91,6 +93,12 @@ impl Listener {
     /// # Errors
     /// If that is not possible; the error says what to do.
     pub async fn bind(endpoint: &Endpoint) -> Result<Self, BindError> {
+        #[cfg(feature = "simulation")]
+        if let Some(bound) = crate::simulation::bind(endpoint) {
+            let bound = bound.map_err(|e| BindError::new(endpoint, e))?;
+            let (socket, endpoint) = (Listening::Simulated(bound), endpoint.clone());
+            return Ok(Listener { socket, endpoint, _file: None });
+        }
         let result = match endpoint {
             Endpoint::Unix { path } => {
                 bind_unix(path).await.map(|(socket, file)| (socket, Some(file)))
@@ -117,6 +125,8 @@ impl Listener {
         match &self.socket {
             Listening::Tcp(socket) => Stream::try_from(socket.accept().await?.0),
             Listening::Unix(socket) => Ok(Stream::from(socket.accept().await?.0)),
+            #[cfg(feature = "simulation")]
+            Listening::Simulated(acceptor) => acceptor.accept().await,
         }
     }
 }

@@ -4,7 +4,7 @@ mod window;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use brep_block::{Error as BlockError, RangeLock};
+use brep_block::{Error as BlockError, RangeLock, storage};
 use brep_hbitmap::{MapSet, Tag};
 use brep_nbd::client::Connection;
 use serde_json::json;
@@ -27,7 +27,7 @@ use crate::guest::Guest;
 use crate::image::Image;
 use crate::link::{CopyMode, DiskInfo, Side};
 use crate::node::Stage;
-use crate::state::{Record, RecordStore, Role, boot_id};
+use crate::state::{Record, RecordStore, Role};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
 
@@ -153,7 +153,7 @@ impl Group {
             });
         }
         store.update(|record| {
-            record.begin_run(boot_id());
+            record.begin_run(storage::boot_id(&config.state_dir));
             let size = |d: &DiskPart| (d.name.clone(), d.image.device().size());
             record.primary.disks = disks.iter().map(size).collect();
         })?;
@@ -193,7 +193,7 @@ impl Group {
             window_bytes: Arc::new(Semaphore::new(window_bytes as usize)),
             window_requests: Arc::new(Semaphore::new(config.window_requests)),
             config,
-            run: Uuid::new_v4(),
+            run: crate::random::uuid(),
             events,
             errors: ErrorLog::default(),
             stopping,

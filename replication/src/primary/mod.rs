@@ -126,6 +126,7 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
     let mut pause = RETRY_FIRST;
     while !group.stopping.is_cancelled() {
         tokio::select! {
+            biased;
             () = group.until_stage(true) => {}
             () = group.stopping.cancelled() => return,
             () = refuse_requests(&group, &mut requests, "replication has not been started") => {}
@@ -137,6 +138,7 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
             return;
         }
         tokio::select! {
+            biased;
             () = tokio::time::sleep(pause) => {}
             () = group.wake.notified() => {}
             () = group.until_stage(false) => {}
@@ -167,6 +169,7 @@ async fn attempt(
             group.events.emit("BREP_CONNECTED", json!({ "peer": peer.to_string() }));
             let stop = async {
                 tokio::select! {
+                    biased;
                     () = group.quiesced.cancelled() => StopReason::Shutdown,
                     () = group.until_stage(false) => StopReason::Stopped,
                 }
@@ -211,6 +214,8 @@ async fn refuse_requests(
 ) {
     loop {
         tokio::select! {
+            biased;
+            () = group.stopping.cancelled() => return,
             request = requests.recv() => match request {
                 Some(request) => {
                     let _ = request.answer.send(Err(Error::refused(format!(
@@ -219,7 +224,6 @@ async fn refuse_requests(
                 }
                 None => return std::future::pending().await,
             },
-            () = group.stopping.cancelled() => return,
         }
     }
 }

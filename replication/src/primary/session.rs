@@ -85,6 +85,7 @@ impl Session {
             "replication was stopped here".to_owned()
         };
         tokio::select! {
+            biased;
             reason = peer => reason,
             reason = self.watch_connections() => reason,
             reason = self.watch_ages() => reason,
@@ -132,11 +133,12 @@ impl Session {
                 }
             };
             let result = tokio::select! {
+                biased;
+                () = self.group.wake.notified() => self.checkpoints_for_peer().await,
                 request = requests.recv() => match request {
                     Some(request) => self.checkpoint_for(request).await,
                     None => return Error::failed("brep is going away"),
                 },
-                () = self.group.wake.notified() => self.checkpoints_for_peer().await,
                 () = tick => {
                     if self.group.core().dirty {
                         self.checkpoint(None).await.map(drop)
@@ -191,6 +193,7 @@ impl Session {
             std::future::pending::<()>().await
         };
         tokio::select! {
+            biased;
             result = copying => result?,
             () = refusing => {}
         }

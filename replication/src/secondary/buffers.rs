@@ -2,7 +2,7 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use brep_block::{BlockDevice, CacheMode, RawFile, RawFileOptions};
+use brep_block::{BlockDevice, CacheMode, RawFileOptions, storage};
 use brep_qcow2::{CreateOptions, MakeEmpty, OpenOptions, Qcow2};
 
 use super::named::{self, BufferUse};
@@ -235,14 +235,12 @@ impl BufferPool {
     fn numbers(&self) -> Result<Vec<u32>> {
         let fail = |e: std::io::Error| Error::failed(format!("{}: {e}", self.dir.display()));
         let mut numbers = Vec::new();
-        for entry in std::fs::read_dir(&self.dir).map_err(fail)? {
-            let entry = entry.map_err(fail)?;
-            let name = entry.file_name();
+        for name in storage::list(&self.dir).map_err(fail)? {
             let rest = name.to_str().and_then(|n| n.strip_prefix(&self.disk)?.strip_prefix('.'));
             let Some((number, kind)) = rest.and_then(|r| r.split_once('.')) else { continue };
             match (number.parse::<u32>(), kind) {
                 (Ok(number), "qcow2") => numbers.push(number),
-                (Ok(_), UNFINISHED) => std::fs::remove_file(entry.path()).map_err(fail)?,
+                (Ok(_), UNFINISHED) => storage::remove(self.dir.join(&name)).map_err(fail)?,
                 _ => {}
             }
         }
@@ -252,7 +250,7 @@ impl BufferPool {
 
     async fn open_file(&self, path: &Path) -> Result<Buffer> {
         let options = RawFileOptions { growable: true, ..file_options(path) };
-        let file: Arc<dyn BlockDevice> = RawFile::open(path, options)?;
+        let file = storage::open_disk(path, options)?;
         let below = Below::nothing(self.size);
         let options = OpenOptions {
             name: node_name(path),
@@ -331,12 +329,12 @@ impl BufferPool {
         // file that cannot be opened.
         let unfinished = self.dir.join(format!("{}.{number}.{UNFINISHED}", self.disk));
         let made = self.create_file(&unfinished).await.and_then(|()| {
-            std::fs::rename(&unfinished, &path)
+            storage::rename(&unfinished, &path)
                 .map_err(|e| Error::failed(format!("{}: {e}", path.display())))
         });
         if let Err(error) = made {
             // Best effort: what stays is removed at the next start.
-            let _ = std::fs::remove_file(&unfinished);
+            let _ = storage::remove(&unfinished);
             return Err(error);
         }
         self.open_file(&path).await
@@ -349,7 +347,7 @@ impl BufferPool {
             create: Some(0),
             ..file_options(path)
         };
-        let file: Arc<dyn BlockDevice> = RawFile::open(path, options)?;
+        let file = storage::open_disk(path, options)?;
         let options = CreateOptions {
             header_extensions: vec![(TAG_EXTENSION, Tag::retired(&self.disk, 0).encode())],
             // The format knows multiples of 512 only.
@@ -371,7 +369,7 @@ impl BufferPool {
         }
         if self.state().spares.len() >= Self::SPARES_MAX {
             buffer.image.close().await?;
-            std::fs::remove_file(&buffer.path)
+            storage::remove(&buffer.path)
                 .map_err(|e| Error::failed(format!("{}: {e}", buffer.path.display())))?;
             return Ok(());
         }

@@ -1,8 +1,9 @@
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::buffers::Buffer;
 use super::group::Group;
@@ -177,6 +178,7 @@ impl Group {
                 }
             };
             tokio::select! {
+                biased;
                 () = merging => {}
                 () = stopping.cancelled() => {}
             }

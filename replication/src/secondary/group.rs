@@ -1,9 +1,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use brep_block::storage;
 use brep_nbd::server::{OptionError, OptionErrorCode};
 use serde_json::json;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -19,7 +21,7 @@ use crate::guest::Guest;
 use crate::image::Image;
 use crate::link::{DiskInfo, Side, StopReason};
 use crate::node::Stage;
-use crate::state::{DiskRecord, Record, RecordStore, Role, SecondaryRecord, boot_id};
+use crate::state::{DiskRecord, Record, RecordStore, Role, SecondaryRecord};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Result};
 
@@ -135,7 +137,7 @@ impl Group {
         }
         check_known_disks(&secondary, &config)?;
         let mut power_lost = false;
-        store.update(|r| power_lost = r.begin_run(boot_id()))?;
+        store.update(|r| power_lost = r.begin_run(storage::boot_id(&config.state_dir)))?;
         // Else a power loss could bring the clean stop before this run back.
         store.sync()?;
         let reason = (power_lost && !store.record().is_primary()).then(|| {
@@ -170,7 +172,7 @@ impl Group {
             colo,
             plain: config.plain_primary.then(Plain::default),
             config,
-            run: Uuid::new_v4(),
+            run: crate::random::uuid(),
             events,
             errors: ErrorLog::default(),
             stopping,

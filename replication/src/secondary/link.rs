@@ -1,9 +1,10 @@
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use brep_nbd::server::TakenStream;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::group::{Group, Terms};
 use super::session::Session;
@@ -23,6 +24,7 @@ impl Group {
     pub(crate) async fn serve_link(self: Arc<Self>, stream: TakenStream, peer: String) {
         let (mut reader, mut writer) = split(stream, &[]);
         let begun = tokio::select! {
+            biased;
             begun = self.negotiate(&mut reader, &mut writer, &peer) => begun,
             () = self.stopping.cancelled() => return,
         };
@@ -126,6 +128,7 @@ impl Group {
         let limit = self.config.peer_timeout;
         let writing = tokio::spawn(write_link(writer, outbox, session.heartbeat_pause, limit));
         let result = tokio::select! {
+            biased;
             result = self.read_link(session, reader) => result,
             () = session.ending.cancelled() => Err(Error::failed("the session was ended here")),
         };

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use brep_block::{BlockDevice, CacheMode, RawFile, RawFileOptions};
+use brep_block::{BlockDevice, CacheMode, RawFileOptions, storage};
 use brep_qcow2::{OpenOptions, Qcow2};
 
 use super::tag::{TAG_EXTENSION, Tag};
@@ -68,7 +68,7 @@ impl BufferFiles {
             lengths.push(look(used_as, path, size).await?.size());
         }
         check_lengths(self, disk, size, &lengths)?;
-        if state_dir.join("state").exists() {
+        if storage::exists(state_dir.join("state")) {
             return Ok(());
         }
         for (used_as, path) in self.each() {
@@ -113,7 +113,7 @@ fn open_file(
     options: RawFileOptions,
     disk_size: u64,
 ) -> Result<Arc<dyn BlockDevice>> {
-    if !path.exists() {
+    if !storage::exists(path) {
         return Err(Error::failed(format!(
             "{} {} does not exist; make it with {}",
             used_as.as_str(),
@@ -121,7 +121,7 @@ fn open_file(
             how_to_make(path, disk_size)
         )));
     }
-    let file = RawFile::open(path, options)
+    let file = storage::open_disk(path, options)
         .map_err(|e| Error::from(e).context(format!("{} {}", used_as.as_str(), path.display())))?;
     Ok(file)
 }
@@ -256,6 +256,7 @@ pub(super) async fn check_free(
 
 #[cfg(test)]
 mod tests {
+    use brep_block::RawFile;
     use brep_qcow2::{BackingName, CreateOptions};
     use bytes::Bytes;
     use tempfile::TempDir;

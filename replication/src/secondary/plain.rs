@@ -209,7 +209,7 @@ impl Group {
         let Some(plain) = &self.plain else { return };
         let peer = plain.state().clients.last().map(|c| c.connection.peer().to_owned());
         let mut core = self.core();
-        core.last_contact = Some(std::time::Instant::now());
+        core.last_contact = Some(tokio::time::Instant::now());
         match peer {
             Some(peer) => {
                 core.link = LinkState::Connected;

@@ -54,7 +54,7 @@ impl Session {
     ) -> (Arc<Self>, mpsc::Receiver<Message>) {
         let (outbox, messages) = mpsc::channel(OUTBOX_LEN);
         let session = Session {
-            token: Uuid::new_v4(),
+            token: crate::random::uuid(),
             sync,
             heartbeat_pause,
             ending: CancellationToken::new(),

@@ -1,5 +1,6 @@
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 use super::disk::ReplicaDisk;
 use super::group::Group;

@@ -9,4 +9,3 @@ pub use record::{
     BufferRef, DiskRecord, PrimaryRecord, Promotion, Record, Role, SecondaryRecord, Target,
 };
 pub use store::RecordStore;
-pub(crate) use store::boot_id;

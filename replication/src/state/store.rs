@@ -1,7 +1,7 @@
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+use brep_block::storage::{self, PlainFile};
 
 use super::Record;
 use crate::{Error, Result};
@@ -34,7 +34,7 @@ const PAYLOAD_MAX: usize = SLOT_LEN - HEADER_LEN;
 #[derive(Debug)]
 pub struct RecordStore {
     path: PathBuf,
-    file: File,
+    file: Box<dyn PlainFile>,
     seq: u64,
     record: Record,
     /// A save failed: what the file holds is unknown, and nothing more may be promised.
@@ -48,31 +48,21 @@ impl RecordStore {
     /// The file cannot be read, or neither slot is valid although the file exists.
     pub fn open(dir: &Path, blank: impl FnOnce() -> Record) -> Result<Self> {
         let path = dir.join("state");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|e| Error::failed(format!("{}: cannot open: {e}", path.display())))?;
-        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
-            |_| {
-                Error::refused(format!(
-                    "{}: another brep runs on this state directory; stop it first",
-                    path.display()
-                ))
-            },
-        )?;
-        let len = file.metadata().map_err(|e| io_error(&path, "read", &e))?.len();
-        if len == 0 {
+        let file = storage::open_file(&path).map_err(|e| match e.kind() {
+            io::ErrorKind::WouldBlock => Error::refused(format!(
+                "{}: another brep runs on this state directory; stop it first",
+                path.display()
+            )),
+            _ => Error::failed(format!("{}: cannot open: {e}", path.display())),
+        })?;
+        if file.is_empty().map_err(|e| io_error(&path, "read", &e))? {
             let mut store = RecordStore { path, file, seq: 0, record: blank(), broken: false };
             let record = store.record.clone();
             store.save(record)?;
             return Ok(store);
         }
         let newest = (0..2)
-            .filter_map(|slot| read_slot(&file, slot).transpose())
+            .filter_map(|slot| read_slot(&*file, slot).transpose())
             .collect::<io::Result<Vec<_>>>()
             .map_err(|e| io_error(&path, "read", &e))?
             .into_iter()
@@ -151,12 +141,6 @@ impl RecordStore {
     }
 }
 
-/// The kernel's boot id, if it tells.
-pub(crate) fn boot_id() -> Option<String> {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    Some(id.trim().to_owned())
-}
-
 fn io_error(path: &Path, what: &str, error: &io::Error) -> Error {
     Error::failed(format!("{}: cannot {what} the state record: {error}", path.display()))
 }
@@ -177,7 +161,7 @@ fn encode_slot(seq: u64, payload: &[u8]) -> Vec<u8> {
 }
 
 /// Reads a slot; `None` if it is not valid.
-fn read_slot(file: &File, slot: u64) -> io::Result<Option<(u64, Record)>> {
+fn read_slot(file: &dyn PlainFile, slot: u64) -> io::Result<Option<(u64, Record)>> {
     let base = slot * SLOT_LEN as u64;
     let Some(header) = read_exact(file, base, HEADER_LEN)? else { return Ok(None) };
     let be32 = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().expect("4 bytes"));
@@ -200,7 +184,7 @@ fn read_slot(file: &File, slot: u64) -> io::Result<Option<(u64, Record)>> {
 }
 
 /// Reads `len` bytes, or nothing if the file is shorter.
-fn read_exact(file: &File, offset: u64, len: usize) -> io::Result<Option<Vec<u8>>> {
+fn read_exact(file: &dyn PlainFile, offset: u64, len: usize) -> io::Result<Option<Vec<u8>>> {
     let mut data = vec![0; len];
     match file.read_exact_at(&mut data, offset) {
         Ok(()) => Ok(Some(data)),
@@ -211,6 +195,8 @@ fn read_exact(file: &File, offset: u64, len: usize) -> io::Result<Option<Vec<u8>
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
     use crate::state::Role;
     use crate::{Epoch, Generation};
@@ -268,9 +254,9 @@ mod tests {
     fn after_a_failed_write_nothing_is_promised() {
         let dir = tempfile::tempdir().unwrap();
         let mut store = RecordStore::open(dir.path(), blank).unwrap();
-        store.file = File::open(dir.path().join("state")).unwrap(); // read-only: writes fail
+        store.file = Box::new(File::open(dir.path().join("state")).unwrap()); // read-only: writes fail
         assert!(store.save(with_epoch(1)).is_err());
-        store.file = File::options().write(true).open(dir.path().join("state")).unwrap();
+        store.file = Box::new(File::options().write(true).open(dir.path().join("state")).unwrap());
         assert!(store.save(with_epoch(2)).is_err(), "the failure must be sticky");
         assert_eq!(store.record().epoch, Epoch(0));
     }

@@ -42,7 +42,7 @@ pub(super) fn open_maps(
         Err(error @ (MapError::Locked { .. } | MapError::Io { .. })) => return Err(failed(error)),
         Err(error) => {
             tracing::warn!(disk, %error, "the dirty maps are made anew: everything may differ");
-            std::fs::remove_file(&path)
+            brep_block::storage::remove(&path)
                 .map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
         }
     }

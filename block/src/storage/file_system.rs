@@ -1,0 +1,116 @@
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::FlockOperation;
+
+use super::{PlainFile, Storage};
+use crate::{BlockDevice, RawFile, RawFileOptions, Result};
+
+/// The file system of this machine.
+#[derive(Debug, Clone, Copy)]
+pub struct FileSystem;
+
+impl Storage for FileSystem {
+    fn open_disk(&self, path: &Path, options: RawFileOptions) -> Result<Arc<dyn BlockDevice>> {
+        Ok(RawFile::open(path, options)?)
+    }
+
+    fn open_file(&self, path: &Path) -> io::Result<Box<dyn PlainFile>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(Box::new(file))
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+        fs::set_permissions(path, Permissions::from_mode(0o700))
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+
+    fn list(&self, directory: &Path) -> io::Result<Vec<OsString>> {
+        let names: io::Result<Vec<_>> =
+            fs::read_dir(directory)?.map(|entry| Ok(entry?.file_name())).collect();
+        let mut names = names?;
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        path.exists()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn boot_id(&self, _: &Path) -> Option<String> {
+        let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        Some(id.trim().to_owned())
+    }
+}
+
+impl PlainFile for File {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        FileExt::read_exact_at(self, buffer, offset)
+    }
+
+    fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        FileExt::write_all_at(self, data, offset)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        File::sync_data(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_open_is_not_opened_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let file = FileSystem.open_file(&path).unwrap();
+        file.write_all_at(b"here", 2).unwrap();
+        let again = FileSystem.open_file(&path).unwrap_err();
+        assert_eq!(again.kind(), io::ErrorKind::WouldBlock);
+        drop(file);
+        let file = FileSystem.open_file(&path).unwrap();
+        assert_eq!(file.len().unwrap(), 6);
+    }
+
+    #[test]
+    fn what_lies_in_a_directory_is_listed_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("a/b");
+        FileSystem.create_dir(&inner).unwrap();
+        for name in ["z", "m", "a"] {
+            FileSystem.open_file(&inner.join(name)).unwrap();
+        }
+        FileSystem.rename(&inner.join("z"), &inner.join("b")).unwrap();
+        FileSystem.remove(&inner.join("m")).unwrap();
+        assert_eq!(FileSystem.list(&inner).unwrap(), ["a", "b"]);
+    }
+}
