@@ -13,6 +13,7 @@ import sys
 import brep_iotest
 import contenders as c
 import moments
+import outage
 import report
 from loads import LOADS
 
@@ -45,11 +46,14 @@ def main(t):
     rows = [(group, load) for group in groups_all for load in LOADS
             if wanted(options, f"{group.name}/{load.name}")]
     dirtied = [mib for mib in moments.DIRTY_MIB if wanted(options, f"moments/{mib}")]
+    outages = [kind for kind in outage.OUTAGES if wanted(options, f"outage/{kind}")]
     if options.list:
         print("\n".join([f"{group.name}/{load.name}" for group, load in rows]
-                        + [f"moments/{mib}" for mib in dirtied]))
+                        + [f"moments/{mib}" for mib in dirtied]
+                        + [f"outage/{kind}" for kind in outages]))
         return
-    record = {"machine": report.machine(t), "options": vars(options), "rows": {}, "moments": {}}
+    record = {"machine": report.machine(t), "options": vars(options), "rows": {}, "moments": {},
+              "outages": {}}
     report.print_head(record["machine"], options, {x.title: x.durability for g in groups_all
                                                    for x in g.all()})
     base = t.dir / "base.raw"
@@ -62,8 +66,11 @@ def main(t):
                 measure_group(record["rows"], group, loads, base, number, options)
         for mib in dirtied:
             moments.measure(record["moments"], t, mib, base, number)
+        for kind in outages:
+            outage.measure(record["outages"], t, kind, base, number)
     report.print_rows(rows, record["rows"])
     report.print_moments(record["moments"])
+    report.print_outages(record["outages"], outage.OUTAGES)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(record, file, indent=1)

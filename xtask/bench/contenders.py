@@ -138,6 +138,20 @@ class BrepPair(Contender):
         self.control.close()
         self.primary.kill9()
 
+    def lose_secondary(self, kind):
+        if kind == "stopped":
+            self.secondary.pause()
+        else:
+            self.secondary_control.close()
+            self.secondary.kill9()
+
+    def return_secondary(self, kind):
+        if kind == "stopped":
+            self.secondary.resume()
+        else:
+            self.secondary = _brep_secondary(self, None, fresh=False)
+            self.secondary_control = self.t.control(f"{self.name}-beta/control.sock", 600)
+
     def stop(self):
         if self.primary.alive():
             self.control.close()
@@ -194,10 +208,21 @@ class QemuPair(Contender):
     def lose_primary(self):
         self.primary.kill9()
 
+    def lose_secondary(self, kind):
+        if kind == "stopped":
+            self.secondary.process.pause()
+        else:
+            self.secondary.kill9()
+
+    def return_secondary(self, kind):
+        """One that was killed does not come back: there is no way but a full copy by hand."""
+        if kind == "stopped":
+            self.secondary.process.resume()
+
     def stop(self):
-        if self.primary.process.alive():
-            self.primary.stop()
-        self.secondary.stop()
+        for side in (self.primary, self.secondary):
+            if side.process.alive():
+                side.stop()
 
 
 class QemuParent(Contender):
@@ -219,9 +244,10 @@ class QemuParent(Contender):
         self.secondary.stop()
 
 
-def _brep_secondary(contender, base, *options, listen=None):
+def _brep_secondary(contender, base, *options, listen=None, fresh=True):
     t, name = contender.t, contender.name
-    shutil.rmtree(f"{name}-beta", ignore_errors=True)
+    if fresh:
+        shutil.rmtree(f"{name}-beta", ignore_errors=True)
     control = f"{name}-beta/control.sock"
     return t.brep_daemon(
         f"{name}-secondary", "secondary", "--name", "beta", "--state-dir", f"{name}-beta",

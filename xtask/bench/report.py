@@ -68,6 +68,20 @@ def print_moments(measured):
                for mib, each in by_mib.items()])
 
 
+def print_outages(measured, kinds):
+    """Medians; what a pair cannot do is left empty."""
+    for kind, by_title in measured.items():
+        names = list(dict.fromkeys(name for figures in by_title.values() for name in figures))
+        titles = sorted(by_title, key=lambda title: "QEMU" in title)
+        print(f"\n{kinds[kind][0].upper()}{kinds[kind][1:]}:\n")
+        table(["figure"] + titles, [
+            [name] + [median(by_title[title].get(name)) for title in titles] for name in names])
+
+
+def median(values):
+    return f"{statistics.median(values):.1f}" if values else ""
+
+
 def ratio(dividends, divisors):
     """The median of what the rounds give, each by itself."""
     return f"{statistics.median(a / b for a, b in zip(dividends, divisors)):.2f}"
