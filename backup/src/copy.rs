@@ -1,10 +1,11 @@
 use std::ops::Range;
 
-use brep_block::{Error, Operation, WriteFlags, ZeroFlags, is_zero};
+use brep_block::{Error, Operation, is_zero};
 use bytes::Bytes;
 
 use crate::epoch::{Epoch, Side};
 use crate::filter::Shared;
+use crate::target::Target;
 
 /// Most bytes read and written by one call.
 const PIECE_BYTES_MAX: u64 = 1 << 20;
@@ -61,11 +62,12 @@ async fn copy_and_secure(
 ) -> CopyResult<()> {
     let mut at = bytes.start;
     let mut copied_units = 0;
+    let mut target = Target::new(&*epoch.target, shared.barrier);
     while at < bytes.end {
         let located = epoch.locate(&(at..bytes.end), bytes.end).await;
         let (side, len) = located.map_err(of_target)?;
         if side == Side::Source {
-            copy_run(shared, epoch, at..at + len).await?;
+            copy_run(shared, epoch, &mut target, at..at + len).await?;
             copied_units += len.div_ceil(epoch.unit.bytes());
         }
         at += len;
@@ -74,7 +76,7 @@ async fn copy_and_secure(
     if let Some(level) = shared.barrier
         && (copied_units > 0 || !epoch.assumes_nothing())
     {
-        epoch.target.flush(level).await.map_err(of_target)?;
+        target.secure(level).await.map_err(of_target)?;
     }
     epoch.mark(units);
     shared.counters.copied(copied_units);
@@ -82,7 +84,12 @@ async fn copy_and_secure(
 }
 
 /// Copies a range of which nothing has been copied, in pieces of bounded size.
-async fn copy_run(shared: &Shared, epoch: &Epoch, run: Range<u64>) -> CopyResult<()> {
+async fn copy_run(
+    shared: &Shared,
+    epoch: &Epoch,
+    target: &mut Target<'_>,
+    run: Range<u64>,
+) -> CopyResult<()> {
     let piece_max = piece_bytes_max(shared, epoch);
     let mut at = run.start;
     while at < run.end {
@@ -90,11 +97,11 @@ async fn copy_run(shared: &Shared, epoch: &Epoch, run: Range<u64>) -> CopyResult
         let zeroes =
             if left >= STATUS_BYTES_MIN { known_zeroes(shared, epoch, at, left).await } else { 0 };
         if zeroes > 0 {
-            write_zeroes(shared, epoch, at, zeroes).await?;
+            write_zeroes(shared, target, at, zeroes).await?;
             at += zeroes;
         } else {
             let len = left.min(piece_max);
-            copy_piece(shared, epoch, at, len).await?;
+            copy_piece(shared, epoch, target, at, len).await?;
             at += len;
         }
     }
@@ -113,7 +120,13 @@ async fn known_zeroes(shared: &Shared, epoch: &Epoch, at: u64, left: u64) -> u64
     }
 }
 
-async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> CopyResult<()> {
+async fn copy_piece(
+    shared: &Shared,
+    epoch: &Epoch,
+    target: &mut Target<'_>,
+    at: u64,
+    len: u64,
+) -> CopyResult<()> {
     let _memory = shared.memory.take(len).await;
     let data = shared.read_source(at, len).await.map_err(of_source)?;
     let unit = usize::try_from(epoch.unit.bytes()).unwrap_or(usize::MAX);
@@ -122,11 +135,10 @@ async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> CopyRe
         let (zero, end) = zero_run(&data, from, unit);
         let (offset, part) = (at + from as u64, data.slice(from..end));
         if zero {
-            write_zeroes(shared, epoch, offset, part.len() as u64).await?;
+            write_zeroes(shared, target, offset, part.len() as u64).await?;
         } else {
             let len = part.len() as u64;
-            let written = epoch.target.write(offset, part, WriteFlags::default()).await;
-            written.map_err(of_target)?;
+            target.write(offset, part).await.map_err(of_target)?;
             shared.counters.wrote_data(len);
         }
         from = end;
@@ -134,9 +146,8 @@ async fn copy_piece(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> CopyRe
     Ok(())
 }
 
-async fn write_zeroes(shared: &Shared, epoch: &Epoch, at: u64, len: u64) -> CopyResult<()> {
-    let flags = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
-    epoch.target.write_zeroes(at, len, flags).await.map_err(of_target)?;
+async fn write_zeroes(shared: &Shared, target: &Target<'_>, at: u64, len: u64) -> CopyResult<()> {
+    target.write_zeroes(at, len).await.map_err(of_target)?;
     shared.counters.wrote_zeroes(len);
     Ok(())
 }

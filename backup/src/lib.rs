@@ -13,6 +13,7 @@ mod live;
 mod memory;
 mod options;
 mod rate;
+mod target;
 mod unit_set;
 mod view;
 

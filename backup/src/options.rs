@@ -43,8 +43,9 @@ pub struct CbwOptions {
     /// What a failed copy breaks.
     pub on_copy_error: OnCopyError,
     /// How safe a pre-image has to be before the source is overwritten. [`FlushLevel::Process`]:
-    /// a killed process finds every pre-image whose original it has overwritten. `None`: only as
-    /// long as the process lives.
+    /// a killed process finds every pre-image whose original it has overwritten.
+    /// [`FlushLevel::Durable`]: so does a machine that has lost its power, if the target can
+    /// [stage](brep_block::Staging) or has no mapping. `None`: only as long as the process lives.
     pub barrier: Option<FlushLevel>,
     /// How long a guest's request waits for its copy at most, the wait for requests before it
     /// included (`cbw-timeout`); then [`on_copy_error`](Self::on_copy_error) says what breaks.

@@ -69,6 +69,12 @@ pub trait BlockDevice: Send + Sync + fmt::Debug {
     fn replication(&self) -> Option<&dyn Replication> {
         None
     }
+
+    /// Writes of which data and mapping can be flushed one after the other, if this device has a
+    /// mapping and can do that.
+    fn staging(&self) -> Option<&dyn Staging> {
+        None
+    }
 }
 
 /// How far a flush goes.
@@ -220,6 +226,21 @@ pub(crate) fn check_request_write(
     }
     let size = if limits.growable { i64::MAX.unsigned_abs() } else { size };
     check_request(node, size, limits, operation, offset, len)
+}
+
+/// Writes in two steps, so that no mapping reaches stable storage before its data: stage, flush,
+/// publish, flush. One flush of each kind serves any number of writes.
+///
+/// Data is staged where the device has nothing of its own yet, or again in the same place.
+pub trait Staging: Send + Sync {
+    /// Writes data that counts for nothing yet: the device reads as before, also after a crash.
+    /// The range consists of whole units of [`Limits::preferred_size`], but for the end of the
+    /// device.
+    fn stage(&self, offset: u64, data: Bytes) -> Io<'_, ()>;
+
+    /// Makes what was staged in this range the content. All of the range was staged, and a
+    /// durable flush begun since then has succeeded.
+    fn publish(&self, offset: u64, len: u64) -> Io<'_, ()>;
 }
 
 /// The role in which a device is asked to replicate.

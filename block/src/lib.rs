@@ -20,8 +20,8 @@ pub use decorator::{
 };
 pub use detach::{detach, start};
 pub use device::{
-    BlockDevice, BlockStatus, FlushLevel, Limits, Replication, ReplicationMode, StatusFlags,
-    WriteFlags, ZeroFlags,
+    BlockDevice, BlockStatus, FlushLevel, Limits, Replication, ReplicationMode, Staging,
+    StatusFlags, WriteFlags, ZeroFlags,
 };
 pub use error::{Error, ErrorKind, Operation, Result};
 pub use io::Io;

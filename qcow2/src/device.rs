@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use brep_block::{
     BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, LockMode, Operation,
-    Result, WriteFlags, ZeroFlags, start,
+    Result, Staging, WriteFlags, ZeroFlags, start,
 };
 use bytes::Bytes;
 
@@ -19,7 +19,8 @@ const TRANSFER_MAX: u32 = 32 << 20;
 /// An open qcow2 image.
 ///
 /// A request that has completed is in the file, data and mapping: the end of the process loses
-/// nothing. See [`OpenOptions::ordered`] for power losses.
+/// nothing. See [`OpenOptions::ordered`] for power losses, and [`Staging`] for writes of which not
+/// even a power loss finds the mapping without the data.
 ///
 /// Operations run to their end even if their [`Io`] is dropped, as long as they run inside a
 /// tokio runtime. Dropping the handle writes nothing: call [`close`](Self::close), or some
@@ -271,5 +272,33 @@ impl BlockDevice for Qcow2 {
         }
         let image = Arc::clone(&self.image);
         start(async move { image.grow(size).await })
+    }
+
+    /// Not for version 2, where zeroes are data.
+    fn staging(&self) -> Option<&dyn Staging> {
+        (self.image.g.version >= 3).then_some(self)
+    }
+}
+
+impl Staging for Qcow2 {
+    fn stage(&self, offset: u64, data: Bytes) -> Io<'_, ()> {
+        match self.admit(Operation::Write, offset, data.len() as u64) {
+            Ok(true) => {}
+            Ok(false) => return Io::ok(()),
+            Err(error) => return Io::err(error),
+        }
+        let image = Arc::clone(&self.image);
+        start(async move { image.stage(offset, data).await })
+    }
+
+    fn publish(&self, offset: u64, len: u64) -> Io<'_, ()> {
+        // Not data, whose length is limited.
+        match self.admit(Operation::WriteZeroes, offset, len) {
+            Ok(true) => {}
+            Ok(false) => return Io::ok(()),
+            Err(error) => return Io::err(error),
+        }
+        let image = Arc::clone(&self.image);
+        start(async move { image.publish(offset, len).await })
     }
 }

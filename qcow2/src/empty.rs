@@ -33,6 +33,7 @@ impl Image {
         let _structure = self.structure.lock().await;
         self.check_writable(Operation::Control)?;
         *lock(&self.inflated) = None;
+        self.forget_staged();
         match how {
             MakeEmpty::Keep => self.forget_mapping().await,
             MakeEmpty::Release if self.can_start_over() => self.start_over().await,

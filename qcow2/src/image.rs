@@ -11,6 +11,7 @@
 //!
 //! Locks of the standard library protect memory only and are never held over an await.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -52,6 +53,8 @@ pub(crate) struct Image {
     pub(crate) flusher: Flusher,
     /// References that may be dropped once what no longer needs them is on stable storage.
     pub(crate) deferred: Mutex<Deferred>,
+    /// Where clusters lie that have been staged and not published: guest to host cluster.
+    pub(crate) staged: Mutex<HashMap<u64, u64>>,
     /// The cluster that was inflated last.
     pub(crate) inflated: Mutex<Option<Inflated>>,
     health: Health,
@@ -138,6 +141,7 @@ impl Image {
             regions: Mutex::new(parts.regions),
             flusher: Flusher::default(),
             deferred: Mutex::new(Deferred::default()),
+            staged: Mutex::default(),
             inflated: Mutex::new(None),
             health: Health::default(),
         }

@@ -21,6 +21,7 @@ mod refcount;
 mod regions;
 mod resize;
 mod snapshot;
+mod stage;
 mod write;
 mod zero;
 

@@ -123,6 +123,7 @@ impl Image {
         let _all = self.ranges.lock(0..u64::MAX, LockMode::Exclusive).await;
         self.check_health(Operation::Flush)?;
         self.flush_durable().await?;
+        self.forget_staged();
         self.drain_pool().await?;
         self.file.flush(FlushLevel::Durable).await?;
         self.mark_closed();

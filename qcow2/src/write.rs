@@ -135,7 +135,7 @@ impl Image {
     }
 
     /// Writes guest data to its host clusters, which must not be metadata.
-    async fn write_data(&self, host: u64, data: Bytes) -> Result<()> {
+    pub(crate) async fn write_data(&self, host: u64, data: Bytes) -> Result<()> {
         let end = host + data.len() as u64;
         self.check_data_range(host..end).await?;
         self.file.write(host, data).await

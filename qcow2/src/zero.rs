@@ -121,7 +121,7 @@ impl Image {
     }
 
     /// New entries for the clusters of a range within one table.
-    async fn plan_changes(
+    pub(crate) async fn plan_changes(
         &self,
         operation: Operation,
         table: &L2Table,
