@@ -92,6 +92,8 @@ async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Resul
     let part = &group.disks()[disk];
     let device = part.image.device();
     let admission = group.admit(range.end - range.start).await;
+    // What follows is the local disk's.
+    admission.pause();
     let status = device.block_status(range.start, device.size() - range.start).await?;
     let zero = status.flags.zero && status.len >= range.end - range.start;
     let range = if zero {
@@ -114,6 +116,7 @@ async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Resul
             return Err(error.into());
         }
     };
+    admission.resume();
     let begun = group.begin_copy(disk, range.start, &change)?;
     drop(guard);
     group.local_done(begun.epoch, disk, range.start, len, &Ok(()));

@@ -2,8 +2,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use brep_block::{
-    BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, Operation, Result, WriteFlags,
-    ZeroFlags, detach,
+    BlockDevice, BlockStatus, FlushLevel, Io, Limits, Operation, Result, WriteFlags, ZeroFlags,
+    detach,
 };
 use bytes::Bytes;
 use futures_util::future::join;
@@ -68,7 +68,7 @@ impl PrimaryDisk {
         counters.guest_write_bytes.fetch_add(len, Ordering::Relaxed);
         let admission = self.group.admit(len).await;
         let locks = &self.group.disks()[self.index].locks;
-        let guard = locks.lock(offset..offset + len, LockMode::Exclusive).await;
+        let guard = admission.lock(locks, offset..offset + len).await;
         let begun = self.group.begin(self.index, offset, &change)?;
         let epoch = begun.epoch;
         let local = async {

@@ -28,6 +28,9 @@ pub(crate) struct Epochs<T> {
     /// Writes that were on their way to the peer when it was lost, and whose owners have not
     /// learned that yet.
     stale: usize,
+    /// Local writes of epochs before `late_before` that a void cut has waited for in vain.
+    late: usize,
+    late_before: Epoch,
 }
 
 /// Writes that have begun and not ended, by side.
@@ -72,6 +75,8 @@ impl<T> Epochs<T> {
             ended: InFlight::default(),
             running: InFlight::default(),
             stale: 0,
+            late: 0,
+            late_before: current,
         }
     }
 
@@ -97,6 +102,7 @@ impl<T> Epochs<T> {
         // Writes of the time before count with their old epoch and are of no interest here.
         self.ended = InFlight::default();
         self.running = InFlight::default();
+        self.late = 0;
     }
 
     /// The peer is lost. Returns what was held: it differs now.
@@ -138,9 +144,11 @@ impl<T> Epochs<T> {
 
     /// A write has ended locally.
     pub(crate) fn local_done(&mut self, epoch: Epoch, ok: bool) {
+        let late = epoch < self.late_before;
         if let Some(in_flight) = self.in_flight(epoch) {
             in_flight.local = in_flight.local.saturating_sub(1);
             in_flight.failed |= !ok;
+            self.late = self.late.saturating_sub(usize::from(late));
         }
     }
 
@@ -193,6 +201,17 @@ impl<T> Epochs<T> {
         }
     }
 
+    /// Whether the cut waits for the local disk, and for nothing else.
+    pub(crate) fn waits_for_local(&self) -> bool {
+        self.ended.remote == 0 && self.ended.local > 0
+    }
+
+    /// Whether local writes go on that a void cut has waited for. Another cut would only hold
+    /// others back again.
+    pub(crate) fn has_late_writes(&self) -> bool {
+        self.late > 0
+    }
+
     /// The peer has made the cut: returns the writes to be sent now, in their order.
     pub(crate) fn release(&mut self) -> VecDeque<T> {
         self.holding = false;
@@ -212,6 +231,7 @@ impl<T> Epochs<T> {
         // The next cut must wait for what is still in flight of it. That one of them failed is
         // forgotten: it differs, and is sent again before the next cut.
         let ended = std::mem::take(&mut self.ended);
+        (self.late, self.late_before) = (ended.local, self.current);
         self.running.local += ended.local;
         self.running.remote += ended.remote;
         self.release()
@@ -281,6 +301,21 @@ mod tests {
             epochs.remote_done(epoch, true);
         }
         assert_eq!(epochs.drained(), Drained::Clean);
+    }
+
+    #[test]
+    fn local_writes_that_a_cut_waited_for_in_vain_are_late_until_they_end() {
+        let mut epochs = attached();
+        let (first, _) = epochs.begin();
+        epochs.remote_done(first, true);
+        epochs.start_cut();
+        assert!(epochs.waits_for_local());
+        epochs.void_cut();
+        let (second, _) = epochs.begin();
+        epochs.local_done(second, true);
+        assert!(epochs.has_late_writes(), "it is the first that is late");
+        epochs.local_done(first, true);
+        assert!(!epochs.has_late_writes());
     }
 
     #[test]

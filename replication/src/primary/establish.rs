@@ -97,6 +97,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         epoch,
         session: Some(token),
         copy,
+        wish,
         connections: connections.clone(),
         peer: &format!("{} ({peer})", answer.side.name),
     })?;
@@ -106,13 +107,13 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
 
 /// A stock NBD server says nothing of what it holds: only the record and the operator know.
 async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
-    let (had_peer, wish, epoch) = {
+    let (wish, epoch) = {
         let core = group.core();
-        let wish = core.wish;
-        let epoch = core.record().epoch.max(core.epoch()).next();
-        (core.had_peer(), wish, epoch)
+        (core.wish, core.epoch())
     };
-    let copy = match decide_plain(had_peer, wish) {
+    let record = group.record();
+    let epoch = record.epoch.max(epoch).next();
+    let copy = match decide_plain(record.primary.had_peer, wish) {
         Decision::Start(copy) => copy,
         Decision::Refuse(refusal) => return Ok(Attempt::Refused(refusal)),
     };
@@ -122,6 +123,7 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         epoch,
         session: None,
         copy,
+        wish,
         connections: connections.clone(),
         peer: &format!("plain NBD server ({peer})"),
     })?;

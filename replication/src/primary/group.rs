@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use self::maps::{begin_copy, open_maps};
 use self::window::HeldWrite;
-use super::ages::Ages;
+use super::ages::{Ages, Due};
 use super::epochs::{Drained, Epochs};
 use super::hello::{Refusal, Wish};
 use crate::commands::{Colo, ColoMode};
@@ -27,7 +27,7 @@ use crate::guest::Guest;
 use crate::image::Image;
 use crate::link::{CopyMode, DiskInfo, Side};
 use crate::node::Stage;
-use crate::state::{Record, RecordStore, Role};
+use crate::state::{Record, RecordStore, Role, SharedRecord};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
 
@@ -39,6 +39,8 @@ pub(crate) struct Group {
     pub(crate) errors: ErrorLog,
     pub(crate) stopping: CancellationToken,
     disks: Vec<DiskPart>,
+    /// Changed by the data thread alone, and never while the core is locked: queries need that.
+    record: SharedRecord,
     core: Mutex<Core>,
     window_bytes: Arc<Semaphore>,
     window_requests: Arc<Semaphore>,
@@ -65,6 +67,8 @@ pub(crate) struct Terms<'a> {
     /// Its token; a stock NBD server has none.
     pub(crate) session: Option<Uuid>,
     pub(crate) copy: CopyMode,
+    /// What the operator had asked for when this was agreed on.
+    pub(crate) wish: Wish,
     /// One a disk.
     pub(crate) connections: Vec<Arc<Connection>>,
     /// The other side, for people.
@@ -82,7 +86,6 @@ pub(crate) struct DiskPart {
 }
 
 pub(crate) struct Core {
-    store: RecordStore,
     epochs: Epochs<HeldWrite>,
     /// One a disk, while a session is attached.
     connections: Vec<Arc<Connection>>,
@@ -95,6 +98,8 @@ pub(crate) struct Core {
     pub(crate) link: LinkState,
     pub(crate) refusal: Option<Refusal>,
     pub(crate) reason: Option<String>,
+    /// Why the peer is about to be lost, if that was a command.
+    pub(crate) dropped: Option<String>,
     pub(crate) peer: Option<String>,
     /// A copy runs; no cuts until it has ended.
     pub(crate) copying: bool,
@@ -165,7 +170,6 @@ impl Group {
         let window_bytes = u32::try_from(config.window_bytes).unwrap_or(u32::MAX >> 4);
         let core = Core {
             epochs: Epochs::new(store.record().epoch),
-            store,
             connections: Vec::new(),
             maps,
             ages: Ages::default(),
@@ -174,6 +178,7 @@ impl Group {
             link: if config.peer.is_some() { LinkState::Disconnected } else { LinkState::None },
             refusal: None,
             reason: None,
+            dropped: None,
             peer: config.peer.as_ref().map(ToString::to_string),
             copying: false,
             checkpoints_for_peer: Vec::new(),
@@ -198,6 +203,7 @@ impl Group {
             errors: ErrorLog::default(),
             stopping,
             disks,
+            record: SharedRecord::new(store),
             core: Mutex::new(core),
             ended: Notify::new(),
             stage: watch::Sender::new(stage),
@@ -217,7 +223,7 @@ impl Group {
     }
 
     pub(crate) fn record(&self) -> Record {
-        self.core().store.record().clone()
+        Record::clone(&self.record.get())
     }
 
     /// What hello tells of this side.
@@ -254,22 +260,26 @@ impl Group {
     /// The peer is lost: from here on this side writes alone, on a new line that is recorded
     /// before anything more is acknowledged.
     pub(crate) fn lose_peer(&self, reason: &str) {
-        let held = {
+        let reason = {
             let mut core = self.core();
             if !core.epochs.is_attached() {
                 return;
             }
             core.connections.iter().for_each(|c| c.kill());
+            core.dropped.take().unwrap_or_else(|| reason.to_owned())
+        };
+        // At the end of the process the guest is gone already.
+        if !self.quiesced.is_cancelled() {
+            self.go_alone();
+        }
+        let held = {
+            let mut core = self.core();
             core.connections.clear();
             core.copying = false;
             core.link = LinkState::Disconnected;
-            core.reason = Some(reason.to_owned());
+            core.reason = Some(reason.clone());
             // What was on its way marks itself as different when its owner learns of the loss.
             core.maps.iter_mut().for_each(MapSet::void_pending);
-            // At the end of the process the guest is gone already.
-            if !self.quiesced.is_cancelled() {
-                core.go_alone();
-            }
             core.epochs.detach()
         };
         // Dropped outside the lock: each held write wakes its owner, who marks its range.
@@ -278,29 +288,45 @@ impl Group {
         tracing::warn!(reason, "the secondary is lost; going on alone");
         self.events.emit("BREP_PEER_LOST", json!({ "reason": reason }));
         if self.stage() == Stage::Running {
-            self.errors.latch(reason);
+            self.errors.latch(&reason);
             self.colo.broken(&self.events);
+        }
+    }
+
+    /// Cuts the peer off, from any thread and without waiting; the data thread then loses it.
+    pub(crate) fn drop_peer(&self, reason: &str) {
+        let mut core = self.core();
+        if core.epochs.is_attached() {
+            core.dropped = Some(reason.to_owned());
+            core.connections.iter().for_each(|c| c.kill());
         }
     }
 
     /// A session begins. What differs from the peer now is in the maps before the first write.
     pub(crate) fn attach(&self, terms: Terms<'_>) -> Result<()> {
-        let Terms { epoch, session, copy, connections, peer } = terms;
-        let mut core = self.core();
-        if !core.epochs.is_settled() {
-            return Err(Error::failed("writes to the lost secondary have not ended yet"));
+        let Terms { epoch, session, copy, wish, connections, peer } = terms;
+        {
+            let mut core = self.core();
+            if !core.epochs.is_settled() {
+                return Err(Error::failed("writes to the lost secondary have not ended yet"));
+            }
+            if core.wish != wish {
+                return Err(Error::failed("the session was agreed on before the last command"));
+            }
+            for (maps, disk) in core.maps.iter_mut().zip(&self.disks) {
+                begin_copy(maps, copy, disk.image.device().size());
+            }
         }
-        for (maps, disk) in core.maps.iter_mut().zip(&self.disks) {
-            begin_copy(maps, copy, disk.image.device().size());
-        }
-        core.store.update(|record| {
+        self.record.update(|record| {
             record.epoch = epoch;
+            record.session = session;
             record.primary.had_peer = true;
             record.primary.alone = false;
-            record.session = session;
         })?;
+        let mut core = self.core();
         core.connections = connections;
         core.copying = true;
+        core.dropped = None;
         core.checkpoints_for_peer.clear();
         core.wish = Wish::default();
         core.link = LinkState::Connected;
@@ -317,14 +343,17 @@ impl Group {
     /// # Errors
     /// The record could not be saved.
     pub(crate) fn start_cut(&self) -> Result<Option<Epoch>> {
-        let mut core = self.core();
-        core.dirty = false;
-        let Some(epoch) = core.epochs.start_cut() else { return Ok(None) };
+        let epoch = {
+            let mut core = self.core();
+            core.dirty = false;
+            core.epochs.start_cut()
+        };
+        let Some(epoch) = epoch else { return Ok(None) };
         // The secondary may commit this epoch and this side never hear of it: it must not take
         // itself for an older copy then. After a commit this is recorded already, after a void
         // cut it is not.
-        core.store.update(|record| record.epoch = record.epoch.max(epoch))?;
-        for maps in &mut core.maps {
+        self.record.update(|record| record.epoch = record.epoch.max(epoch))?;
+        for maps in &mut self.core().maps {
             maps.rotate(Tag::default()).map_err(|e| Error::failed(e.to_string()))?;
         }
         Ok(Some(epoch))
@@ -352,7 +381,7 @@ impl Group {
 
     /// The secondary has committed `epoch`.
     pub(crate) fn committed(&self, epoch: Epoch) -> Result<()> {
-        {
+        let next = {
             let mut core = self.core();
             if !core.epochs.is_of_session(epoch) {
                 // This side has begun a new line meanwhile; the checkpoint is not of it.
@@ -360,18 +389,18 @@ impl Group {
             }
             core.epochs.committed();
             core.last_commit = Some(Instant::now());
-            let next = core.epochs.current().next();
-            core.store.update(|record| {
-                // The next cut's epoch too: the secondary may have committed it when this side
-                // is started again.
-                record.epoch = record.epoch.max(next);
-                if let Some(cur) = record.cur {
-                    record.com = Some(Commit { cur, epoch });
-                }
-            })?;
-            // Only now: a start after a kill in between finds more than it needs.
-            core.maps.iter_mut().for_each(MapSet::drop_pending);
-        }
+            core.epochs.current().next()
+        };
+        self.record.update(|record| {
+            // The next cut's epoch too: the secondary may have committed it when this side is
+            // started again.
+            record.epoch = record.epoch.max(next);
+            if let Some(cur) = record.cur {
+                record.com = Some(Commit { cur, epoch });
+            }
+        })?;
+        // Only now: a start after a kill in between finds more than it needs.
+        self.core().maps.iter_mut().for_each(MapSet::drop_pending);
         self.errors.clear_latch();
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
         self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
@@ -384,14 +413,32 @@ impl Group {
             return;
         }
         if alone {
-            self.core().go_alone();
+            self.go_alone();
         }
         self.guest_allowed.cancel();
     }
 
-    /// The oldest request that waits for the peer.
-    pub(crate) fn oldest_request(&self) -> Option<Instant> {
-        self.core().ages.oldest()
+    /// Whether a request has waited for the peer as long as is allowed.
+    pub(crate) fn oldest_request(&self) -> Due {
+        self.core().ages.due(Instant::now(), self.config.peer_timeout)
+    }
+
+    /// Whether a cut waits for nothing but the local disk.
+    pub(crate) fn cut_waits_for_local(&self) -> bool {
+        self.core().epochs.waits_for_local()
+    }
+
+    /// Waits for the local writes that have kept a cut from being made.
+    pub(crate) async fn late_writes(&self) {
+        loop {
+            let ended = self.ended.notified();
+            let mut ended = std::pin::pin!(ended);
+            ended.as_mut().enable();
+            if !self.core().epochs.has_late_writes() {
+                return;
+            }
+            ended.await;
+        }
     }
 
     /// Waits until nothing that is on its way to the peer now is on its way any more.
@@ -489,33 +536,10 @@ impl Group {
         self.core().epochs.is_attached()
     }
 
-    pub(crate) fn update_record(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
-        self.core().store.update(change)
-    }
-}
-
-impl Core {
-    pub(crate) fn epoch(&self) -> Epoch {
-        self.epochs.current()
-    }
-
-    pub(crate) fn record(&self) -> &Record {
-        self.store.record()
-    }
-
-    /// Whether a peer was ever connected.
-    pub(crate) fn had_peer(&self) -> bool {
-        self.store.record().primary.had_peer
-    }
-
-    pub(crate) fn fatal(&self) -> Option<&str> {
-        self.fatal.as_deref()
-    }
-
     /// Records that this side writes alone, on a new line if it was not alone before.
-    fn go_alone(&mut self) {
-        let last = self.epochs.current();
-        let saved = self.store.update(|record| {
+    fn go_alone(&self) {
+        let last = self.core().epochs.current();
+        let saved = self.record.update(|record| {
             let primary = &mut record.primary;
             let alone = primary.alone || !primary.had_peer;
             primary.alone = primary.had_peer;
@@ -526,7 +550,21 @@ impl Core {
         });
         if let Err(error) = saved {
             tracing::error!(%error, "cannot record that this side goes on alone");
-            self.fatal = Some(format!("no write can be acknowledged: {error}"));
+            self.core().fatal = Some(format!("no write can be acknowledged: {error}"));
         }
+    }
+
+    pub(crate) fn update_record(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        self.record.update(change)
+    }
+}
+
+impl Core {
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.epochs.current()
+    }
+
+    pub(crate) fn fatal(&self) -> Option<&str> {
+        self.fatal.as_deref()
     }
 }

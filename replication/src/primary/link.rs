@@ -58,6 +58,18 @@ fn gone() -> Error {
     Error::failed("the link is gone")
 }
 
+/// A place in the table of those who wait for hashes.
+struct Waiting<'a> {
+    hashes: &'a Mutex<HashMap<(u32, u64), HashesSender>>,
+    key: (u32, u64),
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        lock(self.hashes).remove(&self.key);
+    }
+}
+
 impl Link {
     pub(super) fn new(
         group: &Arc<Group>,
@@ -206,7 +218,10 @@ impl Link {
     ) -> Result<Vec<String>> {
         let disk = u32::try_from(disk).map_err(|_| Error::failed("too many disks"))?;
         let (answer, wait) = oneshot::channel();
-        lock(&self.hashes).insert((disk, offset), answer);
+        let key = (disk, offset);
+        lock(&self.hashes).insert(key, answer);
+        // Whoever gives up takes his place in the table with him.
+        let _waiting = Waiting { hashes: &self.hashes, key };
         self.send(Message::HashRequest { disk, offset, length, chunk }).await?;
         match timeout(COMMIT_LIMIT, wait).await {
             Ok(Ok(result)) => result,

@@ -48,7 +48,7 @@ impl Group {
 
     /// The answer to `query-yank`: the connections to the peer, while there are any.
     pub(super) fn yank_instances(&self) -> Value {
-        if !self.is_attached() {
+        if !self.is_attached() || self.core().dropped.is_some() {
             return json!([]);
         }
         let node = |name: &str| json!({ "type": "block-node", "node-name": peer_node(name) });
@@ -60,7 +60,7 @@ impl Group {
     pub(super) fn yank(&self, arguments: Arguments<'_>) -> CommandResult<()> {
         commands::check_yank(&self.yank_instances(), arguments)?;
         if arguments.objects("instances").next().is_some() {
-            self.lose_peer("dropped by command (yank)");
+            self.drop_peer("dropped by command (yank)");
         }
         Ok(())
     }

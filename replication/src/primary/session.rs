@@ -7,6 +7,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use super::ages::Due;
 use super::copy::copy_differences;
 use super::epochs::Drained;
 use super::group::Group;
@@ -104,12 +105,10 @@ impl Session {
     async fn watch_ages(&self) -> String {
         let limit = self.group.config.peer_timeout;
         loop {
-            let oldest = self.group.oldest_request();
-            let now = Instant::now();
-            if oldest.is_some_and(|o| now >= o + limit) {
-                return format!("the oldest request has waited for {limit:?}");
+            match self.group.oldest_request() {
+                Due::Now => return format!("the oldest request has waited for {limit:?}"),
+                Due::At(time) => sleep_until(time).await,
             }
-            sleep_until(oldest.unwrap_or(now) + limit).await;
         }
     }
 
@@ -149,10 +148,7 @@ impl Session {
             };
             match result {
                 Ok(()) => {}
-                Err(Failure::Void(error)) => {
-                    tracing::warn!(%error, "no checkpoint");
-                    self.group.core().reason = Some(format!("no checkpoint: {error}"));
-                }
+                Err(Failure::Void(error)) => self.note_no_checkpoint(&error),
                 Err(Failure::Lost(error)) => return error,
             }
         }
@@ -202,10 +198,19 @@ impl Session {
             let job = Job::ended(JobKind::Mirror, &disk.name, disk.image.device().size());
             self.group.events.emit("BLOCK_JOB_COMPLETED", job.completed());
         }
-        match self.checkpoint(None).await {
-            Ok(_) => Ok(()),
-            Err(Failure::Void(error) | Failure::Lost(error)) => Err(error),
+        loop {
+            match self.checkpoint(None).await {
+                Ok(_) => return Ok(()),
+                Err(Failure::Void(error)) => self.note_no_checkpoint(&error),
+                Err(Failure::Lost(error)) => return Err(error),
+            }
+            tokio::time::sleep(COPY_RETRY).await;
         }
+    }
+
+    fn note_no_checkpoint(&self, error: &Error) {
+        tracing::warn!(%error, "no checkpoint");
+        self.group.core().reason = Some(format!("no checkpoint: {error}"));
     }
 
     async fn checkpoint_for(&self, request: CheckpointRequest) -> std::result::Result<(), Failure> {
@@ -265,6 +270,7 @@ impl Session {
 
     /// Cuts the current epoch on both sides. None: a write of it has failed, try again.
     async fn cut(&self) -> std::result::Result<Option<Cut>, Failure> {
+        self.group.late_writes().await;
         let begun = Instant::now();
         let mut answers = match &self.peer {
             Peer::Brep(link) => Some(link.expect_cut()),
@@ -273,10 +279,18 @@ impl Session {
         let Some(epoch) = self.group.start_cut().map_err(Failure::Lost)? else {
             return Err(Failure::Lost(Error::failed("there is no session")));
         };
-        // Bounded: a request that does not end loses the peer.
-        if self.drain().await == Drained::Failed {
-            self.group.void_cut();
-            return Ok(None);
+        match self.drain(begun + self.group.config.peer_timeout / 2).await {
+            Drained::Clean => {}
+            Drained::Failed => {
+                self.group.void_cut();
+                return Ok(None);
+            }
+            Drained::NotYet => {
+                self.group.void_cut();
+                return Err(Failure::Void(Error::failed(
+                    "the local disk is stuck: a write to it does not end",
+                )));
+            }
         }
         let cut = match (&self.peer, &mut answers) {
             (Peer::Brep(link), Some(answers)) => link.cut(epoch, answers).await,
@@ -303,13 +317,19 @@ impl Session {
         self.group.committed(epoch).map_err(Failure::Lost)
     }
 
-    /// Waits until every write of the ended epoch has ended on both sides.
-    async fn drain(&self) -> Drained {
+    /// Waits until every write of the ended epoch has ended on both sides. For the peer as long as
+    /// it is not lost; for the local disk alone until `limit`, because others are held back
+    /// meanwhile, and what they wait for would seem to be the peer.
+    async fn drain(&self, limit: Instant) -> Drained {
         loop {
             let ended = self.group.ended.notified();
             let mut ended = std::pin::pin!(ended);
             ended.as_mut().enable();
             match self.group.drained() {
+                Drained::NotYet if Instant::now() < limit => {
+                    let _ = tokio::time::timeout_at(limit, ended).await;
+                }
+                Drained::NotYet if self.group.cut_waits_for_local() => return Drained::NotYet,
                 Drained::NotYet => ended.await,
                 drained => return drained,
             }

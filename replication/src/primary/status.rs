@@ -6,15 +6,16 @@ use super::group::{Core, Group};
 use super::plain::LAPSED;
 use crate::config::{Ack, PeerKind};
 use crate::node::Stage;
+use crate::state::Record;
 use crate::status::{Counters, DiskState, DiskStatus, LinkState, Progress, Role, Status};
 
 impl Group {
     /// The state of this side; never waits for a disk or a peer.
     pub(crate) fn status(&self) -> Status {
         let behind: Vec<u64> = (0..self.disks().len()).map(|i| self.bytes_behind(i)).collect();
+        let record = self.record();
         let core = self.core();
-        let record = core.record();
-        let state = disk_state(&core);
+        let state = disk_state(&core, &record);
         let disks = self.disks().iter().zip(behind).map(|(disk, bytes_behind)| {
             let size = disk.image.device().size();
             let done = size.saturating_sub(bytes_behind);
@@ -118,12 +119,12 @@ impl Group {
     }
 }
 
-fn disk_state(core: &Core) -> DiskState {
+fn disk_state(core: &Core, record: &Record) -> DiskState {
     match core.link {
         _ if core.fatal().is_some() => DiskState::Failed,
         LinkState::Connected if core.copying => DiskState::Resyncing,
         LinkState::Connected => DiskState::InSync,
-        _ if core.had_peer() => DiskState::Disconnected,
+        _ if record.primary.had_peer => DiskState::Disconnected,
         _ => DiskState::Alone,
     }
 }

@@ -72,6 +72,12 @@ pub(crate) struct Fresh {
     active: Option<Buffer>,
 }
 
+impl Fresh {
+    pub(crate) fn into_buffers(self) -> Vec<Buffer> {
+        [Some(self.next), self.active].into_iter().flatten().collect()
+    }
+}
+
 impl ReplicaDisk {
     /// Opens the image, and the buffers that the record names.
     pub(crate) async fn open(
@@ -245,10 +251,18 @@ impl ReplicaDisk {
 
     /// Takes the buffers that the commit is going to name.
     pub(crate) async fn fresh(&self, set: SetId) -> Result<Fresh> {
-        let next = self.pool.take(set).await?;
+        let mut fresh = Fresh { next: self.pool.take(set).await?, active: None };
         // An active disk that nobody wrote to serves on.
-        let active = if self.guest_wrote() { Some(self.pool.take(set).await?) } else { None };
-        Ok(Fresh { next, active })
+        if self.guest_wrote() {
+            match self.pool.take(set).await {
+                Ok(active) => fresh.active = Some(active),
+                Err(error) => {
+                    self.pool.recycle(fresh.next).await?;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(fresh)
     }
 
     /// What the record has to say of this disk once the newest epoch's predecessor is committed.

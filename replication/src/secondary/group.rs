@@ -21,7 +21,7 @@ use crate::guest::Guest;
 use crate::image::Image;
 use crate::link::{DiskInfo, Side, StopReason};
 use crate::node::Stage;
-use crate::state::{DiskRecord, Record, RecordStore, Role, SecondaryRecord};
+use crate::state::{DiskRecord, Record, RecordStore, Role, SecondaryRecord, SharedRecord};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Result};
 
@@ -38,6 +38,8 @@ pub(crate) struct Group {
     /// What is known of a plain primary; none if primaries are brep's.
     pub(super) plain: Option<Plain>,
     disks: Vec<Arc<ReplicaDisk>>,
+    /// Changed by the data thread alone, and never while the core is locked: queries need that.
+    record: SharedRecord,
     core: Mutex<Core>,
     /// Held while a hello is decided, a failover runs, or replication is stopped.
     pub(crate) transition: tokio::sync::Mutex<()>,
@@ -49,7 +51,6 @@ pub(crate) struct Group {
 }
 
 pub(crate) struct Core {
-    store: RecordStore,
     pub(crate) session: Option<Arc<Session>>,
     /// A session that has ended, until nothing that it started goes on.
     closing: Option<Arc<Session>>,
@@ -151,7 +152,6 @@ impl Group {
             started: config.start,
             stopped: false,
             copying: false,
-            store,
             session: None,
             closing: None,
             link: LinkState::Disconnected,
@@ -162,7 +162,7 @@ impl Group {
         };
         let colo = Colo::default();
         let promotable = secondary.promotion.is_none() && !secondary.inconsistent;
-        if promotable && core.store.record().com.is_some() {
+        if promotable && store.record().com.is_some() {
             // Its manager may want the failover that this process was ended before.
             colo.enter(ColoMode::Secondary);
         }
@@ -177,6 +177,7 @@ impl Group {
             errors: ErrorLog::default(),
             stopping,
             disks,
+            record: SharedRecord::new(store),
             core: Mutex::new(core),
             transition: tokio::sync::Mutex::new(()),
             guest_hold: Arc::default(),
@@ -212,17 +213,17 @@ impl Group {
     }
 
     pub(crate) fn record(&self) -> Record {
-        self.core().store.record().clone()
+        Record::clone(&self.record.get())
     }
 
     pub(crate) fn update_record(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
-        self.core().store.update(change)
+        self.record.update(change)
     }
 
     /// How far replication has come.
     pub(crate) fn stage(&self) -> Stage {
         let core = self.core();
-        match &core.store.record().secondary.promotion {
+        match &self.record.get().secondary.promotion {
             Some(promotion) if promotion.merged => return Stage::Done,
             Some(_) => return Stage::Failover,
             None => {}
@@ -240,7 +241,7 @@ impl Group {
     }
 
     pub(crate) fn is_promoted(&self) -> bool {
-        self.core().store.record().is_primary()
+        self.record.get().is_primary()
     }
 
     /// Promoted, and guests have no address of their own.
@@ -402,13 +403,10 @@ impl Group {
         session: &Session,
         epoch: Epoch,
     ) -> Result<Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>> {
-        let Some(set) = self.core().store.record().set else {
+        let Some(set) = self.record.get().set else {
             return Err(Error::failed("no set: the session was never begun"));
         };
-        let mut fresh: Vec<Fresh> = Vec::new();
-        for disk in &self.disks {
-            fresh.push(disk.fresh(set).await?);
-        }
+        let fresh = self.fresh(set).await?;
         let disks = self.disks.iter().zip(&fresh).map(|(d, f)| d.record_after_commit(f)).collect();
         let seq = self.disks.iter().map(|d| d.pool.seq()).max().unwrap_or(0);
         // A write may fail while this is saved; it then finds the record saved and clears the
@@ -416,7 +414,10 @@ impl Group {
         let latest_ok = session.is_complete();
         // The last await was above: a failover, a stop or a newer session has ended this one
         // before that, or finds the commit done.
-        self.check_current(session)?;
+        if let Err(error) = self.check_current(session) {
+            self.give_back(fresh).await;
+            return Err(error);
+        }
         self.update_record(|record| {
             if let Some(cur) = record.cur {
                 record.com = Some(Commit { cur, epoch });
@@ -435,6 +436,27 @@ impl Group {
             disk.show_guest().await?;
         }
         Ok(retired)
+    }
+
+    /// Takes the buffers that a commit is going to name, on all disks or on none.
+    async fn fresh(&self, set: crate::SetId) -> Result<Vec<Fresh>> {
+        let mut fresh = Vec::new();
+        for disk in &self.disks {
+            match disk.fresh(set).await {
+                Ok(buffers) => fresh.push(buffers),
+                Err(error) => {
+                    self.give_back(fresh).await;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(fresh)
+    }
+
+    /// Gives buffers up that no record has named.
+    async fn give_back(&self, fresh: Vec<Fresh>) {
+        let unused = self.disks.iter().zip(fresh);
+        self.recycle(unused.map(|(d, f)| (Arc::clone(d), f.into_buffers())).collect()).await;
     }
 
     async fn recycle(&self, retired: Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>) {
@@ -506,7 +528,7 @@ impl Group {
 
     /// Puts the record on stable storage.
     pub(crate) fn sync_record(&self) -> Result<()> {
-        self.core().store.sync()
+        self.record.sync()
     }
 }
 

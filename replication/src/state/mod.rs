@@ -3,9 +3,13 @@
 //! Every function here that changes a [`Record`] only computes; [`RecordStore::save`] is the one
 //! place that makes it persistent.
 mod record;
+mod shared;
 mod store;
 
 pub use record::{
     BufferRef, DiskRecord, PrimaryRecord, Promotion, Record, Role, SecondaryRecord, Target,
 };
+pub(crate) use shared::SharedRecord;
 pub use store::RecordStore;
+#[cfg(test)]
+pub(crate) use store::stuck;

@@ -107,6 +107,8 @@ impl RecordStore {
         }
         let seq = self.seq + 1;
         let slot = encode_slot(seq, &payload);
+        #[cfg(test)]
+        stuck::pass(&self.path);
         if let Err(error) = self.file.write_all_at(&slot, (seq % 2) * SLOT_LEN as u64) {
             self.broken = true;
             return Err(io_error(&self.path, "write", &error));
@@ -190,6 +192,54 @@ fn read_exact(file: &dyn PlainFile, offset: u64, len: usize) -> io::Result<Optio
         Ok(()) => Ok(Some(data)),
         Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
         Err(e) => Err(e),
+    }
+}
+
+/// Lets tests make the file system of a record hang.
+#[cfg(test)]
+pub(crate) mod stuck {
+    use std::collections::HashMap;
+    use std::path::{Path, PathBuf};
+    use std::sync::{Condvar, Mutex};
+    use std::time::Duration;
+
+    /// Files whose saves hang, and whether one does.
+    static FILES: Mutex<Option<HashMap<PathBuf, bool>>> = Mutex::new(None);
+    static CHANGED: Condvar = Condvar::new();
+
+    /// Saves into a directory hang until this is dropped.
+    pub(crate) struct Stuck(PathBuf);
+
+    impl Stuck {
+        pub(crate) fn new(dir: &Path) -> Self {
+            let file = dir.join("state");
+            FILES.lock().unwrap().get_or_insert_default().insert(file.clone(), false);
+            Stuck(file)
+        }
+
+        /// Waits until a save hangs.
+        pub(crate) async fn reached(&self) {
+            let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+            while !FILES.lock().unwrap().get_or_insert_default()[&self.0] {
+                assert!(tokio::time::Instant::now() < deadline, "nothing was saved");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+
+    impl Drop for Stuck {
+        fn drop(&mut self) {
+            FILES.lock().unwrap().get_or_insert_default().remove(&self.0);
+            CHANGED.notify_all();
+        }
+    }
+
+    pub(super) fn pass(file: &Path) {
+        let mut files = FILES.lock().unwrap();
+        while let Some(hangs) = files.get_or_insert_default().get_mut(file) {
+            *hangs = true;
+            files = CHANGED.wait(files).unwrap();
+        }
     }
 }
 

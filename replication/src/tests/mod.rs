@@ -1,4 +1,5 @@
 //! Pairs in one process whose disks fail or hang.
+mod answers;
 mod begin;
 #[path = "../../tests/common/mod.rs"]
 mod common;

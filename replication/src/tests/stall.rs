@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use brep_block::{Operation, Rule};
 
@@ -18,6 +18,63 @@ async fn a_local_disk_that_hangs_does_not_lose_the_peer() {
     hang.reached(1).await;
     tokio::time::sleep(Duration::from_millis(3500)).await;
     assert_eq!(primary.status().await["link"], "connected");
+    hang.release();
+    slow.await.unwrap().unwrap();
+    primary.checkpoint().await;
+    guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+}
+
+/// The same, with a write behind it that waits for its range, and not for the peer.
+#[tokio::test]
+async fn a_write_that_waits_for_one_that_hangs_locally_does_not_lose_the_peer() {
+    let Pair { scratch, primary, secondary, local, .. } = Pair::new().await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    let hang = local.upper.hang(Rule::new(Operation::Write));
+    let slow = write(&guest, 8192, 0x66);
+    hang.reached(1).await;
+    let behind = write(&guest, 8192, 0x67);
+    tokio::time::sleep(Duration::from_millis(3500)).await;
+    assert_eq!(primary.status().await["link"], "connected");
+    hang.release();
+    for write in [slow, behind] {
+        write.await.unwrap().unwrap();
+    }
+    primary.checkpoint().await;
+    guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+}
+
+/// The same, while checkpoints are due: what a cut holds back waits for the local disk only so
+/// long, and then no cut is tried before that has ended.
+#[tokio::test]
+async fn a_checkpoint_that_waits_for_the_local_disk_does_not_lose_the_peer() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", MIB, 1);
+    scratch.raw("s.raw", MIB, 2);
+    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+    config.peer_timeout = Duration::from_secs(2);
+    config.checkpoint_interval = Some(Duration::from_millis(100));
+    let primary = Side::primary(config);
+    let line = primary.wait_state("in-sync").await["cur"].clone();
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    let hang = faults::of(&scratch.path("p.raw")).upper.hang(Rule::new(Operation::Write));
+    let slow = write(&guest, 8192, 0x66);
+    hang.reached(1).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let begun = Instant::now();
+    let mut waits = Vec::new();
+    while begun.elapsed() < Duration::from_millis(3500) {
+        let begun = Instant::now();
+        write(&guest, 65536, 0x67).await.unwrap().unwrap();
+        waits.push(begun.elapsed());
+    }
+    assert_eq!(primary.status().await["cur"], line, "the peer was lost");
+    let held = waits.iter().filter(|wait| **wait > Duration::from_millis(500)).count();
+    assert!(held <= 1, "writes are held back for a local disk again and again: {held}");
     hang.release();
     slow.await.unwrap().unwrap();
     primary.checkpoint().await;

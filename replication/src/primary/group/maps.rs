@@ -135,7 +135,7 @@ impl Group {
     /// A file could not be written.
     pub(crate) fn close_maps(&self) -> Result<()> {
         let mut core = self.core();
-        let in_flight = core.ages.oldest().is_some() || !core.epochs.is_settled();
+        let in_flight = !core.ages.is_empty() || !core.epochs.is_settled();
         let mut result = Ok(());
         for mut maps in std::mem::take(&mut core.maps) {
             if in_flight {

@@ -1,10 +1,14 @@
 //! The window: writes on their way to a disk and to the peer.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use brep_block::{Error as BlockError, ErrorKind, Io, Operation, WriteFlags, ZeroFlags};
+use brep_block::{
+    Error as BlockError, ErrorKind, Io, LockMode, Operation, RangeGuard, RangeLock, WriteFlags,
+    ZeroFlags,
+};
 use brep_hbitmap::Role;
 use brep_nbd::client::Connection;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
@@ -41,6 +45,30 @@ pub(crate) struct Admission {
     group: Arc<Group>,
     arrival: Arrival,
     _permits: Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)>,
+}
+
+impl Admission {
+    /// Waits for a range. That is the local disk's matter: it does not count as waiting for the
+    /// peer.
+    pub(crate) async fn lock(&self, locks: &RangeLock, range: Range<u64>) -> RangeGuard {
+        if let Some(guard) = locks.try_lock(range.clone(), LockMode::Exclusive) {
+            return guard;
+        }
+        self.pause();
+        let guard = locks.lock(range, LockMode::Exclusive).await;
+        self.resume();
+        guard
+    }
+
+    /// From now on the local disk is waited for.
+    pub(crate) fn pause(&self) {
+        self.group.core().ages.pause(self.arrival, Instant::now());
+    }
+
+    /// From now on the peer is waited for.
+    pub(crate) fn resume(&self) {
+        self.group.core().ages.resume(self.arrival, Instant::now());
+    }
 }
 
 impl Drop for Admission {
