@@ -16,5 +16,5 @@ pub use bitmap::{HBitmap, Status};
 pub use error::{Error, Result};
 pub use iter::{Cursor, DirtyAreas, Iter};
 pub use persist::{
-    AfterPowerLoss, Identity, LastStop, MapSet, Options, PersistentBitmap, Role, Tag,
+    AfterPowerLoss, Identity, InFlight, LastStop, MapSet, Options, PersistentBitmap, Role, Tag,
 };

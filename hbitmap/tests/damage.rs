@@ -145,8 +145,8 @@ fn a_foreign_file_is_not_a_bitmap() {
 #[test]
 fn another_version_is_not_read() {
     let scratch = closed();
-    edit_header(&scratch.path, |header| header[8] = 2);
-    assert_refused!(&scratch.path, Error::NotABitmap { .. }, "version 2");
+    edit_header(&scratch.path, |header| header[8] = 99);
+    assert_refused!(&scratch.path, Error::NotABitmap { .. }, "version 99");
 }
 
 #[test]
@@ -460,6 +460,25 @@ fn no_space_is_an_error_when_the_file_is_made() {
         .status()
         .unwrap();
     assert!(status.success());
+}
+
+#[test]
+fn a_senseless_request_in_flight_is_corrupt() {
+    let scratch = scratch();
+    // Beyond the end, and of no length.
+    for word in [u64::MAX, 5 << 23] {
+        let _ = fs::remove_file(&scratch.path);
+        let mut maps = MapSet::create(&scratch.path, &options(), tag(1)).unwrap();
+        maps.set(Role::Open, 0, 512);
+        let _request = maps.begin_in_flight(0, 512, 1);
+        drop(maps);
+        edit(&scratch.path, |bytes| {
+            bytes[2 * PAGE + 8..2 * PAGE + 16].copy_from_slice(&word.to_le_bytes());
+        });
+        let error = MapSet::open(&scratch.path, &options()).unwrap_err();
+        assert!(matches!(error, Error::Corrupt { .. }), "{error:?}");
+        assert!(error.to_string().contains("in flight"), "{error}");
+    }
 }
 
 #[test]

@@ -3,10 +3,8 @@
 
 mod common;
 
-use std::path::Path;
-
 use brep_replication::config::PrimaryConfig;
-use common::{MIB, Scratch, Side, connect, file, fill};
+use common::{MIB, Scratch, Side, connect, copy_dir, file, fill};
 use serde_json::json;
 
 const SIZE: u64 = 8 * MIB;
@@ -112,37 +110,54 @@ async fn a_primary_that_was_restarted_knows_what_the_secondary_lacks() {
     Pair { scratch, primary, secondary }.end_equal().await;
 }
 
-fn copy_dir(from: &Path, to: &Path) {
-    std::fs::create_dir(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        if entry.file_type().unwrap().is_file() {
-            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-        }
-    }
-}
-
-/// I9: whatever was on its way when the primary was killed was in a map before it was sent.
+/// I10: what the secondary had acknowledged is not sent again, whether it was committed or not.
 #[tokio::test]
-async fn i09_a_killed_primary_sends_again_whatever_was_not_committed() {
+async fn i10_a_killed_primary_does_not_send_again_what_was_acknowledged() {
     let Pair { scratch, primary: first, secondary } = Pair::new().await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     fill(&*guest, 0, 65536, 0x11).await;
     first.checkpoint().await;
     fill(&*guest, 3 * MIB, 4096, 0x22).await;
-    // What a kill would leave: files as they are now, without a clean stop.
-    copy_dir(&scratch.path("p.state"), &scratch.path("killed.state"));
-    let mut disk = file(&scratch.path("p.raw"));
+    let state_dir = scratch.killed();
     guest.close();
     first.stop().await;
-    // The write reached the secondary, and the local disk only in part.
-    disk[3 * MIB as usize + 512..][..3584].fill(0x99);
-    std::fs::write(scratch.path("p.raw"), &disk).unwrap();
     let config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-    let state_dir = scratch.path("killed.state");
     let primary = Side::primary(PrimaryConfig { state_dir, ..config });
     primary.wait_state("in-sync").await;
-    assert_eq!(sent(&primary).await, GRANULE, "the checkpoint's writes are not sent again");
+    assert_eq!(sent(&primary).await, 0);
+    Pair { scratch, primary, secondary }.end_equal().await;
+}
+
+/// One that has lost what it had acknowledged gets all of it.
+#[tokio::test]
+async fn a_secondary_of_another_session_gets_all_that_a_killed_primary_remembers() {
+    let Pair { scratch, primary: first, secondary: gone } = Pair::new().await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    first.checkpoint().await;
+    gone.stop().await;
+    first.wait_state("disconnected").await;
+    // An older copy of the secondary, from before the session that is to come.
+    copy_dir(&scratch.path("s.state"), &scratch.path("old.state"));
+    let old = file(&scratch.path("s.raw"));
+    let gone = secondary(&scratch);
+    first.wait("connected", |s| s["link"] == "connected").await;
+    fill(&*guest, 3 * MIB, 4096, 0x22).await;
+    let state_dir = scratch.killed();
+    guest.close();
+    first.stop().await;
+    gone.stop().await;
+    std::fs::write(scratch.path("s.raw"), old).unwrap();
+    std::fs::remove_dir_all(scratch.path("s.state")).unwrap();
+    std::fs::rename(scratch.path("old.state"), scratch.path("s.state")).unwrap();
+    let secondary = secondary(&scratch);
+    let config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+    let primary = Side::primary(PrimaryConfig { state_dir, ..config });
+    let met = |s: &serde_json::Value| s["link"] == "refused" || s["disks"][0]["state"] == "in-sync";
+    let status = primary.wait("an answer", met).await;
+    if status["link"] == "refused" {
+        primary.command("resync", json!({ "full": true })).await.unwrap();
+        primary.wait_state("in-sync").await;
+    }
     Pair { scratch, primary, secondary }.end_equal().await;
 }
 

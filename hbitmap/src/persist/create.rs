@@ -21,7 +21,6 @@ const NEVER_USED: u64 = 1;
 /// storage.
 pub(super) fn create(path: &Path, options: &Options, maps: usize, tag: Tag) -> Result<()> {
     let bits = HBitmap::new(options.size, options.granularity_log2)?.bits();
-    let layout = Layout::new(bits, maps);
     let mut header = Header::new(
         options.identity,
         options.size,
@@ -30,6 +29,7 @@ pub(super) fn create(path: &Path, options: &Options, maps: usize, tag: Tag) -> R
         maps,
         tag,
     );
+    let layout = Layout::new(bits, maps, header.in_flight);
     #[cfg(feature = "simulation")]
     if let Some(storage) = super::stand_in::installed() {
         let mut contents = io::Cursor::new(vec![0; layout.file_len() as usize]);

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::backing::Backing;
 use super::header::Header;
+use super::in_flight::InFlightWords;
 use super::layout::{CHUNK_BITS, CHUNK_WORDS, Layout, PAGE};
 use super::words::Words;
 use super::{LastStop, Tag};
@@ -23,6 +24,7 @@ pub(super) struct MapFile {
     /// The copy of the header that is overwritten last.
     pub(super) newest_copy: u64,
     pub(super) maps: Vec<HBitmap>,
+    pub(super) in_flight: InFlightWords,
     pub(super) last_stop: LastStop,
     pub(super) flush_failed: bool,
 }
@@ -205,7 +207,8 @@ impl MapFile {
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.maps.iter().map(HBitmap::memory_bytes).sum()
+        let maps: usize = self.maps.iter().map(HBitmap::memory_bytes).sum();
+        maps + self.in_flight.memory_bytes()
     }
 }
 

@@ -1,14 +1,19 @@
 //! The header: what is switched as a whole. The layout is described in the parent module.
 
+use super::in_flight::IN_FLIGHT_WORDS;
+use super::layout::CHUNK_WORDS;
 use super::{Identity, Tag};
 
 pub(super) const HEADER_BYTES: usize = 256;
 const MAGIC: [u8; 8] = *b"brep-map";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const CRC_OFFSET: usize = 12;
 const ENTRIES_OFFSET: usize = 88;
 const ENTRY_BYTES: usize = 40;
+const IN_FLIGHT_OFFSET: usize = 208;
 pub(super) const MAPS_MAX: usize = 3;
+/// Far more than anybody has a use for.
+const IN_FLIGHT_MAX: u64 = 1 << 20;
 const STATE_IN_USE: u32 = 0;
 const STATE_CLEAN: u32 = 1;
 
@@ -32,6 +37,8 @@ pub(super) struct Header {
     /// After a clean stop, the CRC of the chunk tables.
     pub(super) clean: Option<u32>,
     pub(super) maps: usize,
+    /// Words for what is in flight.
+    pub(super) in_flight: u64,
     pub(super) entries: [Entry; MAPS_MAX],
 }
 
@@ -69,6 +76,7 @@ impl Header {
             boot_id,
             clean: None,
             maps,
+            in_flight: if maps > 1 { IN_FLIGHT_WORDS } else { 0 },
             entries,
         }
     }
@@ -93,6 +101,7 @@ impl Header {
         put(64, &self.boot_id);
         put(80, &state.to_le_bytes());
         put(84, &tables_crc.to_le_bytes());
+        put(IN_FLIGHT_OFFSET, &self.in_flight.to_le_bytes());
         for (index, entry) in self.entries[..self.maps].iter().enumerate() {
             let offset = ENTRIES_OFFSET + index * ENTRY_BYTES;
             put(offset, &entry.bank.to_le_bytes());
@@ -136,6 +145,10 @@ impl Header {
         header.sequence = u64_at(bytes, 16);
         header.next_generation = u64_at(bytes, 56);
         header.clean = clean;
+        header.in_flight = u64_at(bytes, IN_FLIGHT_OFFSET);
+        if !header.in_flight.is_multiple_of(CHUNK_WORDS) || header.in_flight > IN_FLIGHT_MAX {
+            return Err(Bad::Contents);
+        }
         let mut banks = 0;
         for index in 0..maps {
             let offset = ENTRIES_OFFSET + index * ENTRY_BYTES;

@@ -15,11 +15,13 @@ pub(super) struct Layout {
     pub(super) banks: u64,
     /// In each bank.
     pub(super) chunks: u64,
+    /// Words for what is in flight.
+    pub(super) in_flight: u64,
 }
 
 impl Layout {
-    pub(super) fn new(bits: u64, banks: usize) -> Self {
-        Layout { banks: banks as u64, chunks: bits.div_ceil(CHUNK_BITS).max(1) }
+    pub(super) fn new(bits: u64, banks: usize, in_flight: u64) -> Self {
+        Layout { banks: banks as u64, chunks: bits.div_ceil(CHUNK_BITS).max(1), in_flight }
     }
 
     fn table_bytes(&self) -> u64 {
@@ -35,9 +37,15 @@ impl Layout {
         0..2 * PAGE
     }
 
+    pub(super) fn in_flight_words(&self) -> Range<u64> {
+        let start = self.header_bytes().end / 8;
+        start..start + self.in_flight
+    }
+
     /// The tables of all banks.
     pub(super) fn tables_bytes(&self) -> Range<u64> {
-        2 * PAGE..2 * PAGE + self.banks * self.table_bytes()
+        let start = self.in_flight_words().end * 8;
+        start..start + self.banks * self.table_bytes()
     }
 
     pub(super) fn data_bytes(&self) -> Range<u64> {

@@ -1,50 +1,14 @@
 //! Bitmaps that outlive the process: one in a file, or a set of three with roles.
 //!
-//! # The file, byte by byte
+//! # The file
 //!
-//! All numbers are little-endian; a page is 4096 bytes. A file holds one map or three, and as
-//! many *banks*, each with room for one map. A bank is cut into *chunks* of one page, 32 768
-//! bits; `chunks` is the number of bits divided by that, rounded up, and at least 1.
-//!
-//! | from | bytes | what |
-//! |---|---|---|
-//! | 0 | 1 page | first copy of the header |
-//! | 1 page | 1 page | second copy of the header |
-//! | 2 pages | banks · (16 · chunks, rounded up to a page) | the chunk tables, bank by bank |
-//! | after that | banks · chunks pages | the bits, bank by bank |
-//!
-//! Nothing follows. All blocks are allocated before the file is mapped, so that a full disk is
-//! an error when the file is made and not a signal when it is used.
-//!
-//! A copy of the header:
-//!
-//! | offset | bytes | what |
-//! |---|---|---|
-//! | 0 | 8 | `brep-map` |
-//! | 8 | 4 | version: 1 |
-//! | 12 | 4 | CRC-32 of these 256 bytes with this field taken as 0 |
-//! | 16 | 8 | sequence number: the copy with the greater one counts |
-//! | 24 | 16 | identity, given by the caller |
-//! | 40 | 8 | size in items |
-//! | 48 | 4 | granularity as a power of two |
-//! | 52 | 4 | number of maps, and of banks: 1 or 3 |
-//! | 56 | 8 | the next generation: greater than every one in use |
-//! | 64 | 16 | the kernel's boot id, when the file was opened; zeroes if unknown |
-//! | 80 | 4 | 0: in use; 1: stopped cleanly |
-//! | 84 | 4 | after a clean stop, the CRC-32 of all chunk tables; else 0 |
-//! | 88 | 3 · 40 | the maps; of a set: open, pending, differs |
-//! | 208 | 48 | zeroes, as is the rest of the page |
-//!
-//! A map: bank (4 bytes), whether it exists (4; 1, or 0 for pending while no cut is outstanding), its
-//! generation (8; 1 or more), the caller's tag: an id (16) and a number (8).
-//! No two maps name the same bank.
-//!
-//! A chunk's place in the table: its state (8 bytes: generation · 2 + 1 if *sealed*), and, if it
-//! is sealed, the CRC-32 of its page (8 bytes, the upper four zero). A chunk whose generation is
-//! not that of its map is empty, whatever its page contains. The state of a chunk that was never
-//! used is 1; it is never 0, so a table that was lost and reads as zeroes is noticed.
-//!
-//! Bit `n` of a map is bit `n % 8` of byte `n / 8` of its bank. Bits beyond the last are 0.
+//! Two copies of a header; in a set, words for what is in flight; a table; the bits. A file holds
+//! one map or three, and as many *banks*, each with room for one map. A bank is cut into *chunks*
+//! of one page, 32 768 bits, and the table has the generation of each, and, once it is *sealed*, its
+//! checksum. A chunk whose generation is not that of its map is empty, whatever its page contains.
+//! Every byte is described in `docs/internals/bitmap-file.md`. All blocks are allocated before the
+//! file is mapped, so that a full disk is an error when the file is made and not a signal when it
+//! is used.
 //!
 //! # Why a kill at any instruction leaves the file right
 //!
@@ -61,6 +25,9 @@
 //!   other one counts meanwhile. Emptying gives the map a generation that no chunk has, so it
 //!   takes the same time whatever the map holds, and nothing is left to be cleaned up.
 //!
+//! * *What is in flight*: one word a request, stored when it begins and cleared when it has ended. A
+//!   word that is left over was in flight, and opening the file makes that range differ.
+//!
 //! # What a flush does, and a loss of power
 //!
 //! [`MapSet::flush`] writes the bits to stable storage, then seals the chunks that were written
@@ -75,6 +42,7 @@ mod backing;
 mod create;
 mod file;
 mod header;
+mod in_flight;
 mod layout;
 mod lock;
 mod open;
@@ -90,6 +58,7 @@ pub(crate) use words::crash;
 use std::fmt;
 use std::path::Path;
 
+pub use in_flight::InFlight;
 pub use set::{MapSet, Role};
 pub use single::PersistentBitmap;
 #[cfg(feature = "simulation")]

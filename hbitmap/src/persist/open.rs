@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use super::backing::Backing;
 use super::file::MapFile;
 use super::header::{Bad, HEADER_BYTES, Header};
+use super::in_flight::InFlightWords;
 use super::layout::{CHUNK_BITS, CHUNK_WORDS, Layout, PAGE};
+use super::set::{DIFFERS, OPEN, PENDING};
 use super::{AfterPowerLoss, LastStop, Options, UNKNOWN_BOOT};
 use crate::{Error, HBitmap, Result};
 
@@ -16,7 +18,7 @@ pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFil
     let (header, newest_copy) = read_header(&file, path)?;
     check_owner(&header, options, maps, path)?;
     let empty = HBitmap::new(header.size, header.granularity_log2)?;
-    let layout = Layout::new(empty.bits(), maps);
+    let layout = Layout::new(empty.bits(), maps, header.in_flight);
     let len = file.len_bytes().map_err(Error::io(path, "stat"))?;
     if len != layout.file_len() {
         return Err(corrupt(path, format!("{len} bytes long instead of {}", layout.file_len())));
@@ -36,10 +38,12 @@ pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFil
         header,
         newest_copy,
         maps: vec![empty; maps],
+        in_flight: InFlightWords::default(),
         last_stop,
         flush_failed: false,
     };
     load(&mut this)?;
+    settle(&mut this)?;
     let mut header = this.header;
     header.clean = None;
     header.boot_id = boot_id;
@@ -107,6 +111,16 @@ fn check_owner(header: &Header, options: &Options, maps: usize, path: &Path) -> 
             header.granularity_log2, options.granularity_log2
         ));
     }
+    Ok(())
+}
+
+/// What was in flight when the last user of a set was killed differs.
+fn settle(file: &mut MapFile) -> Result<()> {
+    if file.last_stop == LastStop::Killed && file.header.maps > 1 {
+        return file.interrupted_to(DIFFERS, &[OPEN, PENDING]);
+    }
+    // After a clean stop there is nothing; after a loss of power it says nothing.
+    file.forget_in_flight();
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 use std::path::Path;
 
 use super::file::{MapFile, renew};
+use super::in_flight::InFlight;
 use super::{LastStop, Options, Tag, create, open};
 use crate::{Error, HBitmap, Result};
 
@@ -29,9 +30,9 @@ pub struct MapSet {
     file: MapFile,
 }
 
-const OPEN: usize = 0;
-const PENDING: usize = 1;
-const DIFFERS: usize = 2;
+pub(super) const OPEN: usize = 0;
+pub(super) const PENDING: usize = 1;
+pub(super) const DIFFERS: usize = 2;
 
 impl Role {
     fn index(self) -> usize {
@@ -127,6 +128,33 @@ impl MapSet {
         self.reset(from, start, count);
     }
 
+    /// A write, or whatever else makes two sides equal, begins: if the process is killed before it
+    /// has ended, differs takes in what open and pending hold of its range when the file is opened
+    /// again. It has ended after `ends` calls of [`end_in_flight`](MapSet::end_in_flight), one for
+    /// each side, say. Constant time, whatever the length. None: there is nothing to end.
+    ///
+    /// There is room for 8191 at a time. While there are more, a kill takes everything in open and
+    /// pending to be in flight.
+    ///
+    /// # Panics
+    /// As [`HBitmap::set`].
+    pub fn begin_in_flight(&mut self, start: u64, count: u64, ends: u8) -> Option<InFlight> {
+        self.file.begin_in_flight(start, count, ends)
+    }
+
+    /// It has ended in one more place: that side has it, or differs says that it does not.
+    ///
+    /// # Panics
+    /// If it had ended everywhere.
+    pub fn end_in_flight(&mut self, request: InFlight) {
+        self.file.end_in_flight(request);
+    }
+
+    /// Whether anything has begun and not ended.
+    pub fn is_in_flight(&self) -> bool {
+        !self.file.in_flight.is_empty()
+    }
+
     /// Whether a cut is outstanding: its epoch may still have been empty.
     pub fn has_pending(&self) -> bool {
         self.file.header.entries[PENDING].present
@@ -194,13 +222,16 @@ impl MapSet {
         }
     }
 
-    /// The peer is lost, or the last stop was unclean: differs takes in open and pending, which
-    /// are empty afterwards, and no cut is outstanding. Tags stay. The cost is that of what open
+    /// The peer may lack anything that was ever noted: differs takes in open and pending, which
+    /// are empty afterwards, and no cut is outstanding. Open takes pending's tag. The cost is that of what open
     /// and pending hold. A kill within leaves everything at least where it was.
     pub fn all_to_differs(&mut self) {
         self.file.or_from(DIFFERS, OPEN);
         self.file.or_from(DIFFERS, PENDING);
         let mut header = self.file.header;
+        if self.has_pending() {
+            header.entries[OPEN].tag = header.entries[PENDING].tag;
+        }
         header.entries[PENDING].present = false;
         renew(&mut header, OPEN);
         renew(&mut header, PENDING);
@@ -227,11 +258,13 @@ impl MapSet {
         self.file.flush()
     }
 
-    /// Flushes, and notes a clean stop.
+    /// Flushes, and notes a clean stop. What is still in flight differs: nobody will hear how it
+    /// ends.
     ///
     /// # Errors
     /// As [`flush`](MapSet::flush).
     pub fn close(mut self) -> Result<()> {
+        self.file.interrupted_to(DIFFERS, &[OPEN, PENDING])?;
         self.file.close()
     }
 

@@ -1,8 +1,9 @@
 //! Random histories of a set of maps, and a model that says what each step leads to.
 
+use std::collections::VecDeque;
 use std::path::Path;
 
-use crate::{Identity, MapSet, Options, Role, Tag};
+use crate::{Identity, InFlight, MapSet, Options, Role, Tag};
 
 pub(super) const GRANULARITY_LOG2: u32 = 4;
 pub(super) const GROUPS: u64 = 33_000;
@@ -35,6 +36,10 @@ pub(super) enum Step {
     VoidPending,
     AllToDiffers,
     Flush,
+    /// A write begins: it is in open, and in flight.
+    Begin(u64, u64),
+    /// The oldest write that is in flight ends.
+    End,
 }
 
 /// Numbers from a seed, the same in every process.
@@ -59,7 +64,9 @@ impl Random {
     pub(super) fn step(&mut self, has_pending: bool) -> Step {
         let (first, count) = self.range();
         let written = if self.below(2) == 0 { Role::Open } else { Role::Differs };
-        match self.below(20) {
+        match self.below(28) {
+            20..=24 => Step::Begin(first, count),
+            25..=27 => Step::End,
             0..=8 => Step::Set(written, first, count),
             9 => Step::Reset(written, first, count),
             10 => Step::Reset(Role::Pending, first, count),
@@ -82,6 +89,7 @@ pub(super) struct Model {
     maps: [Vec<bool>; 3],
     tags: [u64; 3],
     pub(super) has_pending: bool,
+    in_flight: VecDeque<(u64, u64)>,
 }
 
 fn index(role: Role) -> usize {
@@ -91,7 +99,7 @@ fn index(role: Role) -> usize {
 impl Model {
     pub(super) fn new() -> Self {
         let maps = std::array::from_fn(|_| vec![false; GROUPS as usize]);
-        Model { maps, tags: [0; 3], has_pending: false }
+        Model { maps, tags: [0; 3], has_pending: false, in_flight: VecDeque::new() }
     }
 
     pub(super) fn apply(&mut self, step: Step) {
@@ -127,15 +135,33 @@ impl Model {
             Step::AllToDiffers => {
                 self.apply(Step::Transfer(Role::Open, Role::Differs, 0, GROUPS));
                 self.apply(Step::Transfer(Role::Pending, Role::Differs, 0, GROUPS));
+                if self.has_pending {
+                    self.tags[0] = self.tags[1];
+                }
                 self.end_pending();
             }
             Step::Flush => {}
+            Step::Begin(first, count) => {
+                self.apply(Step::Set(Role::Open, first, count));
+                self.in_flight.push_back((first, count));
+            }
+            Step::End => drop(self.in_flight.pop_front()),
         }
     }
 
     fn end_pending(&mut self) {
         self.maps[1].fill(false);
         self.has_pending = false;
+    }
+
+    /// As it is after a kill: what was in flight differs.
+    pub(super) fn after_kill(mut self) -> Self {
+        for (first, count) in std::mem::take(&mut self.in_flight) {
+            for group in first as usize..(first + count) as usize {
+                self.maps[2][group] |= self.maps[0][group] || self.maps[1][group];
+            }
+        }
+        self.without_idle_tag()
     }
 
     pub(super) fn of(maps: &MapSet) -> Self {
@@ -164,7 +190,16 @@ impl Model {
     }
 }
 
-pub(super) fn apply(maps: &mut MapSet, step: Step) {
+/// A set of maps, and what is in flight.
+pub(super) struct Maps(pub(super) MapSet, VecDeque<InFlight>);
+
+impl Maps {
+    pub(super) fn open(path: &Path) -> Self {
+        Maps(MapSet::open(path, &options()).unwrap(), VecDeque::new())
+    }
+}
+
+pub(super) fn apply(Maps(maps, in_flight): &mut Maps, step: Step) {
     let items = |first: u64, count: u64| {
         let start = first << GRANULARITY_LOG2;
         (start, (count << GRANULARITY_LOG2).min(SIZE - start))
@@ -189,6 +224,16 @@ pub(super) fn apply(maps: &mut MapSet, step: Step) {
         Step::VoidPending => maps.void_pending(),
         Step::AllToDiffers => maps.all_to_differs(),
         Step::Flush => maps.flush().unwrap(),
+        Step::Begin(first, count) => {
+            let (start, count) = items(first, count);
+            maps.set(Role::Open, start, count);
+            in_flight.extend(maps.begin_in_flight(start, count, 1));
+        }
+        Step::End => {
+            if let Some(oldest) = in_flight.pop_front() {
+                maps.end_in_flight(oldest);
+            }
+        }
     }
 }
 
@@ -202,7 +247,7 @@ pub(super) fn check_after_kill(path: &Path, before: &Model, step: Option<Step>) 
     if let Some(step) = step {
         after.apply(step);
     }
-    let (before, after) = (before.without_idle_tag(), after.without_idle_tag());
+    let (before, after) = (before.clone().after_kill(), after.after_kill());
     if found == before || found == after {
         return;
     }
@@ -214,6 +259,7 @@ pub(super) fn check_after_kill(path: &Path, before: &Model, step: Option<Step>) 
                 | Step::Transfer(..)
                 | Step::VoidPending
                 | Step::AllToDiffers
+                | Step::Begin(..)
         )
     );
     assert!(!atomic, "{step:?} must be done or not");

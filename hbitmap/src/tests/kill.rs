@@ -2,9 +2,10 @@
 
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::history::{Model, Random, apply, check_after_kill, options, scratch, tag};
+use super::history::{Maps, Model, Random, apply, check_after_kill, options, scratch, tag};
 use crate::MapSet;
 
 const PATH: &str = "BREP_HBITMAP_KILL_PATH";
@@ -58,9 +59,9 @@ fn a_killed_process_leaves_everything_that_it_acknowledged() {
 fn victim() {
     let Some(path) = std::env::var_os(PATH) else { return };
     let mut steps = Random(std::env::var(SEED).unwrap().parse().unwrap());
-    let mut maps = MapSet::open(path, &options()).unwrap();
+    let mut maps = Maps::open(Path::new(&path));
     loop {
-        let step = steps.step(maps.has_pending());
+        let step = steps.step(maps.0.has_pending());
         apply(&mut maps, step);
         std::io::stderr().write_all(b".").unwrap();
     }

@@ -3,6 +3,7 @@
 mod cases;
 mod crash;
 mod history;
+mod in_flight;
 mod kill;
 mod model;
 mod own;

@@ -84,7 +84,8 @@ impl Ages {
         self.clocks.first_key_value().is_none_or(|(first, _)| *first >= arrived)
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    #[cfg(test)]
+    fn is_empty(&self) -> bool {
         self.clocks.is_empty()
     }
 

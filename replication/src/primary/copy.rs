@@ -119,10 +119,10 @@ async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Resul
     admission.resume();
     let begun = group.begin_copy(disk, range.start, &change)?;
     drop(guard);
-    group.local_done(begun.epoch, disk, range.start, len, &Ok(()));
+    group.local_done(begun.ticket, range.start, len, &Ok(()));
     let (group, start) = (Arc::clone(group), range.start);
     // The session may end and give the copy up: what is on its way is taken note of all the same.
-    detach(async move { group.finish_remote(begun, disk, start, len, admission).await }).await;
+    detach(async move { group.finish_remote(begun, start, len, admission).await }).await;
     Ok(range.end)
 }
 

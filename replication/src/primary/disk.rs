@@ -70,17 +70,17 @@ impl PrimaryDisk {
         let locks = &self.group.disks()[self.index].locks;
         let guard = admission.lock(locks, offset..offset + len).await;
         let begun = self.group.begin(self.index, offset, &change)?;
-        let epoch = begun.epoch;
+        let ticket = begun.ticket;
         let local = async {
             let local = self.apply(offset, change).await;
-            self.group.local_done(epoch, self.index, offset, len, &local);
+            self.group.local_done(ticket, offset, len, &local);
             // The order on the way to the peer is fixed; only the local leg needs the range.
             drop(guard);
             local
         };
         // Beside the local leg: a local disk that is slow is not to be taken for a lost peer.
-        let (group, index) = (Arc::clone(&self.group), self.index);
-        let finish = async move { group.finish_remote(begun, index, offset, len, admission).await };
+        let group = Arc::clone(&self.group);
+        let finish = async move { group.finish_remote(begun, offset, len, admission).await };
         match self.group.config.ack {
             Ack::Sync => {
                 let (local, ()) = join(local, finish).await;

@@ -68,7 +68,8 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         other => return Err(Error::failed(format!("unexpected message {other:?}"))),
     };
     let wish = group.core().wish;
-    let copy = match decide(&me, &answer, wish, group.maps_are_known()) {
+    let maps_known = group.maps_reach(&me, answer.side.com.filter(|_| !answer.inconsistent));
+    let copy = match decide(&me, &answer, wish, maps_known) {
         Decision::Start(copy) => copy,
         Decision::Refuse(refusal) => {
             let refuse =

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use brep_block::{Error as BlockError, RangeLock, storage};
-use brep_hbitmap::{MapSet, Tag};
+use brep_hbitmap::MapSet;
 use brep_nbd::client::Connection;
 use serde_json::json;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use self::maps::{begin_copy, open_maps};
+use self::maps::{MapsOf, Since, begin_copy};
 use self::window::HeldWrite;
 use super::ages::{Ages, Due};
 use super::epochs::{Drained, Epochs};
@@ -165,7 +165,10 @@ impl Group {
         let set = store.record().set;
         let maps = disks
             .iter()
-            .map(|d| open_maps(&config.state_dir, set, &d.name, d.image.device().size()))
+            .map(|d| {
+                let size = d.image.device().size();
+                MapsOf { state_dir: &config.state_dir, set, disk: &d.name, size }.open()
+            })
             .collect::<Result<Vec<_>>>()?;
         let window_bytes = u32::try_from(config.window_bytes).unwrap_or(u32::MAX >> 4);
         let core = Core {
@@ -353,8 +356,10 @@ impl Group {
         // itself for an older copy then. After a commit this is recorded already, after a void
         // cut it is not.
         self.record.update(|record| record.epoch = record.epoch.max(epoch))?;
+        let cur = self.record.get().cur;
+        let since = cur.map_or(Since::Unknown, |cur| Since::Commit(Commit { cur, epoch }));
         for maps in &mut self.core().maps {
-            maps.rotate(Tag::default()).map_err(|e| Error::failed(e.to_string()))?;
+            maps.rotate(since.tag()).map_err(|e| Error::failed(e.to_string()))?;
         }
         Ok(Some(epoch))
     }

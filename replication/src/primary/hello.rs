@@ -102,6 +102,17 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish, maps_known: bo
         let resumed = continues && maps_known && !answer.power_lost;
         return Decision::Start(if resumed { CopyMode::Missing } else { CopyMode::Full });
     };
+    let (there, mine) = (position(me, theirs), me.com.and_then(|mine| position(me, mine)));
+    if there.is_none() || there < mine {
+        return refuse_secondary(
+            format!(
+                "the secondary {} has checkpoint {}, but had committed a later one: it was \
+                 restored from an older copy, or another secondary has been in its place",
+                peer.name, theirs.epoch
+            ),
+            "brep resync --full",
+        );
+    }
     if !maps_known {
         return refuse_secondary(
             format!(
@@ -112,20 +123,7 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish, maps_known: bo
             "brep resync --full",
         );
     }
-    match (position(me, theirs), me.com.and_then(|mine| position(me, mine))) {
-        (Some(theirs), mine) if mine.is_none_or(|mine| theirs >= mine) => {
-            let copy = if continues { CopyMode::Missing } else { CopyMode::Changed };
-            Decision::Start(copy)
-        }
-        _ => refuse_secondary(
-            format!(
-                "the secondary {} has checkpoint {}, but had committed a later one: it was \
-                 restored from an older copy, or another secondary has been in its place",
-                peer.name, theirs.epoch
-            ),
-            "brep resync --full",
-        ),
-    }
+    Decision::Start(if continues { CopyMode::Missing } else { CopyMode::Changed })
 }
 
 /// The last epoch of a line, as far as this side has come on it. None: not its line.
@@ -136,7 +134,7 @@ fn last_epoch(me: &Side, cur: Generation) -> Option<Epoch> {
 
 /// Where on this side's line of writes a commit lies: the line's number, and the epoch. None: on
 /// no line that is remembered.
-fn position(me: &Side, commit: Commit) -> Option<(usize, Epoch)> {
+pub(super) fn position(me: &Side, commit: Commit) -> Option<(usize, Epoch)> {
     let earlier = me.history.iter().position(|fork| fork.cur == commit.cur);
     let line = earlier.or_else(|| (me.cur == Some(commit.cur)).then_some(me.history.len()))?;
     Some((line, commit.epoch))

@@ -8,6 +8,7 @@ mod cut;
 mod failover;
 mod interrupted;
 mod invariants;
+mod killed;
 mod slots;
 mod stall;
 

@@ -43,6 +43,13 @@ impl Scratch {
         path
     }
 
+    /// The primary's state as a kill would leave it now: its files, without a clean stop.
+    pub fn killed(&self) -> PathBuf {
+        let killed = self.path("killed.state");
+        copy_dir(&self.path("p.state"), &killed);
+        killed
+    }
+
     pub fn disk(&self, name: &str, file: &str) -> DiskConfig {
         DiskConfig {
             name: name.into(),
@@ -186,4 +193,14 @@ pub async fn read(device: &dyn BlockDevice, offset: u64, len: usize) -> Vec<u8> 
 
 pub fn file(path: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap()
+}
+
+pub fn copy_dir(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_type().unwrap().is_file() {
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    }
 }

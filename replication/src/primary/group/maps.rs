@@ -1,64 +1,136 @@
 //! The maps: what the peer is not known to have.
 
+use std::io::ErrorKind;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use brep_hbitmap::{Error as MapError, Identity, LastStop, MapSet, Options, Role, Tag};
+use brep_block::storage;
+use brep_hbitmap::{Error as MapError, Identity, InFlight, MapSet, Options, Role, Tag};
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
 use super::{Core, Group};
-use crate::link::CopyMode;
-use crate::{Error, Result, SetId};
+use crate::link::{CopyMode, Side};
+use crate::primary::hello::position;
+use crate::{Commit, Epoch, Error, Generation, Result, SetId};
 
 /// Bytes that one bit of a map stands for, as a power of two: 64 KiB.
 const GRANULE_LOG2: u32 = 16;
 
-/// The tag of maps that hold every difference to a peer that has the last checkpoint. Maps that
-/// were made anew do not have it: nobody knows what they should hold.
-const KNOWN: Tag = Tag { id: [0; 16], number: 1 };
-
-/// Opens a disk's maps. What cannot be trusted is made anew, and everything differs.
-///
-/// # Errors
-/// The file is in use, or cannot be read or written.
-pub(super) fn open_maps(
-    state_dir: &Path,
-    set: Option<SetId>,
-    disk: &str,
-    size: u64,
-) -> Result<MapSet> {
-    let path = state_dir.join(format!("{disk}.maps"));
-    let options = Options::new(identity(set, disk), size, GRANULE_LOG2);
-    let failed = |e: MapError| Error::failed(format!("dirty maps of disk {disk}: {e}"));
-    match MapSet::open(&path, &options) {
-        Ok(mut maps) => {
-            if maps.last_stop() != LastStop::Clean {
-                // What was on its way when the process was killed is not known.
-                maps.all_to_differs();
-            }
-            return Ok(maps);
-        }
-        Err(MapError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error @ (MapError::Locked { .. } | MapError::Io { .. })) => return Err(failed(error)),
-        Err(error) => {
-            tracing::warn!(disk, %error, "the dirty maps are made anew: everything may differ");
-            brep_block::storage::remove(&path)
-                .map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
-        }
-    }
-    let mut maps = MapSet::create(&path, &options, Tag::default()).map_err(failed)?;
-    maps.set(Role::Differs, 0, size);
-    Ok(maps)
+/// Since when a map counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Since {
+    /// Nobody knows: the map was made anew after it, or the power, had been lost.
+    Unknown,
+    /// Whatever may differ from a disk of any contents.
+    Ever,
+    /// Everything after this checkpoint.
+    Commit(Commit),
 }
 
-/// Maps belong to a disk of a set.
-fn identity(set: Option<SetId>, disk: &str) -> Identity {
-    let mut hash = Sha256::new();
-    hash.update(set.map_or([0; 16], |s| s.0.into_bytes()));
-    hash.update(disk);
-    let mut id = [0; 16];
-    id.copy_from_slice(&hash.finalize()[..16]);
-    Identity(id)
+impl Since {
+    const EVER: Tag = Tag { id: [0xff; 16], number: 0 };
+
+    fn of(tag: Tag) -> Self {
+        match tag {
+            tag if tag == Tag::default() => Since::Unknown,
+            Self::EVER => Since::Ever,
+            Tag { id, number } => {
+                let cur = Generation(Uuid::from_bytes(id));
+                Since::Commit(Commit { cur, epoch: Epoch(number) })
+            }
+        }
+    }
+
+    pub(crate) fn tag(self) -> Tag {
+        match self {
+            Since::Unknown => Tag::default(),
+            Since::Ever => Self::EVER,
+            Since::Commit(Commit { cur, epoch }) => Tag { id: cur.0.into_bytes(), number: epoch.0 },
+        }
+    }
+
+    /// Whether a peer with this last checkpoint lacks nothing older. One on a line that this side
+    /// does not know is somebody else's concern.
+    fn reaches(self, me: &Side, theirs: Commit) -> bool {
+        match self {
+            Since::Unknown => false,
+            Since::Ever => true,
+            Since::Commit(since) => match (position(me, since), position(me, theirs)) {
+                (Some(since), Some(theirs)) => since <= theirs,
+                (since, _) => since.is_some(),
+            },
+        }
+    }
+}
+
+/// Where a disk's maps are, and whose.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MapsOf<'a> {
+    pub(crate) state_dir: &'a Path,
+    pub(crate) set: Option<SetId>,
+    /// The disk's name.
+    pub(crate) disk: &'a str,
+    /// The disk's size in bytes.
+    pub(crate) size: u64,
+}
+
+impl MapsOf<'_> {
+    fn path(&self) -> PathBuf {
+        self.state_dir.join(format!("{}.maps", self.disk))
+    }
+
+    /// Maps belong to a disk of a set.
+    fn options(&self) -> Options {
+        let mut hash = Sha256::new();
+        hash.update(self.set.map_or([0; 16], |s| s.0.into_bytes()));
+        hash.update(self.disk);
+        let mut id = [0; 16];
+        id.copy_from_slice(&hash.finalize()[..16]);
+        Options::new(Identity(id), self.size, GRANULE_LOG2)
+    }
+
+    fn failed(&self, error: &MapError) -> Error {
+        Error::failed(format!("dirty maps of disk {}: {error}", self.disk))
+    }
+
+    /// Opens them. After a kill differs holds what was in flight. What cannot be trusted is made
+    /// anew: everything differs, since nobody knows when.
+    ///
+    /// # Errors
+    /// The file is in use, or cannot be read or written.
+    pub(super) fn open(&self) -> Result<MapSet> {
+        match MapSet::open(self.path(), &self.options()) {
+            Ok(maps) => return Ok(maps),
+            Err(MapError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+            Err(error @ (MapError::Locked { .. } | MapError::Io { .. })) => {
+                return Err(self.failed(&error));
+            }
+            Err(error) => {
+                let disk = self.disk;
+                tracing::warn!(disk, %error, "the dirty maps are made anew: everything may differ");
+            }
+        }
+        let mut maps = self.create(Since::Unknown)?;
+        maps.set(Role::Differs, 0, self.size);
+        Ok(maps)
+    }
+
+    /// Makes empty ones that count from there, such as those of a disk that is promoted. A file that
+    /// is there already is replaced.
+    ///
+    /// # Errors
+    /// The file cannot be replaced or written.
+    pub(crate) fn create(&self, since: Since) -> Result<MapSet> {
+        let path = self.path();
+        match storage::remove(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(Error::failed(format!("{}: {error}", path.display())));
+            }
+            _ => {}
+        }
+        MapSet::create(&path, &self.options(), since.tag()).map_err(|e| self.failed(&e))
+    }
 }
 
 /// Brings the maps to what they have to be when a session begins.
@@ -66,13 +138,16 @@ pub(super) fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
     match copy {
         CopyMode::Full | CopyMode::Compare => {
             maps.set(Role::Differs, 0, size);
+            maps.void_pending();
+            for role in [Role::Open, Role::Differs] {
+                maps.set_tag(role, Since::Ever.tag());
+            }
         }
         // The peer may have been given something else meanwhile.
         CopyMode::Changed => maps.all_to_differs(),
-        // The peer has what it acknowledged. A clean stop may have left a cut behind; it is void.
+        // The peer has what it acknowledged. A stop may have left a cut behind; it is void.
         CopyMode::Missing => maps.void_pending(),
     }
-    maps.set_tag(Role::Differs, KNOWN);
 }
 
 impl Group {
@@ -81,16 +156,23 @@ impl Group {
         self.core().maps.get(disk).map_or(0, |maps| maps.map(Role::Differs).dirty_bytes())
     }
 
-    /// Whether the maps hold every difference to a peer that has the last checkpoint. Not so if
-    /// they, or the power, were lost.
-    pub(crate) fn maps_are_known(&self) -> bool {
-        self.core().maps.iter().all(|maps| maps.tag(Role::Differs) == KNOWN)
+    /// Whether the maps hold every difference to a peer of this line that has this checkpoint; or,
+    /// if it has none, that has every write which it acknowledged.
+    pub(crate) fn maps_reach(&self, me: &Side, theirs: Option<Commit>) -> bool {
+        self.core().maps.iter().all(|maps| {
+            let oldest = if maps.has_pending() { Role::Pending } else { Role::Open };
+            let [differs, oldest] = [Role::Differs, oldest].map(|r| Since::of(maps.tag(r)));
+            match theirs {
+                Some(theirs) => differs.reaches(me, theirs) && oldest.reaches(me, theirs),
+                None => differs != Since::Unknown,
+            }
+        })
     }
 
     /// A flush of a disk has failed: it may have lost what the peer has, and nobody knows what.
     pub(crate) fn distrust_maps(&self, disk: usize) {
         if let Some(maps) = self.core().maps.get_mut(disk) {
-            maps.set_tag(Role::Differs, Tag::default());
+            maps.set_tag(Role::Differs, Since::Unknown.tag());
         }
     }
 
@@ -120,8 +202,12 @@ impl Group {
     /// Takes whole granules as equal while they are compared. They differ again when the result is
     /// dropped, unless they were found equal.
     pub(crate) fn assume_equal(&self, disk: usize, range: Range<u64>) -> AssumedEqual<'_> {
-        self.core().clear_different(disk, range.start, range.end - range.start);
-        AssumedEqual { group: self, disk, range, confirmed: false }
+        let (start, len) = (range.start, range.end - range.start);
+        let mut core = self.core();
+        // A kill before they are known to be equal makes them differ.
+        let in_flight = core.begin_in_flight(disk, start, len, 1);
+        core.clear_different(disk, start, len);
+        AssumedEqual { group: self, disk, range, in_flight, confirmed: false }
     }
 
     /// Whether any range of any disk differs.
@@ -135,13 +221,8 @@ impl Group {
     /// A file could not be written.
     pub(crate) fn close_maps(&self) -> Result<()> {
         let mut core = self.core();
-        let in_flight = !core.ages.is_empty() || !core.epochs.is_settled();
         let mut result = Ok(());
-        for mut maps in std::mem::take(&mut core.maps) {
-            if in_flight {
-                // Nobody will hear how that ends.
-                maps.all_to_differs();
-            }
+        for maps in std::mem::take(&mut core.maps) {
             result = result.and(maps.close().map_err(|e| Error::failed(e.to_string())));
         }
         result
@@ -153,6 +234,7 @@ pub(crate) struct AssumedEqual<'a> {
     group: &'a Group,
     disk: usize,
     range: Range<u64>,
+    in_flight: Option<InFlight>,
     confirmed: bool,
 }
 
@@ -165,10 +247,12 @@ impl AssumedEqual<'_> {
 
 impl Drop for AssumedEqual<'_> {
     fn drop(&mut self) {
+        let mut core = self.group.core();
         if !self.confirmed {
             let (start, end) = (self.range.start, self.range.end);
-            self.group.core().mark(self.disk, Role::Differs, start, end - start);
+            core.mark(self.disk, Role::Differs, start, end - start);
         }
+        core.end_in_flight(self.disk, self.in_flight);
     }
 }
 
@@ -177,6 +261,23 @@ impl Core {
     pub(super) fn clear_different(&mut self, disk: usize, offset: u64, len: u64) {
         if let Some(maps) = self.maps.get_mut(disk) {
             maps.transfer(Role::Differs, Role::Open, offset, len);
+        }
+    }
+
+    /// Something begins that is to be in the maps as long as it has not ended `ends` times.
+    pub(super) fn begin_in_flight(
+        &mut self,
+        disk: usize,
+        offset: u64,
+        len: u64,
+        ends: u8,
+    ) -> Option<InFlight> {
+        self.maps.get_mut(disk)?.begin_in_flight(offset, len, ends)
+    }
+
+    pub(super) fn end_in_flight(&mut self, disk: usize, request: Option<InFlight>) {
+        if let (Some(maps), Some(request)) = (self.maps.get_mut(disk), request) {
+            maps.end_in_flight(request);
         }
     }
 

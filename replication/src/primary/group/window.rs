@@ -9,7 +9,7 @@ use brep_block::{
     Error as BlockError, ErrorKind, Io, LockMode, Operation, RangeGuard, RangeLock, WriteFlags,
     ZeroFlags,
 };
-use brep_hbitmap::Role;
+use brep_hbitmap::{InFlight, Role};
 use brep_nbd::client::Connection;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio::time::Instant;
@@ -30,8 +30,17 @@ pub(crate) struct HeldWrite {
 
 /// A write that has begun: what is on its way to the peer.
 pub(crate) struct Begun {
-    pub(crate) epoch: Epoch,
+    pub(crate) ticket: Ticket,
     pub(crate) remote: Remote,
+}
+
+/// What counts a write, on either side, until it has ended there.
+#[derive(Clone, Copy)]
+pub(crate) struct Ticket {
+    epoch: Epoch,
+    disk: usize,
+    /// None: it is on its way to nobody.
+    in_flight: Option<InFlight>,
 }
 
 pub(crate) enum Remote {
@@ -157,19 +166,20 @@ impl Group {
     /// A write has ended on the local disk.
     pub(crate) fn local_done(
         &self,
-        epoch: Epoch,
-        disk: usize,
+        ticket: Ticket,
         offset: u64,
         len: u64,
         result: &brep_block::Result<()>,
     ) {
+        let disk = ticket.disk;
         {
             let mut core = self.core();
-            core.epochs.local_done(epoch, result.is_ok());
+            core.epochs.local_done(ticket.epoch, result.is_ok());
             if result.is_err() {
                 // The peer may have what this disk has not. It is read back before the next cut.
                 core.mark(disk, Role::Differs, offset, len);
             }
+            core.end_in_flight(disk, ticket.in_flight);
         }
         if let Err(error) = result {
             self.report(disk, error);
@@ -182,11 +192,11 @@ impl Group {
     pub(crate) async fn finish_remote(
         &self,
         begun: Begun,
-        disk: usize,
         offset: u64,
         len: u64,
         admission: Admission,
     ) {
+        let Ticket { epoch, disk, in_flight } = begun.ticket;
         let result = match begun.remote {
             Remote::Sent(io) => io.await,
             Remote::Held(wait) => match wait.await {
@@ -202,7 +212,10 @@ impl Group {
         };
         match result {
             Ok(()) => {
-                self.core().epochs.remote_done(begun.epoch, true);
+                let mut core = self.core();
+                core.epochs.remote_done(epoch, true);
+                core.end_in_flight(disk, in_flight);
+                drop(core);
                 self.counters.replicated_writes.fetch_add(1, Ordering::Relaxed);
                 self.counters.replicated_bytes.fetch_add(len, Ordering::Relaxed);
             }
@@ -210,9 +223,10 @@ impl Group {
                 {
                     let mut core = self.core();
                     core.mark(disk, Role::Differs, offset, len);
-                    core.epochs.remote_done(begun.epoch, false);
+                    core.epochs.remote_done(epoch, false);
+                    core.end_in_flight(disk, in_flight);
                 }
-                self.remote_failed(disk, begun.epoch, &error);
+                self.remote_failed(disk, epoch, &error);
             }
         }
         drop(admission);
@@ -239,14 +253,18 @@ impl Core {
     fn begin(&mut self, disk: usize, offset: u64, change: &Change) -> Begun {
         self.dirty = true;
         let (epoch, route) = self.epochs.begin();
+        let mut in_flight = None;
+        if route != Route::Nowhere {
+            self.mark(disk, Role::Open, offset, change.len());
+            // It ends on both sides.
+            in_flight = self.begin_in_flight(disk, offset, change.len(), 2);
+        }
         let remote = match route {
             Route::Send => {
-                self.mark(disk, Role::Open, offset, change.len());
                 let connection = &self.connections[disk];
                 Remote::Sent(submit(change.clone(), connection, offset))
             }
             Route::Hold => {
-                self.mark(disk, Role::Open, offset, change.len());
                 let (sent, wait) = oneshot::channel();
                 self.epochs.hold(HeldWrite { disk, offset, change: change.clone(), sent });
                 Remote::Held(wait)
@@ -256,7 +274,7 @@ impl Core {
                 Remote::Nowhere
             }
         };
-        Begun { epoch, remote }
+        Begun { ticket: Ticket { epoch, disk, in_flight }, remote }
     }
 
     pub(super) fn send_held(&mut self, held: VecDeque<HeldWrite>) {
