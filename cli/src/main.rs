@@ -30,7 +30,10 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Outcome {
     match command {
         Command::Primary(args) => cmd::pair::primary(args.resolve()?),
-        Command::Secondary(args) => cmd::pair::secondary(args.resolve()?),
+        Command::Secondary(args) => {
+            let dry_run = args.dry_run();
+            cmd::pair::secondary(args.resolve()?, dry_run)
+        }
         Command::Status(args) => cmd::status::run(&args),
         Command::Checkpoint(args) => cmd::control::checkpoint(&args),
         Command::Failover(args) => cmd::control::failover(&args),

@@ -95,6 +95,9 @@ pub struct PrimaryConfig {
     /// The secondary's disks were copied by other means: compare hashes and copy only what
     /// differs, instead of everything.
     pub seeded: bool,
+    /// The guest is served at once, without the secondary, although that may have been promoted
+    /// since this side was connected to it.
+    pub force_lonely: bool,
     /// Guests and peers beyond loopback may be served in clear text.
     pub allow_plaintext: bool,
 }
@@ -116,6 +119,8 @@ pub struct SecondaryConfig {
     /// The primary is a plain NBD client, such as QEMU's replication driver. It is then the only
     /// one that may write, brep primaries are refused, and checkpoints are the manager's.
     pub plain_primary: bool,
+    /// This side was a primary, and what it has and its new primary lacks is given up.
+    pub discard_local: bool,
     /// Replication begins at once; if not, on command.
     pub start: bool,
     /// The control socket; by default `control.sock` in the state directory.

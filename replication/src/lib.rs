@@ -29,6 +29,7 @@ mod tests;
 extern crate self as brep_replication;
 mod unavailable;
 mod view;
+mod written;
 
 pub use error::{Error, ErrorKind, Result};
 pub use ids::{Commit, Epoch, Generation, SetId};

@@ -36,6 +36,9 @@ pub struct Status {
     pub reason: Option<String>,
     /// The command that gets out of a state that is not healthy.
     pub advice: Option<String>,
+    /// After a refusal: what each side has that the other lacks, as far as it is known.
+    #[serde(default)]
+    pub differences: Option<Differences>,
     /// `sync` or `async` (primary).
     pub ack: Option<String>,
     /// `process` or `power`.
@@ -101,6 +104,11 @@ pub enum DiskState {
     Promoted,
     /// No peer is configured, or none was ever seen.
     Alone,
+    /// Was a primary, and lacks what the other side has written since; or is older than the other
+    /// side. Not promotable.
+    Outdated,
+    /// Both sides have written what the other lacks.
+    SplitBrain,
     /// Something was not understood; see the reason.
     Failed,
 }
@@ -125,6 +133,36 @@ pub struct DiskStatus {
     pub hidden_bytes: Option<u64>,
     /// True if the secondary's guest has written since the last checkpoint.
     pub guest_wrote: Option<bool>,
+}
+
+/// What one side has written of a disk, and the other lacks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Written {
+    /// Name of the disk.
+    pub disk: String,
+    /// Bytes, by granules: at most so many; none: not known.
+    pub bytes: Option<u64>,
+    /// First byte and number of bytes of each range, ascending; at most
+    /// [`SHOWN_MAX`](Written::SHOWN_MAX).
+    pub ranges: Vec<(u64, u64)>,
+    /// These are all.
+    pub complete: bool,
+}
+
+impl Written {
+    /// Most ranges that are shown of a disk.
+    pub const SHOWN_MAX: usize = 256;
+}
+
+/// What the sides of a refused pair have that the other lacks.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Differences {
+    /// Written here, lacking there. One entry a disk.
+    pub here: Vec<Written>,
+    /// Written there, lacking here.
+    pub there: Vec<Written>,
 }
 
 /// How far a background activity has come.

@@ -204,7 +204,7 @@ async fn two_disks_of_any_size_are_cut_together() {
     b.close();
     primary.stop().await;
     secondary.command("failover", json!({})).await.unwrap();
-    secondary.wait("merged", |s| s["disks"][1]["state"] == "promoted").await;
+    secondary.wait_state("promoted").await;
     assert_eq!(file(&scratch.path("sa.raw")), checkpoint.0);
     assert_eq!(file(&scratch.path("sb.raw")), checkpoint.1);
     secondary.stop().await;

@@ -106,6 +106,17 @@ pub(crate) struct ResyncArgs {
     #[arg(long)]
     pub(crate) full: bool,
 
+    /// On a secondary: give up what it has and its primary lacks
+    ///
+    /// Of an old primary that returns, what it wrote by itself. The copy begins with the next
+    /// contact.
+    #[arg(long, conflicts_with_all = ["full", "wait"])]
+    pub(crate) discard_local: bool,
+
+    /// With --discard-local: only say what would be lost
+    #[arg(long, requires = "discard_local")]
+    pub(crate) dry_run: bool,
+
     /// Wait until both sides are in sync, however long that takes
     #[arg(long)]
     pub(crate) wait: bool,

@@ -17,7 +17,7 @@ pub(crate) use image::{
     CheckArgs, CompareArgs, CreateArgs, ImageArgs, ImageCommand, InfoArgs, Repair,
 };
 pub(crate) use nbd::{NbdArgs, NbdCommand, NbdInfoArgs, ServeArgs};
-pub(crate) use pair::{PrimaryArgs, SecondaryArgs};
+pub(crate) use pair::{DryRun, PrimaryArgs, SecondaryArgs};
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 

@@ -143,6 +143,13 @@ pub(crate) struct PrimaryArgs {
     /// The secondary's disks are copies already: compare hashes, copy only what differs
     #[arg(long)]
     seeded: bool,
+
+    /// Serve the guest at once, without the secondary
+    ///
+    /// A primary that was connected when it stopped waits for its secondary, which may have been
+    /// promoted since. Only for those who know that it was not.
+    #[arg(long)]
+    force_lonely: bool,
 }
 
 /// Receive the writes of a primary and keep what they overwrite, ready to take over
@@ -168,6 +175,26 @@ pub(crate) struct SecondaryArgs {
     /// It is then the only one that may write to the replica; a manager decides about checkpoints.
     #[arg(long)]
     plain_primary: bool,
+
+    /// Give up what this side wrote as a primary and its new primary lacks
+    ///
+    /// Says what that is, and starts. To be given once, not kept in a service's command line.
+    #[arg(long, conflicts_with = "plain_primary")]
+    discard_local: bool,
+
+    /// With --discard-local: only say what would be lost, and change nothing
+    #[arg(long, requires = "discard_local")]
+    dry_run: bool,
+
+    /// With --dry-run: print it as JSON
+    #[arg(long, requires = "dry_run")]
+    json: bool,
+}
+
+/// What is only said, and not done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DryRun {
+    pub(crate) json: bool,
 }
 
 impl PrimaryArgs {
@@ -213,12 +240,18 @@ impl PrimaryArgs {
             window_requests: self.window_requests as usize,
             checkpoint_interval: self.checkpoint_interval.0,
             seeded: self.seeded,
+            force_lonely: self.force_lonely,
             allow_plaintext: side.allow_plaintext,
         })
     }
 }
 
 impl SecondaryArgs {
+    /// Whether it is only to be said what would be done.
+    pub(crate) fn dry_run(&self) -> Option<DryRun> {
+        self.dry_run.then_some(DryRun { json: self.json })
+    }
+
     /// What was typed, as what it means.
     pub(crate) fn resolve(self) -> Result<SecondaryConfig, Failure> {
         let side = self.side.resolve(drive::secondary)?;
@@ -241,6 +274,7 @@ impl SecondaryArgs {
             listen,
             guest_listen,
             plain_primary: self.plain_primary,
+            discard_local: self.discard_local,
             start: side.start,
             control: side.control,
             peer_timeout: side.peer_timeout,

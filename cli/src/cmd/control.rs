@@ -121,6 +121,11 @@ fn wait_for_end(mut client: ControlClient, timeout: Duration) -> Result<(), Fail
 }
 
 pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
+    if args.discard_local {
+        let arguments = json!({ "discard-local": true, "dry-run": args.dry_run });
+        let answer = ask(&args.control, "resync", arguments)?;
+        return report(&args.control, &answer, || discard_text(&answer));
+    }
     if !args.full {
         return Err(Failure::usage(
             "what the secondary lacks is copied by itself when it returns; to copy everything: brep resync --full",
@@ -135,6 +140,31 @@ pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
     }
     wait_for_sync(&mut client, args.control.timeout)?;
     report(&args.control, &answer, || "in sync".into())
+}
+
+/// What is given up, or would be.
+pub(crate) fn discard_text(answer: &Value) -> String {
+    let dry_run = answer.get("dry-run").and_then(Value::as_bool) == Some(true);
+    let what = if dry_run { "would be given up" } else { "given up" };
+    let amount = |value: &Value| match number(value, "bytes") {
+        Some(bytes) => format!("at most {}", units::bytes(bytes)),
+        None => "an unknown amount, possibly everything".into(),
+    };
+    let mut text = format!("{what}: {}", amount(answer));
+    for disk in answer.get("disks").and_then(Value::as_array).into_iter().flatten() {
+        let name = disk.get("disk").and_then(Value::as_str).unwrap_or_default();
+        text.push_str(&format!("\n{name}: {}", amount(disk)));
+        let ranges = disk.get("ranges").and_then(Value::as_array);
+        for range in ranges.into_iter().flatten() {
+            if let (Some(start), Some(len)) = (range[0].as_u64(), range[1].as_u64()) {
+                text.push_str(&format!("\n  {start} to {}", start.saturating_add(len)));
+            }
+        }
+        if disk.get("complete").and_then(Value::as_bool) != Some(true) && disk["bytes"].is_u64() {
+            text.push_str("\n  ...");
+        }
+    }
+    text
 }
 
 /// Waits for the end of a resync, and shows its progress on a terminal. It has to begin within

@@ -163,6 +163,8 @@ fn state(disk: &DiskStatus) -> (String, Colour) {
         DiskState::Promoting => (format!("promoted, merging{}", percent()), Colour::Yellow),
         DiskState::Promoted => ("promoted".into(), Colour::Green),
         DiskState::Alone => ("alone".into(), Colour::Yellow),
+        DiskState::Outdated => ("outdated".into(), Colour::Red),
+        DiskState::SplitBrain => ("split brain".into(), Colour::Red),
         DiskState::Failed => ("failed".into(), Colour::Red),
     }
 }
@@ -226,6 +228,7 @@ mod tests {
             last_contact_ms: Some(3),
             reason: None,
             advice: None,
+            differences: None,
             ack: Some("sync".into()),
             durability: "process".into(),
             promotable: None,

@@ -68,6 +68,7 @@ const TYPES: &[Type] = &[
             ("last-contact-ms", "integer or null"),
             ("reason", "string or null"),
             ("advice", "string or null"),
+            ("differences", "object or null"),
             ("ack", "string or null"),
             ("durability", "string"),
             ("promotable", "boolean or null"),
@@ -91,6 +92,10 @@ const TYPES: &[Type] = &[
             ("took-us", "integer"),
             ("repeated", "boolean"),
         ],
+    ),
+    (
+        "ResyncReport",
+        &[("bytes", "integer or null?"), ("disks", "array?"), ("dry-run", "boolean?")],
     ),
     ("ReplicationStatus", &[("error", "boolean"), ("desc", "string?")]),
     ("ColoStatus", &[("mode", "string"), ("last-mode", "string"), ("reason", "string")]),

@@ -48,7 +48,15 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
         .returning("FailoverReport"),
     command("replication-start", &[]),
     command("replication-stop", &[optional("discard-checkpoint", Kind::Boolean)]),
-    command("resync", &[optional("full", Kind::Boolean)]),
+    command(
+        "resync",
+        &[
+            optional("full", Kind::Boolean),
+            optional("discard-local", Kind::Boolean),
+            optional("dry-run", Kind::Boolean),
+        ],
+    )
+    .returning("ResyncReport"),
     // Replication, as a manager of the original knows it.
     command(
         "xen-set-replication",

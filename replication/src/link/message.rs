@@ -1,10 +1,14 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::status::Written;
 use crate::{Commit, Epoch, Generation, SetId};
 
 /// The version of the messages; a side that gets another refuses and says so.
-pub const LINK_VERSION: u32 = 2;
+pub const LINK_VERSION: u32 = 3;
+
+/// Most ranges in one message.
+pub const RANGES_MAX: usize = 4096;
 
 /// Longest frame, in bytes.
 pub const FRAME_LEN_MAX: u32 = 1 << 20;
@@ -24,6 +28,27 @@ pub enum Message {
         reason: String,
         /// The command that resolves it.
         advice: Option<String>,
+        /// What it means for this side's disks.
+        kind: RefusalKind,
+        /// What the sender has written that this side lacks, where both have something; one entry
+        /// a disk.
+        written: Vec<Written>,
+    },
+    /// Primary, between hello and start: which ranges of a disk have you written, from `offset` on?
+    RangesRequest {
+        /// Index of the disk in hello's order.
+        disk: u32,
+        /// First byte that is of interest.
+        offset: u64,
+    },
+    /// Secondary: the answer, in ascending order, at most [`RANGES_MAX`].
+    Ranges {
+        /// As in the request.
+        disk: u32,
+        /// First byte and number of bytes of each range.
+        ranges: Vec<(u64, u64)>,
+        /// Where the next request begins; none: these were the last.
+        next: Option<u64>,
     },
     /// Primary: the session begins on these terms.
     Start {
@@ -112,6 +137,21 @@ pub enum Message {
     },
 }
 
+/// What a refusal means for the disks of the side that is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RefusalKind {
+    /// Nothing: something has to be set right, or to be asked for.
+    Other,
+    /// The primary's data are older than the secondary's.
+    StalePrimary,
+    /// The secondary has to be brought to the primary's line of writes, and what it wrote itself is
+    /// lost by that.
+    StaleSecondary,
+    /// Both sides have written what the other lacks.
+    SplitBrain,
+}
+
 /// Why a side ends the session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -166,6 +206,19 @@ pub struct Side {
     pub session: Option<Uuid>,
     /// Names and sizes of the disks, in order.
     pub disks: Vec<DiskInfo>,
+    /// What this side has written itself; none: it is not known.
+    pub maps: Option<MapsInfo>,
+}
+
+/// What the maps of a side hold: every range in which its disks may differ from what they were at
+/// some commit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct MapsInfo {
+    /// The commit; none: from the beginning on.
+    pub since: Option<Commit>,
+    /// Bytes, by granules: at most so many were written since. One number a disk, in order.
+    pub bytes: Vec<u64>,
 }
 
 /// One disk, as hello tells it.
@@ -206,4 +259,8 @@ pub struct HelloAnswer {
     pub inconsistent: bool,
     /// The secondary's host lost power: what the disks hold is not what was acknowledged.
     pub power_lost: bool,
+    /// It was a primary, and has not been brought to another one's line since.
+    pub outdated: bool,
+    /// Its operator gives up what it has and the primary lacks.
+    pub discard_local: bool,
 }

@@ -5,7 +5,8 @@ mod message;
 
 pub use framed::{LinkReader, LinkWriter, split};
 pub use message::{
-    CopyMode, DiskInfo, FRAME_LEN_MAX, Hello, HelloAnswer, LINK_VERSION, Message, Side, StopReason,
+    CopyMode, DiskInfo, FRAME_LEN_MAX, Hello, HelloAnswer, LINK_VERSION, MapsInfo, Message,
+    RANGES_MAX, RefusalKind, Side, StopReason,
 };
 
 use std::time::Duration;

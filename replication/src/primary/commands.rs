@@ -245,6 +245,12 @@ pub(super) fn peer_node(disk: &str) -> String {
 
 /// Copies everything again: now, if the secondary is connected, else when it is.
 fn resync(group: &Arc<Group>, arguments: Arguments<'_>) -> Result<Value> {
+    if arguments.flag("discard-local") {
+        return Err(Error::refused(
+            "this is a primary. To give its writes up: stop it, and start it with brep secondary \
+             --discard-local and the same disks and state directory",
+        ));
+    }
     if !arguments.flag("full") {
         return Err(Error::usage(
             "what the secondary lacks is copied by itself; to copy everything: brep resync --full",

@@ -4,22 +4,30 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use brep_block::BlockDevice;
-use brep_nbd::Endpoint;
 use brep_nbd::client::{ClientError, ConnectOptions, Connection, connect_private};
+use brep_nbd::{Endpoint, Stream};
 use bytes::{BufMut, Bytes, BytesMut};
 use uuid::Uuid;
 
 use super::group::{Group, Terms};
 use super::hello::{Decision, Refusal, decide, decide_plain};
-use super::link::Link;
+use super::link::{Link, peer_disk};
 use super::plain::Plain;
 use super::session::{Peer, Session};
 use crate::config::{Ack, PeerKind};
-use crate::link::{Hello, LINK_VERSION, Message, OPTION_BIND, OPTION_LINK, split, timeout_ms};
+use crate::link::{
+    Hello, HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, OPTION_BIND, OPTION_LINK,
+    split, timeout_ms,
+};
+use crate::status::{Differences, Written};
 use crate::{Error, Result};
 
 /// The secondary may have to close an older session and to make buffers before it answers.
 const START_LIMIT: Duration = Duration::from_secs(35);
+
+/// Pages of ranges that are taken from an old primary, for each disk; what is written in more places
+/// is copied from there on.
+const RANGE_PAGES_MAX: usize = 256;
 
 /// What became of an attempt to connect.
 pub(super) enum Attempt {
@@ -62,32 +70,49 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     writer.send(&Message::Hello(Box::new(hello)), limit).await?;
     let answer = match reader.receive_within(limit).await? {
         Message::HelloAnswer(answer) => answer,
-        Message::Refuse { reason, advice } => {
+        Message::Refuse { reason, advice, .. } => {
             return Ok(Attempt::Refused(Refusal { advice, ..Refusal::new(reason, "") }));
         }
         other => return Err(Error::failed(format!("unexpected message {other:?}"))),
     };
     let wish = group.core().wish;
-    let maps_known = group.maps_reach(&me, answer.side.com.filter(|_| !answer.inconsistent));
-    let copy = match decide(&me, &answer, wish, maps_known) {
-        Decision::Start(copy) => copy,
+    let plan = match decide(&me, &answer, wish) {
+        Decision::Start(plan) => plan,
         Decision::Refuse(refusal) => {
-            let refuse =
-                Message::Refuse { reason: refusal.reason.clone(), advice: refusal.advice.clone() };
+            let refusal = match refusal.has_differences() {
+                true => compare_writes(group, &mut reader, &mut writer, &answer, refusal).await?,
+                false => refusal,
+            };
+            let here = refusal.differences.as_ref().map(|d| d.here.clone());
+            let refuse = Message::Refuse {
+                reason: refusal.reason.clone(),
+                advice: refusal.advice.clone(),
+                kind: refusal.kind,
+                written: here.unwrap_or_default(),
+            };
             // The secondary shows the reason too; if it cannot be told, ours is enough.
             let _ = writer.send(&refuse, limit).await;
             return Ok(Attempt::Refused(refusal));
         }
     };
+    let copy = plan.copy;
+    if plan.with_theirs {
+        // Persistent before the first copy: what the other side tells of itself may be gone by
+        // the next time.
+        take_over_maps(group, &mut reader, &mut writer, &answer).await?;
+    }
     let (Some(set), Some(cur)) = (me.set, me.cur) else {
         return Err(Error::failed("the state record has no identity"));
     };
     let epoch = me.epoch.max(answer.side.epoch).max(group.core().epoch()).next();
+    // Recorded first: a secondary that was given an epoch that its primary does not know of was
+    // given it by a newer one.
+    group.update_record(|record| record.epoch = record.epoch.max(epoch))?;
     let sync = group.config.ack == Ack::Sync;
     writer.send(&Message::Start { set, cur, epoch, copy, sync }, limit).await?;
     let token = match reader.receive_within(limit.max(START_LIMIT)).await? {
         Message::Started { token } => token,
-        Message::Refuse { reason, advice } => {
+        Message::Refuse { reason, advice, .. } => {
             let refusal = Refusal { advice, is_secondary: true, ..Refusal::new(reason, "") };
             return Ok(Attempt::Refused(refusal));
         }
@@ -106,6 +131,77 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     Ok(session(group, Peer::Brep(link), copy, connections))
 }
 
+type Reader = LinkReader<Stream>;
+type Writer = LinkWriter<Stream>;
+
+/// The ranges of a disk that the secondary has written itself, from `offset` on, and where those
+/// that follow begin.
+async fn their_ranges(
+    group: &Group,
+    (reader, writer): (&mut Reader, &mut Writer),
+    disk: u32,
+    offset: u64,
+) -> Result<(Vec<(u64, u64)>, Option<u64>)> {
+    let limit = group.config.peer_timeout;
+    writer.send(&Message::RangesRequest { disk, offset }, limit).await?;
+    match reader.receive_within(limit).await? {
+        // Each answer begins after the one before it, so that there is an end.
+        Message::Ranges { disk: of, ranges, next }
+            if of == disk && next.is_none_or(|next| next > offset) =>
+        {
+            Ok((ranges, next))
+        }
+        other => Err(Error::failed(format!("unexpected message {other:?}"))),
+    }
+}
+
+/// Takes what an old primary has written into this side's maps: it differs.
+async fn take_over_maps(
+    group: &Group,
+    reader: &mut Reader,
+    writer: &mut Writer,
+    answer: &HelloAnswer,
+) -> Result<()> {
+    for (index, disk) in group.disks().iter().enumerate() {
+        let Some(theirs) = peer_disk(answer, &disk.name) else { continue };
+        let mut at = Some(0);
+        for _ in 0..RANGE_PAGES_MAX {
+            let Some(offset) = at else { break };
+            let (ranges, next) = their_ranges(group, (reader, writer), theirs, offset).await?;
+            group.mark_theirs(index, &ranges);
+            at = next;
+        }
+        if let Some(rest) = at {
+            group.mark_theirs(index, &[(rest, u64::MAX)]);
+        }
+    }
+    Ok(())
+}
+
+/// What each side has that the other lacks.
+async fn compare_writes(
+    group: &Group,
+    reader: &mut Reader,
+    writer: &mut Writer,
+    answer: &HelloAnswer,
+    refusal: Refusal,
+) -> Result<Refusal> {
+    let mut there = Vec::new();
+    for disk in group.disks() {
+        let Some(index) = peer_disk(answer, &disk.name) else { continue };
+        let bytes = answer.side.maps.as_ref().and_then(|m| m.bytes.get(index as usize).copied());
+        let (mut ranges, next) = match bytes {
+            Some(_) => their_ranges(group, (reader, writer), index, 0).await?,
+            None => (Vec::new(), Some(0)),
+        };
+        let complete = next.is_none() && ranges.len() <= Written::SHOWN_MAX;
+        ranges.truncate(Written::SHOWN_MAX);
+        there.push(Written { disk: disk.name.clone(), bytes, ranges, complete });
+    }
+    let differences = Some(Differences { here: group.written(), there });
+    Ok(Refusal { differences, ..refusal })
+}
+
 /// A stock NBD server says nothing of what it holds: only the record and the operator know.
 async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     let (wish, epoch) = {
@@ -115,7 +211,7 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     let record = group.record();
     let epoch = record.epoch.max(epoch).next();
     let copy = match decide_plain(record.primary.had_peer, wish) {
-        Decision::Start(copy) => copy,
+        Decision::Start(plan) => plan.copy,
         Decision::Refuse(refusal) => return Ok(Attempt::Refused(refusal)),
     };
     group.settled().await?;

@@ -1,4 +1,5 @@
 mod maps;
+mod role;
 mod window;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +14,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use self::maps::{MapsOf, Since, begin_copy};
+use self::maps::begin_copy;
+pub(crate) use self::maps::{MapsOf, Since};
+use self::role::check_role;
 use self::window::HeldWrite;
 use super::ages::{Ages, Due};
 use super::epochs::{Drained, Epochs};
@@ -25,10 +28,11 @@ use crate::door::Door;
 use crate::errors::ErrorLog;
 use crate::guest::Guest;
 use crate::image::Image;
-use crate::link::{CopyMode, DiskInfo, Side};
+use crate::link::{CopyMode, DiskInfo, RefusalKind, Side};
 use crate::node::Stage;
 use crate::state::{Record, RecordStore, Role, SharedRecord};
 use crate::status::LinkState;
+use crate::written::describe;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
 
 /// The disks of a primary, and everything that concerns all of them: epochs, window, record.
@@ -142,12 +146,7 @@ impl Group {
         };
         let mut store = RecordStore::open(&config.state_dir, blank)?;
         let record = store.record();
-        if record.role == Role::Secondary || record.secondary.promotion.is_some() {
-            return Err(Error::refused(format!(
-                "{}: this is the state of a secondary; start it with brep secondary",
-                config.state_dir.display()
-            )));
-        }
+        check_role(record).map_err(|e| e.context(config.state_dir.display()))?;
         let mut disks = Vec::new();
         for disk in &config.disks {
             disks.push(DiskPart {
@@ -159,6 +158,7 @@ impl Group {
         }
         store.update(|record| {
             record.begin_run(storage::boot_id(&config.state_dir));
+            record.become_primary();
             let size = |d: &DiskPart| (d.name.clone(), d.image.device().size());
             record.primary.disks = disks.iter().map(size).collect();
         })?;
@@ -231,7 +231,7 @@ impl Group {
 
     /// What hello tells of this side.
     pub(crate) fn side(&self) -> Side {
-        let record = self.record();
+        let (record, maps) = (self.record(), describe(self.core().maps.iter()));
         let size = |d: &DiskPart| d.image.device().size();
         Side {
             name: self.config.name.clone(),
@@ -249,6 +249,7 @@ impl Group {
                 .iter()
                 .map(|d| DiskInfo { name: d.name.clone(), size: size(d) })
                 .collect(),
+            maps,
         }
     }
 
@@ -355,7 +356,7 @@ impl Group {
         // The secondary may commit this epoch and this side never hear of it: it must not take
         // itself for an older copy then. After a commit this is recorded already, after a void
         // cut it is not.
-        self.record.update(|record| record.epoch = record.epoch.max(epoch))?;
+        self.record.update(|record| record.epoch = record.epoch.max(epoch.next()))?;
         let cur = self.record.get().cur;
         let since = cur.map_or(Since::Unknown, |cur| Since::Commit(Commit { cur, epoch }));
         for maps in &mut self.core().maps {
@@ -543,16 +544,18 @@ impl Group {
 
     /// Records that this side writes alone, on a new line if it was not alone before.
     fn go_alone(&self) {
-        let last = self.core().epochs.current();
+        let before = self.record.get();
+        let last = self.core().epochs.current().max(before.epoch);
+        let new_line = before.primary.had_peer && !before.primary.alone;
         let saved = self.record.update(|record| {
-            let primary = &mut record.primary;
-            let alone = primary.alone || !primary.had_peer;
-            primary.alone = primary.had_peer;
+            record.primary.alone = record.primary.had_peer;
             record.epoch = record.epoch.max(last);
-            if !alone {
+            if new_line {
                 record.begin_line(Generation::random(), last);
             }
         });
+        // A power loss must not make this side forget that both may have written.
+        let saved = saved.and_then(|()| if new_line { self.record.sync() } else { Ok(()) });
         if let Err(error) = saved {
             tracing::error!(%error, "cannot record that this side goes on alone");
             self.core().fatal = Some(format!("no write can be acknowledged: {error}"));
@@ -567,6 +570,10 @@ impl Group {
 impl Core {
     pub(crate) fn epoch(&self) -> Epoch {
         self.epochs.current()
+    }
+
+    pub(crate) fn is_refused(&self, kind: RefusalKind) -> bool {
+        self.refusal.as_ref().is_some_and(|refusal| refusal.kind == kind)
     }
 
     pub(crate) fn fatal(&self) -> Option<&str> {

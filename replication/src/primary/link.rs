@@ -36,7 +36,9 @@ pub(super) struct Link {
     parts: Mutex<Option<Parts>>,
     /// Who waits for the next answers to a cut.
     cut_answers: Mutex<Option<mpsc::Sender<Message>>>,
-    /// Who waits for the hashes of a range, by disk and first byte.
+    /// The peer's number of each disk: its disks may be in another order.
+    peer_disks: Vec<u32>,
+    /// Who waits for the hashes of a range, by the peer's number of the disk and first byte.
     hashes: Mutex<HashMap<(u32, u64), HashesSender>>,
 }
 
@@ -70,6 +72,12 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// The peer's number of a disk, in the order of its hello.
+pub(super) fn peer_disk(answer: &HelloAnswer, name: &str) -> Option<u32> {
+    let index = answer.side.disks.iter().position(|disk| disk.name == name)?;
+    u32::try_from(index).ok()
+}
+
 impl Link {
     pub(super) fn new(
         group: &Arc<Group>,
@@ -85,6 +93,7 @@ impl Link {
             heartbeat_pause: heartbeat_pause(group.config.peer_timeout, answer.timeout_ms),
             parts: Mutex::new(Some(Parts { reader, writer, messages })),
             cut_answers: Mutex::new(None),
+            peer_disks: group.disks().iter().filter_map(|d| peer_disk(answer, &d.name)).collect(),
             hashes: Mutex::new(HashMap::new()),
         }
     }
@@ -216,7 +225,8 @@ impl Link {
         length: u64,
         chunk: u32,
     ) -> Result<Vec<String>> {
-        let disk = u32::try_from(disk).map_err(|_| Error::failed("too many disks"))?;
+        let disk = self.peer_disks.get(disk).copied();
+        let disk = disk.ok_or_else(|| Error::failed("the secondary does not have this disk"))?;
         let (answer, wait) = oneshot::channel();
         let key = (disk, offset);
         lock(&self.hashes).insert(key, answer);

@@ -28,6 +28,7 @@ use self::commands::PrimaryHandler;
 use self::disk::PrimaryDisk;
 use self::establish::{Attempt, establish};
 use self::group::Group;
+pub(crate) use self::group::{MapsOf, Since};
 use self::session::CheckpointRequest;
 use crate::commands::Service;
 use crate::config::{PeerKind, PrimaryConfig};
@@ -115,6 +116,9 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
     let was_connected = had_peer && !alone;
     if !was_connected {
         group.allow_guest(false);
+    } else if group.config.force_lonely {
+        tracing::warn!("the guest is served without the secondary, by --force-lonely");
+        group.allow_guest(true);
     } else if group.config.peer_kind == PeerKind::Plain {
         // There is no hello to wait for: that nobody was promoted is the manager's to know.
         group.allow_guest(true);

@@ -5,6 +5,7 @@ use tokio::time::Instant;
 use super::group::{Core, Group};
 use super::plain::LAPSED;
 use crate::config::{Ack, PeerKind};
+use crate::link::RefusalKind;
 use crate::node::Stage;
 use crate::state::Record;
 use crate::status::{Counters, DiskState, DiskStatus, LinkState, Progress, Role, Status};
@@ -47,6 +48,7 @@ impl Group {
             last_contact_ms: core.last_contact.map(elapsed_ms),
             reason,
             advice,
+            differences: core.refusal.as_ref().and_then(|r| r.differences.clone()),
             ack: Some(
                 match self.config.ack {
                     Ack::Sync => "sync",
@@ -124,6 +126,8 @@ fn disk_state(core: &Core, record: &Record) -> DiskState {
         _ if core.fatal().is_some() => DiskState::Failed,
         LinkState::Connected if core.copying => DiskState::Resyncing,
         LinkState::Connected => DiskState::InSync,
+        _ if core.is_refused(RefusalKind::SplitBrain) => DiskState::SplitBrain,
+        _ if core.is_refused(RefusalKind::StalePrimary) => DiskState::Outdated,
         _ if record.primary.had_peer => DiskState::Disconnected,
         _ => DiskState::Alone,
     }

@@ -56,11 +56,6 @@ impl SecondaryHandler {
             "query-block-jobs" => Ok(commands::jobs_value(&group.status())),
             "query-yank" => Ok(group.yank_instances()),
             "yank" => group.yank(arguments).map(|()| json!({})),
-            "resync" => Err(Error::refused(
-                "this is the secondary; a resync copies from the primary: run `brep resync \
-                 --full` there",
-            )
-            .into()),
             "x-blockdev-change" => Err(group.refuse_change(arguments)),
             "quit" => {
                 commands::announce_quit(&group.events);
@@ -99,6 +94,17 @@ impl Side {
                 };
                 Ok(json!(self.failover(target).await?))
             }
+            "resync" if arguments.flag("discard-local") => {
+                let transition = group.transition.lock().await;
+                let discard = group.discard_local(arguments.flag("dry-run"))?;
+                drop(transition);
+                Ok(json!(discard))
+            }
+            "resync" => Err(Error::refused(
+                "this is the secondary; a resync copies from the primary: run `brep resync \
+                 --full` there",
+            )
+            .into()),
             "replication-start" => Ok(group.start_replication().await.map(done)?),
             "replication-stop" => {
                 group.stop(arguments.flag("discard-checkpoint")).await?;

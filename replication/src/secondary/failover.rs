@@ -96,7 +96,20 @@ impl Group {
                 repeated: true,
             }));
         }
-        if secondary.inconsistent || record.com.is_none() {
+        if secondary.outdated {
+            return Err(Error::refused(match secondary.inconsistent {
+                true => {
+                    "this side is being brought to its primary's line of writes (outdated): it \
+                     can be promoted when that copy has ended; nothing was changed"
+                }
+                false => {
+                    "this side was a primary, and lacks what the other side has written since \
+                     (outdated). Let the primary connect; or, if this side's data shall be kept, \
+                     stop it and start it with brep primary; nothing was changed"
+                }
+            }));
+        }
+        if !record.has_checkpoint() {
             return Err(Error::refused(
                 "there is no complete checkpoint (inconsistent): a full copy has not ended, or \
                  power was lost since. Let the primary copy everything; nothing was changed",
@@ -128,7 +141,6 @@ impl Group {
     async fn promote(self: &Arc<Self>, target: Target) -> Result<u64> {
         let record = self.record();
         let set = record.set.ok_or_else(|| Error::failed("no set"))?;
-        let last = record.com.map_or(record.epoch, |c| c.epoch);
         let differing_bytes = self.disks().iter().map(|d| d.hidden_bytes()).sum();
         let mut tops: Vec<Option<Buffer>> = Vec::new();
         for disk in self.disks() {
@@ -138,8 +150,13 @@ impl Group {
             });
         }
         let references: Vec<_> = tops.iter().map(|t| t.as_ref().map(Buffer::reference)).collect();
+        // What these would tell is older than what was received since.
+        self.remove_maps()?;
         self.update_record(|record| {
-            record.begin_line(Generation::random(), last);
+            record.begin_line_at_checkpoint(Generation::random());
+            // Nobody else can be the disk: a restart serves the guest at once.
+            record.primary.had_peer = true;
+            record.primary.alone = true;
             let mut references = references.iter();
             self.record_disks(record, |disk| {
                 promoted_record(disk.record(), references.next().copied().flatten())

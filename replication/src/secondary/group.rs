@@ -3,25 +3,27 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use brep_block::storage;
+use brep_hbitmap::MapSet;
 use brep_nbd::server::{OptionError, OptionErrorCode};
 use serde_json::json;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::buffers::{Buffer, BufferPool};
+use super::buffers::Buffer;
 use super::disk::{Fresh, ReplicaDisk};
+use super::opening::{check_known_disks, open_disk};
 use super::plain::{Claim, Plain};
+use super::rejoin::{self, Refused};
 use super::session::Session;
 use crate::commands::{Colo, ColoMode};
-use crate::config::{DiskConfig, SecondaryConfig};
+use crate::config::SecondaryConfig;
 use crate::control::EventBus;
 use crate::errors::ErrorLog;
 use crate::guest::Guest;
-use crate::image::Image;
 use crate::link::{DiskInfo, Side, StopReason};
 use crate::node::Stage;
-use crate::state::{DiskRecord, Record, RecordStore, Role, SecondaryRecord, SharedRecord};
+use crate::state::{DiskRecord, Record, RecordStore, Role, SharedRecord};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Result};
 
@@ -56,6 +58,11 @@ pub(crate) struct Core {
     closing: Option<Arc<Session>>,
     pub(crate) link: LinkState,
     pub(crate) reason: Option<String>,
+    /// The last primary that came did not begin a session.
+    pub(crate) refused: Option<Refused>,
+    /// What this side wrote as a primary, one a disk; empty if it was none, or nothing is left of
+    /// that.
+    pub(super) own_maps: Vec<MapSet>,
     pub(crate) peer: Option<String>,
     pub(crate) last_contact: Option<Instant>,
     pub(crate) last_commit: Option<Instant>,
@@ -125,12 +132,8 @@ impl Group {
         let blank = || Record::blank(&config.name, Role::Secondary);
         let mut store = RecordStore::open(&config.state_dir, blank)?;
         let secondary = store.record().secondary.clone();
-        if store.record().is_primary() && secondary.promotion.is_none() {
-            return Err(Error::refused(format!(
-                "{}: this is the state of a primary; give the secondary a directory of its own",
-                config.state_dir.display()
-            )));
-        }
+        let returns = rejoin::check(store.record(), &config)
+            .map_err(|e| e.context(config.state_dir.display()))?;
         let mut disks = Vec::new();
         for disk in &config.disks {
             let known = secondary.disks.iter().find(|d| d.name == disk.name);
@@ -138,10 +141,19 @@ impl Group {
         }
         check_known_disks(&secondary, &config)?;
         let mut power_lost = false;
-        store.update(|r| power_lost = r.begin_run(storage::boot_id(&config.state_dir)))?;
+        store.update(|record| {
+            power_lost = record.begin_run(storage::boot_id(&config.state_dir));
+            if returns {
+                record.return_as_secondary();
+            }
+            record.secondary.discard_local |= config.discard_local;
+        })?;
+        let sizes: Vec<_> = disks.iter().map(|d: &Arc<ReplicaDisk>| (&*d.name, d.size)).collect();
+        let own_maps = rejoin::open_own_maps(store.record(), &config, &sizes)?;
         // Else a power loss could bring the clean stop before this run back.
         store.sync()?;
-        let reason = (power_lost && !store.record().is_primary()).then(|| {
+        let had_checkpoint = secondary.promotion.is_none() && !store.record().secondary.outdated;
+        let reason = (power_lost && had_checkpoint).then(|| {
             tracing::error!("power was lost under the last run: the checkpoint cannot be trusted");
             "power was lost under the last run, and what was not on stable storage with it: the \
              checkpoint cannot be trusted"
@@ -156,13 +168,14 @@ impl Group {
             closing: None,
             link: LinkState::Disconnected,
             reason,
+            refused: None,
+            own_maps,
             peer: None,
             last_contact: None,
             last_commit: None,
         };
         let colo = Colo::default();
-        let promotable = secondary.promotion.is_none() && !secondary.inconsistent;
-        if promotable && store.record().com.is_some() {
+        if !store.record().is_primary() && store.record().has_checkpoint() {
             // Its manager may want the failover that this process was ended before.
             colo.enter(ColoMode::Secondary);
         }
@@ -272,6 +285,7 @@ impl Group {
                 .iter()
                 .map(|d| DiskInfo { name: d.name.clone(), size: d.size })
                 .collect(),
+            maps: self.own_writes(),
         }
     }
 
@@ -299,17 +313,14 @@ impl Group {
     /// Begins a session on the primary's terms: buffers, record, and then its token counts.
     pub(crate) async fn begin_session(&self, terms: &Terms, session: &Arc<Session>) -> Result<()> {
         self.end_session(StopReason::Replaced).await?;
-        let keep_checkpoint = {
-            let record = self.record();
-            !record.secondary.inconsistent && record.com.is_some()
-        };
+        let keep_checkpoint = self.record().has_checkpoint();
         // Whose buffers they are is known before one is taken: a file that somebody else has named
         // is taken for ours again after a kill only by its set.
         self.update_record(|record| {
             record.set = Some(terms.set);
-            if record.cur != Some(terms.cur) {
-                record.begin_line(terms.cur, terms.fork_epoch);
-            }
+            // From here on an old primary's disks are not its own line any more.
+            record.secondary.inconsistent |= record.secondary.outdated;
+            record.follow_line(terms.cur, terms.history.clone());
             record.epoch = record.epoch.max(terms.epoch);
         })?;
         for disk in &self.disks {
@@ -332,6 +343,7 @@ impl Group {
             }
         }
         let mut core = self.core();
+        core.refused = None;
         core.receiving = terms.epoch;
         // Every session begins with a copy, and no cut is made before it has ended.
         core.copying = true;
@@ -425,10 +437,13 @@ impl Group {
             record.epoch = record.epoch.max(epoch.next());
             let secondary = &mut record.secondary;
             secondary.inconsistent = false;
+            secondary.outdated = false;
+            secondary.discard_local = false;
             secondary.latest_ok = latest_ok;
             secondary.disks = disks;
             secondary.buffer_seq = secondary.buffer_seq.max(seq);
         })?;
+        self.drop_own_maps();
         let mut retired = Vec::new();
         for (disk, fresh) in self.disks.iter().zip(fresh) {
             retired.push((Arc::clone(disk), disk.committed(fresh).await?));
@@ -519,6 +534,9 @@ impl Group {
         for disk in &self.disks {
             result = result.and(disk.close().await);
         }
+        for maps in std::mem::take(&mut self.core().own_maps) {
+            result = result.and(maps.close().map_err(|e| Error::failed(e.to_string())));
+        }
         if result.is_ok() {
             self.update_record(|r| r.clean = true)?;
             self.sync_record()?;
@@ -552,51 +570,6 @@ pub(crate) struct Terms {
     pub(crate) set: crate::SetId,
     pub(crate) cur: crate::Generation,
     pub(crate) epoch: Epoch,
-    /// The last epoch of this side's old line, if the primary is on another.
-    pub(crate) fork_epoch: Epoch,
-}
-
-async fn open_disk(
-    config: &SecondaryConfig,
-    disk: &DiskConfig,
-    known: Option<&DiskRecord>,
-    record: &Record,
-) -> Result<ReplicaDisk> {
-    let image = Image::open(disk).await?;
-    let size = image.device().size();
-    if let Some(known) = known
-        && known.size != size
-    {
-        return Err(Error::refused(format!(
-            "disk {}: {} is {size} bytes long, but it was {} when it was last used; nothing was \
-             changed. Bring the right file back, or move the state directory away and start over",
-            disk.name,
-            disk.path.display(),
-            known.size
-        )));
-    }
-    let pool = BufferPool::new(&config.state_dir, &disk.name, size, disk.buffers.clone());
-    let seq_max = record.secondary.buffer_seq;
-    ReplicaDisk::open(disk, pool, image, known, record.set, seq_max).await
-}
-
-/// Every disk of the record must be given, and no other: a group is promoted as a whole.
-fn check_known_disks(secondary: &SecondaryRecord, config: &SecondaryConfig) -> Result<()> {
-    for known in &secondary.disks {
-        if !config.disks.iter().any(|d| d.name == known.name) {
-            return Err(Error::refused(format!(
-                "disk {}: the state record knows it, but it was not given; add --disk {}=FILE",
-                known.name, known.name
-            )));
-        }
-    }
-    let new = config.disks.iter().find(|d| !secondary.disks.iter().any(|k| k.name == d.name));
-    if let Some(new) = new.filter(|_| !secondary.disks.is_empty()) {
-        return Err(Error::refused(format!(
-            "disk {}: it is not part of the checkpoint that the state record names; leave it out, \
-             or move the state directory away and start over",
-            new.name
-        )));
-    }
-    Ok(())
+    /// The lines that led the primary there.
+    pub(crate) history: Vec<Commit>,
 }

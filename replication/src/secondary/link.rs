@@ -7,10 +7,11 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::group::{Group, Terms};
+use super::rejoin::Refused;
 use super::session::Session;
 use crate::link::{
-    HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, StopReason, heartbeat_pause, split,
-    timeout_ms,
+    HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, RefusalKind, StopReason,
+    heartbeat_pause, split, timeout_ms,
 };
 use crate::status::LinkState;
 use crate::{Epoch, Error, Result};
@@ -69,20 +70,30 @@ impl Group {
             guest: self.has_guest(),
             inconsistent: record.secondary.inconsistent,
             power_lost: record.secondary.power_lost,
+            outdated: record.secondary.outdated,
+            discard_local: record.secondary.discard_local,
         };
         writer.send(&Message::HelloAnswer(Box::new(answer)), limit).await?;
-        let (terms, sync) = match reader.receive_within(limit).await? {
-            Message::Start { set, cur, epoch, copy: _, sync } => {
-                (Terms { set, cur, epoch, fork_epoch: self.record().epoch }, sync)
+        let (terms, sync) = loop {
+            match reader.receive_within(limit).await? {
+                Message::RangesRequest { disk, offset } => {
+                    writer.send(&self.own_ranges(disk, offset), limit).await?;
+                }
+                Message::Start { set, cur, epoch, copy: _, sync } => {
+                    let history = hello.side.history.clone();
+                    break (Terms { set, cur, epoch, history }, sync);
+                }
+                Message::Refuse { reason, advice, kind, written } => {
+                    let mut core = self.core();
+                    core.link = LinkState::Refused;
+                    core.peer = Some(format!("{} ({peer})", hello.side.name));
+                    core.reason = None;
+                    let theirs = written;
+                    core.refused = Some(Refused { kind, reason: reason.clone(), advice, theirs });
+                    return Err(Error::refused(reason));
+                }
+                other => return Err(Error::failed(format!("unexpected message {other:?}"))),
             }
-            Message::Refuse { reason, advice: _ } => {
-                let mut core = self.core();
-                core.link = LinkState::Refused;
-                core.peer = Some(peer.to_owned());
-                core.reason = Some(format!("the primary refused: {reason}"));
-                return Err(Error::refused(reason));
-            }
-            other => return Err(Error::failed(format!("unexpected message {other:?}"))),
         };
         if let Some(reason) = self.objection(&terms) {
             return refuse(writer, limit, reason, None).await;
@@ -112,6 +123,9 @@ impl Group {
         let record = self.record();
         if record.is_primary() {
             return Some("this side has been promoted".to_owned());
+        }
+        if let Some(reason) = self.wants_consent() {
+            return Some(reason);
         }
         let fits = record.set.is_none_or(|s| s == terms.set) && terms.epoch > record.epoch;
         (!fits).then(|| "the terms do not fit what this side said in its hello".to_owned())
@@ -257,7 +271,9 @@ async fn refuse<T>(
     advice: Option<&str>,
 ) -> Result<T> {
     let advice = advice.map(str::to_owned);
-    writer.send(&Message::Refuse { reason: reason.clone(), advice }, limit).await?;
+    let (kind, written) = (RefusalKind::Other, Vec::new());
+    let refuse = Message::Refuse { reason: reason.clone(), advice, kind, written };
+    writer.send(&refuse, limit).await?;
     Err(Error::refused(reason))
 }
 

@@ -9,7 +9,9 @@ mod group;
 mod link;
 mod manager;
 mod named;
+mod opening;
 mod plain;
+mod rejoin;
 mod session;
 mod status;
 mod tag;
@@ -32,6 +34,7 @@ use crate::link::StopReason;
 use crate::{Error, Result};
 
 pub(crate) use link::{hash_hex, write_link};
+pub use rejoin::{Discard, would_discard};
 
 /// The time in which requests in flight have to end at a clean stop.
 const STOP_GRACE: Duration = Duration::from_secs(10);

@@ -93,13 +93,14 @@ impl Group {
         if let Some(session) = self.session() {
             return Ok(session);
         }
-        let record = self.record();
+        let mut record = self.record();
+        // A line of its own: no brep primary knows what is written on it.
+        record.begin_line(Generation::random(), record.epoch);
         let terms = Terms {
             set: record.set.unwrap_or_else(SetId::random),
-            // A line of its own: no brep primary knows what is written on it.
-            cur: Generation::random(),
+            cur: record.cur.unwrap_or_else(Generation::random),
             epoch: record.epoch.next(),
-            fork_epoch: record.epoch,
+            history: record.history,
         };
         // Nobody reads its messages.
         let (session, _) = Session::new(false, self.config.peer_timeout);

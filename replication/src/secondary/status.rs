@@ -3,11 +3,14 @@ use std::sync::atomic::Ordering;
 use tokio::time::Instant;
 
 use super::disk::ReplicaDisk;
-use super::group::Group;
+use super::group::{Core, Group};
 use super::plain::LAPSED;
+use super::rejoin::Refused;
+use crate::link::RefusalKind;
 use crate::node::Stage;
 use crate::state::{Record, SecondaryRecord};
-use crate::status::{Counters, DiskState, DiskStatus, LinkState, Role, Status};
+use crate::status::{Counters, Differences, DiskState, DiskStatus, LinkState, Role, Status};
+use crate::written::show_written;
 
 impl Group {
     /// The state of this side; never waits for a disk or a peer.
@@ -17,11 +20,16 @@ impl Group {
         let replication = self.stage();
         let core = self.core();
         let promoted = secondary.promotion.is_some();
-        let has_checkpoint = !secondary.inconsistent && record.com.is_some();
+        let has_checkpoint = record.has_checkpoint();
         let (reason, advice) = match self.explain_plain(has_checkpoint).filter(|_| !promoted) {
             Some((reason, advice)) => (Some(reason), Some(advice)),
-            None => explain(&record, &secondary, core.link, replication, core.reason.clone()),
+            None => explain(&record, &core, replication),
         };
+        let differences = core.refused.as_ref().filter(|r| r.kind != RefusalKind::Other);
+        let differences = differences.map(|refused| Differences {
+            here: show_written(self.disks().iter().map(|d| &*d.name), &core.own_maps),
+            there: refused.theirs.clone(),
+        });
         Status {
             name: self.config.name.clone(),
             role: if promoted { Role::Promoted } else { Role::Secondary },
@@ -37,6 +45,7 @@ impl Group {
             last_contact_ms: core.last_contact.map(elapsed_ms),
             reason,
             advice,
+            differences,
             ack: core.session_is_sync().map(|s| if s { "sync" } else { "async" }.to_owned()),
             durability: "process".to_owned(),
             promotable: Some(promoted || has_checkpoint),
@@ -46,11 +55,7 @@ impl Group {
                 false => Vec::new(),
             },
             guest_stopped: self.guest.is_stopped(),
-            disks: self
-                .disks()
-                .iter()
-                .map(|d| disk_status(d, &secondary, core.link, core.copying))
-                .collect(),
+            disks: self.disks().iter().map(|d| disk_status(d, &secondary, &core)).collect(),
             errors: self.errors.list(),
             counters: Counters {
                 replicated_writes: self.counters.writes.load(Ordering::Relaxed),
@@ -68,19 +73,18 @@ fn elapsed_ms(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
 
-fn disk_status(
-    disk: &ReplicaDisk,
-    secondary: &SecondaryRecord,
-    link: LinkState,
-    copying: bool,
-) -> DiskStatus {
+fn disk_status(disk: &ReplicaDisk, secondary: &SecondaryRecord, core: &Core) -> DiskStatus {
     let progress = disk.promoted().and_then(|p| p.progress());
-    let state = match (&secondary.promotion, secondary.inconsistent, link) {
+    let split = core.refused.as_ref().is_some_and(|r| r.kind == RefusalKind::SplitBrain);
+    let incomplete = secondary.inconsistent || secondary.outdated;
+    let state = match (&secondary.promotion, incomplete, core.link) {
         (Some(_), ..) if progress.is_some() => DiskState::Promoting,
+        (_, _, LinkState::Refused) if split => DiskState::SplitBrain,
         (Some(_), ..) => DiskState::Promoted,
         (None, true, LinkState::Connected) => DiskState::Resyncing,
+        (None, true, _) if secondary.outdated => DiskState::Outdated,
         (None, true, _) => DiskState::Inconsistent,
-        (None, false, LinkState::Connected) if copying => DiskState::Resyncing,
+        (None, false, LinkState::Connected) if core.copying => DiskState::Resyncing,
         (None, false, LinkState::Connected) => DiskState::InSync,
         (None, false, _) => DiskState::Disconnected,
     };
@@ -97,22 +101,24 @@ fn disk_status(
 }
 
 /// Why the state is not healthy, and what gets out of it.
-fn explain(
-    record: &Record,
-    secondary: &SecondaryRecord,
-    link: LinkState,
-    stage: Stage,
-    reason: Option<String>,
-) -> (Option<String>, Option<String>) {
-    if secondary.promotion.is_some() {
+fn explain(record: &Record, core: &Core, stage: Stage) -> (Option<String>, Option<String>) {
+    let secondary = &record.secondary;
+    if core.link == LinkState::Refused
+        && let Some(refused) = &core.refused
+    {
+        return explain_refusal(record, refused);
+    }
+    let reason = core.reason.clone();
+    if secondary.promotion.is_some() || core.link == LinkState::Connected {
         return (reason, None);
     }
-    if link == LinkState::Connected {
-        return (reason, None);
-    }
-    let held = record.com.filter(|_| !secondary.inconsistent);
+    let held = record.com.filter(|_| record.has_checkpoint());
     let state = match held {
         Some(com) => format!("holds checkpoint {}", com.epoch),
+        None if secondary.outdated => {
+            "was a primary, and lacks what the other side has written since: cannot be promoted"
+                .to_owned()
+        }
         None if record.set.is_none() => "no primary has ever connected".to_owned(),
         None => "no complete copy yet, cannot be promoted".to_owned(),
     };
@@ -122,6 +128,10 @@ fn explain(
              copied"
         }
         (true, false) if record.set.is_none() => "start brep primary with --peer",
+        (true, false) if secondary.outdated => {
+            "let the new primary connect; if this side's data are to be kept, stop it and start it \
+             with brep primary"
+        }
         (true, false) => "let the primary connect again: the copy begins anew",
         (false, true) => "brep start; or, if the primary is gone for good: brep failover",
         (false, false) => "brep start",
@@ -135,4 +145,31 @@ fn explain(
         None => state,
     };
     (Some(reason), Some(advice.to_owned()))
+}
+
+/// What the primary has said, and what can be done about it on this side.
+fn explain_refusal(record: &Record, refused: &Refused) -> (Option<String>, Option<String>) {
+    let reason = format!("the primary refused: {}", refused.reason);
+    let given_up = record.secondary.discard_local;
+    let advice = match refused.kind {
+        RefusalKind::SplitBrain if record.is_primary() => Some(
+            "to give this side's writes up: stop it, and start it with --discard-local; to keep \
+             them: do the same on the other side",
+        ),
+        RefusalKind::StaleSecondary if record.is_primary() => Some(
+            "stop this side, and start it as the other's secondary: brep secondary --discard-local",
+        ),
+        RefusalKind::StalePrimary if record.has_checkpoint() => Some(
+            "this side has more: stop the primary, and brep failover here; or give up what it \
+             lacks: brep resync --discard-local",
+        ),
+        RefusalKind::StalePrimary if record.is_primary() => None,
+        RefusalKind::Other => refused.advice.as_deref(),
+        _ if given_up => refused.advice.as_deref(),
+        _ => Some(
+            "to give up what the primary lacks: brep resync --discard-local (--dry-run only says \
+             what would be lost); to keep it: stop this side and start it with brep primary",
+        ),
+    };
+    (Some(reason), advice.map(str::to_owned))
 }

@@ -2,10 +2,12 @@
 //!
 //! Every function here that changes a [`Record`] only computes; [`RecordStore::save`] is the one
 //! place that makes it persistent.
+mod lines;
 mod record;
 mod shared;
 mod store;
 
+pub use lines::Lines;
 pub use record::{
     BufferRef, DiskRecord, PrimaryRecord, Promotion, Record, Role, SecondaryRecord, Target,
 };

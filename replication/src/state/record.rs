@@ -78,6 +78,12 @@ pub struct SecondaryRecord {
     pub buffer_seq: u64,
     /// Power was lost since the last session began: the disks may lack what was acknowledged.
     pub power_lost: bool,
+    /// This side was a primary, and has not been brought to the line of another one since: its
+    /// maps tell what it wrote. There is nothing to be promoted to. Once a copy has begun it is
+    /// `inconsistent` too, until the copy's commit.
+    pub outdated: bool,
+    /// The operator gives up what this side has and its primary lacks; until the next commit.
+    pub discard_local: bool,
 }
 
 /// One disk of a secondary, with the buffers that make its checkpoint.
@@ -176,7 +182,7 @@ impl Record {
         self.boot = boot;
         if lost && self.role == Role::Secondary {
             // Pre-images and what they belong to are of different moments now.
-            self.secondary.inconsistent = true;
+            self.secondary.inconsistent |= !self.secondary.outdated;
             self.secondary.latest_ok = false;
             self.secondary.power_lost = true;
         }
@@ -188,16 +194,73 @@ impl Record {
         if let Some(old) = self.cur {
             let fork = Commit { cur: old, epoch: last };
             self.history.push(fork);
-            if self.history.len() > Self::HISTORY_MAX {
-                // The line of the last checkpoint stays: by it a secondary is measured that
-                // returns, however often it was lost since.
-                let com = self.com.map(|com| com.cur);
-                let oldest = self.history.iter().position(|fork| Some(fork.cur) != com);
-                self.history.remove(oldest.unwrap_or(0));
-            }
             self.fork = Some(fork);
+            self.shorten_history();
         }
         self.cur = Some(cur);
+    }
+
+    /// Begins a new line of writes with the last checkpoint: what was received after it, on its
+    /// line or on later ones, is none of this side's.
+    pub fn begin_line_at_checkpoint(&mut self, cur: Generation) {
+        if let Some(com) = self.com {
+            if let Some(line) = self.history.iter().position(|fork| fork.cur == com.cur) {
+                self.history.truncate(line);
+            }
+            self.history.push(com);
+            self.fork = Some(com);
+            self.shorten_history();
+        }
+        self.cur = Some(cur);
+    }
+
+    /// Goes over to a primary's line: its way, which led it there, becomes this side's. One that
+    /// does not pass this side's checkpoint is a way of its own, which begins now.
+    pub fn follow_line(&mut self, cur: Generation, history: Vec<Commit>) {
+        let passes = |com: Commit| com.cur == cur || history.iter().any(|f| f.cur == com.cur);
+        if self.com.is_none_or(passes) {
+            self.cur = Some(cur);
+            self.fork = history.last().copied();
+            self.history = history;
+            self.shorten_history();
+        } else if self.cur != Some(cur) {
+            self.begin_line(cur, self.epoch);
+        }
+    }
+
+    /// A run as a primary begins: also of a side that was promoted and has been merged, or that
+    /// was to become a secondary and was not changed.
+    pub fn become_primary(&mut self) {
+        self.role = Role::Primary;
+        self.secondary.promotion = None;
+        self.secondary.outdated = false;
+        self.secondary.discard_local = false;
+    }
+
+    /// A primary returns as a secondary: its disks stay what they are until its new primary copies.
+    pub fn return_as_secondary(&mut self) {
+        self.role = Role::Secondary;
+        self.session = None;
+        self.secondary.promotion = None;
+        self.secondary.latest_ok = false;
+        self.secondary.outdated = true;
+        self.secondary.discard_local = false;
+    }
+
+    fn shorten_history(&mut self) {
+        // The line of the last checkpoint stays: by it a secondary is measured that returns,
+        // however often it was lost since.
+        let com = self.com.map(|com| com.cur);
+        while self.history.len() > Self::HISTORY_MAX {
+            let oldest = self.history.iter().position(|fork| Some(fork.cur) != com);
+            self.history.remove(oldest.unwrap_or(0));
+        }
+    }
+
+    /// Whether there is a checkpoint that this side could be promoted to.
+    #[must_use]
+    pub fn has_checkpoint(&self) -> bool {
+        self.com.is_some() && !self.secondary.inconsistent && !self.secondary.outdated
     }
 
     /// Whether this side is a primary, from the start or by a promotion.

@@ -31,6 +31,7 @@ fn identity() -> Identity {
         primary: true,
         session: None,
         disks: vec![DiskInfo { name: "vda".into(), size: MIB }],
+        maps: None,
     }
 }
 

@@ -76,6 +76,7 @@ impl Scratch {
             window_requests: 4096,
             checkpoint_interval: None,
             seeded: false,
+            force_lonely: false,
             allow_plaintext: false,
         }
     }
@@ -88,6 +89,7 @@ impl Scratch {
             listen: self.endpoint("s.sock"),
             guest_listen: None,
             plain_primary: false,
+            discard_local: false,
             start: true,
             control: None,
             peer_timeout: Duration::from_secs(5),
@@ -164,7 +166,19 @@ impl Side {
     }
 
     pub async fn wait_state(&self, state: &str) -> Value {
+        if state == "promoted" {
+            // Whatever an old primary says that goes on alone.
+            return self.wait_merged().await;
+        }
         self.wait(state, |s| s["disks"][0]["state"] == state).await
+    }
+
+    async fn wait_merged(&self) -> Value {
+        let merged = |s: &Value| {
+            s["role"] == "promoted"
+                && s["disks"].as_array().unwrap().iter().all(|d| d["progress"].is_null())
+        };
+        self.wait("promoted and merged", merged).await
     }
 
     pub async fn checkpoint(&self) -> u64 {

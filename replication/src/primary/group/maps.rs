@@ -10,8 +10,9 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use super::{Core, Group};
-use crate::link::{CopyMode, Side};
-use crate::primary::hello::position;
+use crate::link::CopyMode;
+use crate::status::Written;
+use crate::written::show_written;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
 
 /// Bytes that one bit of a map stands for, as a power of two: 64 KiB.
@@ -31,7 +32,7 @@ pub(crate) enum Since {
 impl Since {
     const EVER: Tag = Tag { id: [0xff; 16], number: 0 };
 
-    fn of(tag: Tag) -> Self {
+    pub(crate) fn of(tag: Tag) -> Self {
         match tag {
             tag if tag == Tag::default() => Since::Unknown,
             Self::EVER => Since::Ever,
@@ -49,19 +50,6 @@ impl Since {
             Since::Commit(Commit { cur, epoch }) => Tag { id: cur.0.into_bytes(), number: epoch.0 },
         }
     }
-
-    /// Whether a peer with this last checkpoint lacks nothing older. One on a line that this side
-    /// does not know is somebody else's concern.
-    fn reaches(self, me: &Side, theirs: Commit) -> bool {
-        match self {
-            Since::Unknown => false,
-            Since::Ever => true,
-            Since::Commit(since) => match (position(me, since), position(me, theirs)) {
-                (Some(since), Some(theirs)) => since <= theirs,
-                (since, _) => since.is_some(),
-            },
-        }
-    }
 }
 
 /// Where a disk's maps are, and whose.
@@ -76,7 +64,7 @@ pub(crate) struct MapsOf<'a> {
 }
 
 impl MapsOf<'_> {
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.state_dir.join(format!("{}.maps", self.disk))
     }
 
@@ -99,7 +87,7 @@ impl MapsOf<'_> {
     ///
     /// # Errors
     /// The file is in use, or cannot be read or written.
-    pub(super) fn open(&self) -> Result<MapSet> {
+    pub(crate) fn open(&self) -> Result<MapSet> {
         match MapSet::open(self.path(), &self.options()) {
             Ok(maps) => return Ok(maps),
             Err(MapError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
@@ -122,14 +110,22 @@ impl MapsOf<'_> {
     /// # Errors
     /// The file cannot be replaced or written.
     pub(crate) fn create(&self, since: Since) -> Result<MapSet> {
+        self.remove()?;
+        MapSet::create(self.path(), &self.options(), since.tag()).map_err(|e| self.failed(&e))
+    }
+
+    /// Removes the file, if there is one: maps do not follow what a secondary is given.
+    ///
+    /// # Errors
+    /// It cannot be removed; it must not be taken for true later.
+    pub(crate) fn remove(&self) -> Result<()> {
         let path = self.path();
         match storage::remove(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(Error::failed(format!("{}: {error}", path.display())));
+                Err(Error::failed(format!("{}: {error}", path.display())))
             }
-            _ => {}
+            _ => Ok(()),
         }
-        MapSet::create(&path, &self.options(), since.tag()).map_err(|e| self.failed(&e))
     }
 }
 
@@ -144,7 +140,11 @@ pub(super) fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
             }
         }
         // The peer may have been given something else meanwhile.
-        CopyMode::Changed => maps.all_to_differs(),
+        CopyMode::Changed => {
+            // What is open counts since the epoch that is pending, if there is one.
+            maps.void_pending();
+            maps.all_to_differs();
+        }
         // The peer has what it acknowledged. A stop may have left a cut behind; it is void.
         CopyMode::Missing => maps.void_pending(),
     }
@@ -156,24 +156,27 @@ impl Group {
         self.core().maps.get(disk).map_or(0, |maps| maps.map(Role::Differs).dirty_bytes())
     }
 
-    /// Whether the maps hold every difference to a peer of this line that has this checkpoint; or,
-    /// if it has none, that has every write which it acknowledged.
-    pub(crate) fn maps_reach(&self, me: &Side, theirs: Option<Commit>) -> bool {
-        self.core().maps.iter().all(|maps| {
-            let oldest = if maps.has_pending() { Role::Pending } else { Role::Open };
-            let [differs, oldest] = [Role::Differs, oldest].map(|r| Since::of(maps.tag(r)));
-            match theirs {
-                Some(theirs) => differs.reaches(me, theirs) && oldest.reaches(me, theirs),
-                None => differs != Since::Unknown,
-            }
-        })
-    }
-
     /// A flush of a disk has failed: it may have lost what the peer has, and nobody knows what.
     pub(crate) fn distrust_maps(&self, disk: usize) {
         if let Some(maps) = self.core().maps.get_mut(disk) {
             maps.set_tag(Role::Differs, Since::Unknown.tag());
         }
+    }
+
+    /// Marks ranges as different that the other side has written; what lies beyond the disk is left
+    /// out.
+    pub(crate) fn mark_theirs(&self, disk: usize, ranges: &[(u64, u64)]) {
+        let mut core = self.core();
+        for (start, len) in ranges {
+            let size = core.maps.get(disk).map_or(0, |maps| maps.map(Role::Differs).size());
+            let start = (*start).min(size);
+            core.mark(disk, Role::Differs, start, (*len).min(size - start));
+        }
+    }
+
+    /// What this side has written since its maps begin.
+    pub(crate) fn written(&self) -> Vec<Written> {
+        show_written(self.disks().iter().map(|d| d.name.as_str()), &self.core().maps)
     }
 
     /// The first range of a disk, from `offset` on, that differs; at most `max` bytes.

@@ -1,0 +1,75 @@
+use crate::link::{RefusalKind, Side};
+use crate::status::Differences;
+
+/// Why there is no session, and what resolves it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) reason: String,
+    pub(crate) advice: Option<String>,
+    pub(crate) kind: RefusalKind,
+    /// What each side has that the other lacks, as far as it was asked for.
+    pub(crate) differences: Option<Differences>,
+    /// The peer may be the disk now: this side must not begin to serve its guest.
+    pub(crate) superseded: bool,
+    /// Nobody else serves a guest, so this side may, alone: the peer has said that it is the
+    /// secondary of these disks, or this side has left its line.
+    pub(crate) is_secondary: bool,
+}
+
+impl Refusal {
+    /// One that says nothing about who is the disk.
+    pub(crate) fn new(reason: impl Into<String>, advice: &str) -> Self {
+        Refusal {
+            reason: reason.into(),
+            advice: Some(advice.to_owned()),
+            kind: RefusalKind::Other,
+            differences: None,
+            superseded: false,
+            is_secondary: false,
+        }
+    }
+
+    /// The peer is a secondary, and the primary may go on.
+    pub(super) fn of_secondary(reason: impl Into<String>, advice: &str) -> Self {
+        Refusal { is_secondary: true, ..Refusal::new(reason, advice) }
+    }
+
+    /// The peer has newer data.
+    pub(super) fn stale(reason: String, advice: &str) -> Self {
+        let kind = RefusalKind::StalePrimary;
+        Refusal { superseded: true, kind, ..Refusal::new(reason, advice) }
+    }
+
+    /// Both have what the other lacks.
+    pub(super) fn split_brain(what: String, me: &Side, peer: &Side) -> Self {
+        let advice = format!(
+            "to keep the writes of {}: stop this side, and start it with brep secondary \
+             --discard-local and the same disks and state directory (with --dry-run it only says \
+             what would be lost); to keep this side's: the same on {}",
+            peer.name, peer.name
+        );
+        Refusal {
+            superseded: true,
+            kind: RefusalKind::SplitBrain,
+            ..Refusal::new(format!("split brain: {what}{}", amounts(me, peer)), &advice)
+        }
+    }
+
+    /// Whether both sides have something that the other lacks.
+    pub(crate) fn has_differences(&self) -> bool {
+        self.kind != RefusalKind::Other
+    }
+}
+
+/// How much each side has that the other lacks.
+pub(super) fn amounts(me: &Side, peer: &Side) -> String {
+    let bytes = |side: &Side| match &side.maps {
+        Some(maps) => format!("at most {} bytes", maps.bytes.iter().sum::<u64>()),
+        None => "an unknown amount".to_owned(),
+    };
+    format!(
+        "; written here and lacking there: {}; written there and lacking here: {}",
+        bytes(me),
+        bytes(peer)
+    )
+}

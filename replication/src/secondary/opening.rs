@@ -1,0 +1,55 @@
+use super::buffers::BufferPool;
+use super::disk::ReplicaDisk;
+use crate::config::{DiskConfig, SecondaryConfig};
+use crate::image::Image;
+use crate::state::{DiskRecord, Record, SecondaryRecord};
+use crate::{Error, Result};
+
+/// Opens a disk and the buffers that the record names for it.
+pub(super) async fn open_disk(
+    config: &SecondaryConfig,
+    disk: &DiskConfig,
+    known: Option<&DiskRecord>,
+    record: &Record,
+) -> Result<ReplicaDisk> {
+    let image = Image::open(disk).await?;
+    let size = image.device().size();
+    if let Some(known) = known
+        && known.size != size
+    {
+        return Err(Error::refused(format!(
+            "disk {}: {} is {size} bytes long, but it was {} when it was last used; nothing was \
+             changed. Bring the right file back, or move the state directory away and start over",
+            disk.name,
+            disk.path.display(),
+            known.size
+        )));
+    }
+    let pool = BufferPool::new(&config.state_dir, &disk.name, size, disk.buffers.clone());
+    let seq_max = record.secondary.buffer_seq;
+    ReplicaDisk::open(disk, pool, image, known, record.set, seq_max).await
+}
+
+/// Every disk of the record must be given, and no other: a group is promoted as a whole.
+pub(super) fn check_known_disks(
+    secondary: &SecondaryRecord,
+    config: &SecondaryConfig,
+) -> Result<()> {
+    for known in &secondary.disks {
+        if !config.disks.iter().any(|d| d.name == known.name) {
+            return Err(Error::refused(format!(
+                "disk {}: the state record knows it, but it was not given; add --disk {}=FILE",
+                known.name, known.name
+            )));
+        }
+    }
+    let new = config.disks.iter().find(|d| !secondary.disks.iter().any(|k| k.name == d.name));
+    if let Some(new) = new.filter(|_| !secondary.disks.is_empty()) {
+        return Err(Error::refused(format!(
+            "disk {}: it is not part of the checkpoint that the state record names; leave it out, \
+             or move the state directory away and start over",
+            new.name
+        )));
+    }
+    Ok(())
+}
