@@ -9,6 +9,7 @@ pub mod proto;
 pub mod server;
 #[cfg(feature = "simulation")]
 pub mod simulation;
+pub mod tls;
 
 pub use endpoint::Endpoint;
 pub use stream::Stream;

@@ -83,25 +83,7 @@ pub(crate) fn bind(endpoint: &Endpoint) -> Option<io::Result<Arc<dyn Acceptor>>>
     Some(network.bind(endpoint))
 }
 
-pub(crate) async fn readable(pipe: &dyn Pipe) -> io::Result<()> {
-    std::future::poll_fn(|cx| pipe.poll_readable(cx)).await
-}
-
-pub(crate) async fn writable(pipe: &dyn Pipe) -> io::Result<()> {
-    std::future::poll_fn(|cx| pipe.poll_writable(cx)).await
-}
-
-pub(crate) fn try_read_buf(pipe: &dyn Pipe, buffer: &mut impl bytes::BufMut) -> io::Result<usize> {
-    let mut data = vec![0; buffer.remaining_mut().min(64 << 10)];
-    let read = pipe.try_read(&mut data)?;
-    buffer.put_slice(&data[..read]);
-    Ok(read)
-}
-
-pub(crate) fn try_write_vectored(
-    pipe: &dyn Pipe,
-    buffers: &[io::IoSlice<'_>],
-) -> io::Result<usize> {
+fn try_write_vectored(pipe: &dyn Pipe, buffers: &[io::IoSlice<'_>]) -> io::Result<usize> {
     let mut written = 0;
     for buffer in buffers.iter().filter(|buffer| !buffer.is_empty()) {
         match pipe.try_write(buffer) {

@@ -1,6 +1,7 @@
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
@@ -9,16 +10,17 @@ use tokio::net::{TcpStream, UnixStream};
 
 #[cfg(feature = "simulation")]
 use crate::simulation;
+use crate::tls::{TlsPeer, TlsStream};
 
 /// How long a TCP connection may be idle before the kernel probes the other side, and the pause
 /// between probes: a dead peer is noticed after about a minute even if nothing is being sent.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A connected byte stream, over TCP or a unix socket.
+/// A connected byte stream, over TCP or a unix socket, in the clear or inside TLS.
 ///
-/// Reads and writes go through [`AsyncRead`] and [`AsyncWrite`] (vectored writes included); the
-/// `try_` methods never wait and fail with [`io::ErrorKind::WouldBlock`] instead.
+/// Reads and writes go through [`AsyncRead`] and [`AsyncWrite`], vectored writes included. What
+/// has been written to TLS may wait there until it is flushed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Stream {
@@ -26,6 +28,8 @@ pub enum Stream {
     Tcp(TcpStream),
     /// A unix domain socket.
     Unix(UnixStream),
+    /// One of the others, inside TLS.
+    Tls(Box<TlsStream>),
     /// Whatever a simulator has put in their place.
     #[cfg(feature = "simulation")]
     Simulated(std::sync::Arc<dyn crate::simulation::Pipe>),
@@ -51,69 +55,23 @@ impl From<UnixStream> for Stream {
 }
 
 impl Stream {
-    /// Waits until something can be read, or the other side has closed.
-    ///
-    /// # Errors
-    /// What the operating system says.
-    pub async fn readable(&self) -> io::Result<()> {
-        match self {
-            Stream::Tcp(stream) => stream.readable().await,
-            Stream::Unix(stream) => stream.readable().await,
-            #[cfg(feature = "simulation")]
-            Stream::Simulated(pipe) => simulation::readable(&**pipe).await,
+    /// Sends some last words and the end of the stream, as far as that is possible without
+    /// waiting: a courtesy to somebody who may not be there any more.
+    pub(crate) fn say_goodbye(&mut self, words: &[u8]) {
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut stream = Pin::new(self);
+        if !words.is_empty() {
+            let _ = stream.as_mut().poll_write(&mut cx, words);
         }
+        let _ = stream.as_mut().poll_shutdown(&mut cx);
     }
 
-    /// Waits until something can be written, or the other side has closed.
-    ///
-    /// # Errors
-    /// What the operating system says.
-    pub async fn writable(&self) -> io::Result<()> {
+    /// Who is on the other side, if the stream is inside TLS.
+    #[must_use]
+    pub fn tls_peer(&self) -> Option<&Arc<TlsPeer>> {
         match self {
-            Stream::Tcp(stream) => stream.writable().await,
-            Stream::Unix(stream) => stream.writable().await,
-            #[cfg(feature = "simulation")]
-            Stream::Simulated(pipe) => simulation::writable(&**pipe).await,
-        }
-    }
-
-    /// Reads what is there; 0 means that the other side has closed.
-    ///
-    /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] if there is nothing yet.
-    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Stream::Tcp(stream) => stream.try_read(buffer),
-            Stream::Unix(stream) => stream.try_read(buffer),
-            #[cfg(feature = "simulation")]
-            Stream::Simulated(pipe) => pipe.try_read(buffer),
-        }
-    }
-
-    /// As [`try_read`](Self::try_read), into the free space at the end of a buffer, which need
-    /// not be initialised.
-    ///
-    /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] if there is nothing yet.
-    pub fn try_read_buf(&self, buffer: &mut impl bytes::BufMut) -> io::Result<usize> {
-        match self {
-            Stream::Tcp(stream) => stream.try_read_buf(buffer),
-            Stream::Unix(stream) => stream.try_read_buf(buffer),
-            #[cfg(feature = "simulation")]
-            Stream::Simulated(pipe) => simulation::try_read_buf(&**pipe, buffer),
-        }
-    }
-
-    /// Writes as much as the socket takes.
-    ///
-    /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] if it takes nothing now.
-    pub fn try_write_vectored(&self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
-        match self {
-            Stream::Tcp(stream) => stream.try_write_vectored(buffers),
-            Stream::Unix(stream) => stream.try_write_vectored(buffers),
-            #[cfg(feature = "simulation")]
-            Stream::Simulated(pipe) => simulation::try_write_vectored(&**pipe, buffers),
+            Stream::Tls(stream) => Some(stream.peer()),
+            _ => None,
         }
     }
 
@@ -125,6 +83,7 @@ impl Stream {
         let socket = match self {
             Stream::Tcp(stream) => SockRef::from(stream),
             Stream::Unix(stream) => SockRef::from(stream),
+            Stream::Tls(stream) => return stream.plain().shutdown_now(),
             #[cfg(feature = "simulation")]
             Stream::Simulated(pipe) => {
                 pipe.abort();
@@ -146,6 +105,7 @@ impl Stream {
                 Ok(credentials) => format!("unix socket, uid {}", credentials.uid()),
                 Err(_) => "a lost unix socket".to_owned(),
             },
+            Stream::Tls(stream) => stream.plain().peer(),
             #[cfg(feature = "simulation")]
             Stream::Simulated(pipe) => pipe.peer(),
         }
@@ -161,6 +121,7 @@ impl AsyncRead for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Stream::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
             #[cfg(feature = "simulation")]
             Stream::Simulated(pipe) => simulation::poll_read(&**pipe, cx, buf),
         }
@@ -176,6 +137,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Stream::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            Stream::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
             #[cfg(feature = "simulation")]
             Stream::Simulated(pipe) => simulation::poll_write(&**pipe, cx, &[IoSlice::new(buf)]),
         }
@@ -189,6 +151,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Stream::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             #[cfg(feature = "simulation")]
             Stream::Simulated(pipe) => simulation::poll_write(&**pipe, cx, bufs),
         }
@@ -202,6 +165,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Stream::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Stream::Tls(stream) => Pin::new(stream).poll_flush(cx),
             #[cfg(feature = "simulation")]
             Stream::Simulated(_) => Poll::Ready(Ok(())),
         }
@@ -211,6 +175,7 @@ impl AsyncWrite for Stream {
         match self.get_mut() {
             Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Stream::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Stream::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
             #[cfg(feature = "simulation")]
             Stream::Simulated(pipe) => {
                 pipe.close();

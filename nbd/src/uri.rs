@@ -40,6 +40,8 @@ pub struct TlsParameters {
     pub hostname: Option<String>,
     /// `tls-verify-peer`: whether the certificate is checked at all.
     pub verify_peer: Option<bool>,
+    /// `tls-certificates`: the directory that the certificates are in.
+    pub certificates: Option<PathBuf>,
 }
 
 /// How TLS authenticates.
@@ -221,13 +223,14 @@ impl Parameters {
             "socket" if !unix => {
                 return Err(UriError::MisplacedParameter(name, "unix sockets"));
             }
-            "tls-type" | "tls-hostname" | "tls-verify-peer" if !tls => {
+            "tls-type" | "tls-hostname" | "tls-verify-peer" | "tls-certificates" if !tls => {
                 return Err(UriError::MisplacedParameter(name, "nbds schemes"));
             }
             "socket" => self.socket.replace(socket_path(value)?).is_some(),
             "tls-type" => self.tls.kind.replace(tls_kind(&name, value)?).is_some(),
             "tls-hostname" => self.tls.hostname.replace(text(value, "TLS host name")?).is_some(),
             "tls-verify-peer" => self.tls.verify_peer.replace(flag(&name, value)?).is_some(),
+            "tls-certificates" => self.tls.certificates.replace(directory(&name, value)?).is_some(),
             _ => return Err(UriError::UnknownParameter(name)),
         };
         if repeated { Err(UriError::RepeatedParameter(name)) } else { Ok(()) }
@@ -240,6 +243,13 @@ fn socket_path(value: Vec<u8>) -> Result<PathBuf, UriError> {
     }
     if value.contains(&0) {
         return Err(UriError::Nul("socket path"));
+    }
+    Ok(PathBuf::from(OsString::from_vec(value)))
+}
+
+fn directory(name: &str, value: Vec<u8>) -> Result<PathBuf, UriError> {
+    if value.is_empty() || value.contains(&0) {
+        return Err(bad_value(name, &value));
     }
     Ok(PathBuf::from(OsString::from_vec(value)))
 }
@@ -335,13 +345,19 @@ impl TlsParameters {
             TlsKind::PreSharedKey => "psk",
         });
         let verify = self.verify_peer.map(|verify| if verify { "1" } else { "0" });
-        let hostname = self.hostname.as_deref();
-        for (name, value) in
-            [("tls-type", kind), ("tls-hostname", hostname), ("tls-verify-peer", verify)]
-        {
+        let parameters = [
+            ("tls-type", kind.map(str::as_bytes)),
+            ("tls-hostname", self.hostname.as_deref().map(str::as_bytes)),
+            ("tls-verify-peer", verify.map(str::as_bytes)),
+            (
+                "tls-certificates",
+                self.certificates.as_ref().map(|path| path.as_os_str().as_bytes()),
+            ),
+        ];
+        for (name, value) in parameters {
             if let Some(value) = value {
                 write!(f, "{separator}{name}=")?;
-                encode(f, value.as_bytes(), b":")?;
+                encode(f, value, b"/:")?;
                 separator = '&';
             }
         }

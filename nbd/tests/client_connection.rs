@@ -584,7 +584,7 @@ async fn a_private_option_turns_the_connection_into_something_else() {
     let option = PRIVATE_OPTION_BASE + 1;
     let endpoint = listener.options().endpoint;
     let hello = Bytes::from_static(b"hello");
-    let connecting = connect_private(&endpoint, option, hello, PATIENCE);
+    let connecting = connect_private(&endpoint, None, option, hello, PATIENCE);
     let (private, mut server) = join!(connecting, async {
         let mut stream = listener.accept_raw().await;
         let mut greeting = [INIT_MAGIC.to_be_bytes(), OPTION_MAGIC.to_be_bytes()].concat();
@@ -619,7 +619,7 @@ async fn a_server_that_does_not_know_the_private_option_is_told_apart() {
     let listener = Listener::bind(directory.path());
     let mut options = listener.options();
     let number = PRIVATE_OPTION_BASE + 1;
-    let plain = connect_private(&options.endpoint, number, Bytes::new(), PATIENCE);
+    let plain = connect_private(&options.endpoint, None, number, Bytes::new(), PATIENCE);
     let serving = tokio::spawn(async move {
         // The scripted server refuses what it does not know, and then waits for more.
         loop {

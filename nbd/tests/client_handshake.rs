@@ -2,7 +2,7 @@
 //! one can be wrong, whole and cut into single bytes.
 
 use brep_nbd::proto::client::{
-    BlockSizes, Goal, Handshake, HandshakeError, HandshakeOptions, Outcome,
+    BlockSizes, Goal, Handshake, HandshakeError, HandshakeOptions, Outcome, Progress,
 };
 use brep_nbd::proto::wire::{
     INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OptionCode, OptionHeader, OptionReplyHeader,
@@ -81,14 +81,24 @@ fn options(goal: Goal) -> HandshakeOptions {
         export: "vda".into(),
         private_options: Vec::new(),
         structured_replies: true,
+        tls: false,
     }
 }
 
 struct Run {
-    result: Result<Option<Outcome>, HandshakeError>,
+    result: Result<Progress, HandshakeError>,
     sent: Vec<u8>,
     rest: BytesMut,
     abort: Bytes,
+}
+
+impl Run {
+    fn outcome(&self) -> Outcome {
+        match &self.result {
+            Ok(Progress::Done(outcome)) => outcome.clone(),
+            other => panic!("not the end of the handshake: {other:?}"),
+        }
+    }
 }
 
 /// Runs a handshake against a script that comes in pieces of `piece` bytes.
@@ -96,10 +106,10 @@ fn run(options: &HandshakeOptions, script: &Script, piece: usize) -> Run {
     let mut handshake = Handshake::new(options.clone());
     let mut input = BytesMut::new();
     let mut sent = Vec::new();
-    let mut result = Ok(None);
+    let mut result = Ok(Progress::Input);
     for piece in script.0.chunks(piece) {
         input.extend_from_slice(piece);
-        if matches!(result, Ok(None)) {
+        if matches!(result, Ok(Progress::Input)) {
             result = handshake.advance(&mut input);
             sent.extend_from_slice(&handshake.take_output());
         }
@@ -108,7 +118,7 @@ fn run(options: &HandshakeOptions, script: &Script, piece: usize) -> Run {
 }
 
 fn outcome(options: &HandshakeOptions, script: &Script) -> Outcome {
-    run(options, script, usize::MAX).result.expect("no error").expect("the end of the handshake")
+    run(options, script, usize::MAX).outcome()
 }
 
 fn error(options: &HandshakeOptions, script: &Script) -> HandshakeError {
@@ -146,7 +156,7 @@ fn qemu() -> Script {
 fn a_modern_server_is_understood() {
     let script = qemu();
     let run = run(&options(Goal::Transmit), &script, usize::MAX);
-    let outcome = run.result.expect("no error").expect("done");
+    let outcome = run.outcome();
     let export = outcome.export.expect("an export");
     assert_eq!((export.size, export.flags), (1 << 30, TransmissionFlags(0x0ded)));
     assert_eq!(export.block_sizes, BlockSizes { min: 512, preferred: 4096, max: 1 << 25 });
@@ -173,7 +183,11 @@ fn every_cut_of_the_stream_gives_the_same_outcome_and_leaves_what_follows() {
     }
     for end in 0..qemu().0.len() {
         let short = Script(BytesMut::from(&script.0[..end]));
-        assert_eq!(run(&options, &short, usize::MAX).result, Ok(None), "the first {end} bytes");
+        assert_eq!(
+            run(&options, &short, usize::MAX).result,
+            Ok(Progress::Input),
+            "the first {end} bytes"
+        );
     }
 }
 
@@ -184,7 +198,7 @@ fn a_server_without_structured_replies_is_not_asked_for_contexts() {
         .info_export(4096, 0x8d)
         .ack(OptionCode::GO);
     let run = run(&options(Goal::Transmit), &script, usize::MAX);
-    let outcome = run.result.expect("no error").expect("done");
+    let outcome = run.outcome();
     assert_eq!(asked(&run.sent), [OptionCode::STRUCTURED_REPLY, OptionCode::GO]);
     assert!(!outcome.structured_replies);
     // DF means nothing without them.
@@ -221,7 +235,7 @@ fn without_go_the_export_is_looked_up_and_asked_for_by_name() {
         (no_go(3).reply(OptionCode::LIST, ReplyType::ERR_POLICY, b"").bytes(&reply(0)), ""),
     ] {
         let run = run(&plain, &script, 1);
-        let outcome = run.result.expect("no error").expect("done");
+        let outcome = run.outcome();
         assert_eq!(outcome.export.expect("an export").size, 1 << 20);
         assert_eq!(run.rest, rest);
         let expected = [OptionCode::GO, OptionCode::LIST, OptionCode::EXPORT_NAME];
@@ -237,7 +251,7 @@ fn without_go_the_export_is_looked_up_and_asked_for_by_name() {
 fn a_server_without_fixed_newstyle_is_asked_by_name_and_for_nothing_else() {
     let script = Script::greeting(0).bytes(&4096u64.to_be_bytes()).bytes(&[0, 1]).bytes(&[0; 124]);
     let run = run(&options(Goal::Transmit), &script, 7);
-    assert_eq!(run.result.expect("no error").expect("done").export.expect("one").size, 4096);
+    assert_eq!(run.outcome().export.expect("one").size, 4096);
     assert_eq!(run.sent[..4], [0; 4]);
     assert_eq!(asked(&run.sent), [OptionCode::EXPORT_NAME]);
     let list = error(&options(Goal::List), &script);
@@ -264,7 +278,7 @@ fn private_options_come_first_and_their_replies_are_kept() {
         .info_export(512, 1)
         .ack(OptionCode::GO);
     let run = run(&options, &script, 3);
-    let outcome = run.result.expect("no error").expect("done");
+    let outcome = run.outcome();
     assert_eq!(outcome.private_replies, [&b""[..], b"slot 3"]);
     assert_eq!(asked(&run.sent), [PRIVATE, other, OptionCode::GO]);
     assert!(run.sent.windows(5).any(|window| window == b"token"));
@@ -279,7 +293,7 @@ fn a_private_option_alone_hands_the_connection_over() {
     let script =
         Script::modern().reply(PRIVATE, PRIVATE_REPLY, b"welcome").ack(PRIVATE).bytes(b"link");
     let done = run(&options, &script, usize::MAX);
-    assert_eq!(done.result.expect("no error").expect("done").private_replies, [&b"welcome"[..]]);
+    assert_eq!(done.outcome().private_replies, [&b"welcome"[..]]);
     assert_eq!((asked(&done.sent), &done.rest[..]), (vec![PRIVATE], &b"link"[..]));
     let twice =
         Script::modern().reply(PRIVATE, PRIVATE_REPLY, b"1").reply(PRIVATE, PRIVATE_REPLY, b"2");
@@ -298,7 +312,7 @@ fn listing_and_describing_end_with_an_abort() {
         .reply(OptionCode::LIST, ReplyType::SERVER, &listed("vda", ""))
         .ack(OptionCode::LIST);
     let done = run(&options(Goal::List), &list, usize::MAX);
-    let exports = done.result.expect("no error").expect("done").exports;
+    let exports = done.outcome().exports;
     let found: Vec<_> = exports.iter().map(|e| (e.name.as_str(), e.description.as_str())).collect();
     assert_eq!(found, [("", "default"), ("vda", "")]);
     assert_eq!(asked(&done.sent), [OptionCode::LIST, OptionCode::ABORT]);
@@ -309,7 +323,7 @@ fn listing_and_describing_end_with_an_abort() {
         .reply(OptionCode::INFO, ReplyType::INFO, &export_info)
         .ack(OptionCode::INFO);
     let done = run(&options(Goal::Describe), &describe, usize::MAX);
-    assert_eq!(done.result.expect("no error").expect("done").export.expect("one").size, 512);
+    assert_eq!(done.outcome().export.expect("one").size, 512);
     assert_eq!(asked(&done.sent).last(), Some(&OptionCode::ABORT));
 }
 
@@ -443,4 +457,54 @@ proptest! {
         let bytewise = run(&options(goal), &script, 1);
         prop_assert_eq!(whole.result, bytewise.result);
     }
+}
+
+#[test]
+fn tls_comes_before_everything_else_and_nothing_without_it() {
+    let wanted = HandshakeOptions {
+        tls: true,
+        private_options: vec![(PRIVATE, Bytes::from_static(b"secret"))],
+        ..options(Goal::Transmit)
+    };
+    let acked = Script::modern().ack(OptionCode::STARTTLS);
+    for piece in [1, usize::MAX] {
+        let run = run(&wanted, &acked, piece);
+        assert_eq!(run.result, Ok(Progress::StartTls));
+        assert_eq!(asked(&run.sent), [OptionCode::STARTTLS]);
+    }
+    let refused = Script::modern().reply(OptionCode::STARTTLS, ReplyType::ERR_POLICY, b"no\n");
+    let error = error(&wanted, &refused);
+    assert!(matches!(error, HandshakeError::TlsRefused { .. }) && !error.is_violation());
+    assert_eq!(asked(&run(&wanted, &refused, 1).sent), [OptionCode::STARTTLS]);
+    // Such a server has no TLS at all, and is told nothing.
+    let old = run(&wanted, &Script::greeting(0), usize::MAX);
+    assert_eq!(old.result, Err(HandshakeError::NotFixedNewstyle(OptionCode::STARTTLS)));
+    assert_eq!(asked(&old.sent), []);
+}
+
+#[test]
+fn what_comes_in_the_clear_after_tls_was_agreed_on_is_a_violation() {
+    let wanted = HandshakeOptions { tls: true, ..options(Goal::Transmit) };
+    let acked = Script::modern().ack(OptionCode::STARTTLS);
+    for injected in [&b"x"[..], &Script::default().structured().0] {
+        let run = run(&wanted, &acked.clone().bytes(injected), usize::MAX);
+        assert_eq!(run.result, Err(HandshakeError::ClearText));
+        assert_eq!(asked(&run.sent), [OptionCode::STARTTLS]);
+    }
+}
+
+#[test]
+fn inside_tls_the_handshake_begins_anew() {
+    let wanted = HandshakeOptions { tls: true, ..options(Goal::Transmit) };
+    let mut handshake = Handshake::new(wanted);
+    let mut input = Script::modern().ack(OptionCode::STARTTLS).0;
+    assert_eq!(handshake.advance(&mut input), Ok(Progress::StartTls));
+    handshake.take_output();
+    handshake.tls_started();
+    input = Script::default().structured().info_export(4096, 1).ack(OptionCode::GO).0;
+    let Ok(Progress::Done(outcome)) = handshake.advance(&mut input) else { panic!("not done") };
+    assert_eq!(outcome.export.expect("an export").size, 4096);
+    let sent = [&[0; 4][..], &handshake.take_output()].concat();
+    let expected = [OptionCode::STRUCTURED_REPLY, OptionCode::SET_META_CONTEXT, OptionCode::GO];
+    assert_eq!(asked(&sent), expected);
 }

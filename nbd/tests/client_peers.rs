@@ -95,14 +95,14 @@ async fn our_own_server_is_listed_and_described() {
     exports.add(Export::new("vda", Memory::new("vda", 12_345)).description("the first"));
     exports.add(Export::new("vdb", Memory::new("vdb", 0)).read_only(true));
     let (_server, endpoint) = serve(Arc::new(exports)).await;
-    let listed = list_exports(&endpoint, PATIENCE).await.expect("listed");
+    let listed = list_exports(&endpoint, None, PATIENCE).await.expect("listed");
     let names: Vec<_> = listed.iter().map(|e| (e.name.as_str(), e.description.as_str())).collect();
     assert_eq!(names, [("vda", "the first"), ("vdb", "")]);
-    let (vda, _) = describe_export(&endpoint, "vda", PATIENCE).await.expect("described");
+    let (vda, _) = describe_export(&endpoint, None, "vda", PATIENCE).await.expect("described");
     assert_eq!((vda.size, vda.canonical_name.as_deref()), (12_345, Some("vda")));
-    let (vdb, _) = describe_export(&endpoint, "vdb", PATIENCE).await.expect("described");
+    let (vdb, _) = describe_export(&endpoint, None, "vdb", PATIENCE).await.expect("described");
     assert!(vdb.flags.contains(TransmissionFlags::READ_ONLY));
-    let absent = describe_export(&endpoint, "vdc", PATIENCE).await.expect_err("absent");
+    let absent = describe_export(&endpoint, None, "vdc", PATIENCE).await.expect_err("absent");
     assert!(matches!(absent, ClientError::Handshake { .. }), "{absent}");
 }
 
@@ -164,7 +164,8 @@ async fn private_options_bind_a_connection_or_turn_it_into_a_link() {
     assert!(refused.to_string().contains("stale token"), "{refused}");
 
     let hello = Bytes::from_static(b"hello");
-    let link = connect_private(&endpoint, PRIVATE_OPTION_BASE + 2, hello.clone(), PATIENCE).await;
+    let link =
+        connect_private(&endpoint, None, PRIVATE_OPTION_BASE + 2, hello.clone(), PATIENCE).await;
     let mut link = link.expect("a link");
     assert_eq!((&link.reply[..], link.rest.len()), (&b"welcome"[..], 0));
     link.stream.write_all(b"ping").await.expect("sent");
@@ -172,7 +173,7 @@ async fn private_options_bind_a_connection_or_turn_it_into_a_link() {
     link.stream.read_exact(&mut echo).await.expect("echoed");
     assert_eq!(echo, *b"ping");
 
-    let unknown = connect_private(&endpoint, PRIVATE_OPTION_BASE + 3, hello, PATIENCE).await;
+    let unknown = connect_private(&endpoint, None, PRIVATE_OPTION_BASE + 3, hello, PATIENCE).await;
     assert!(matches!(unknown, Err(ClientError::Unsupported { .. })));
 }
 

@@ -153,11 +153,11 @@ async fn exports_can_be_listed_and_described() {
     let server = QemuNbd::start(directory.path(), &path, &["-x", "vda", "-D", "a disk"]);
     let options = server.options("vda");
     let timeout = Duration::from_secs(5);
-    let exports = list_exports(&options.endpoint, timeout).await.expect("listed");
+    let exports = list_exports(&options.endpoint, None, timeout).await.expect("listed");
     let found: Vec<_> = exports.iter().map(|e| (e.name.as_str(), e.description.as_str())).collect();
     assert_eq!(found, [("vda", "a disk")]);
     let (info, outcome) =
-        describe_export(&options.endpoint, "vda", timeout).await.expect("described");
+        describe_export(&options.endpoint, None, "vda", timeout).await.expect("described");
     assert_eq!(info.size, 4096);
     assert_eq!(info.canonical_name.as_deref(), Some("vda"));
     assert_eq!(info.description.as_deref(), Some("a disk"));

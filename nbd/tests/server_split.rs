@@ -4,9 +4,10 @@ mod server_support;
 
 use brep_block::Memory;
 use brep_nbd::proto::server::{
-    Action, Agreed, Decoder, ExportDescription, ExportInfo, Handshake, OptionError, Step, check,
+    Action, Agreed, Decoder, ExportDescription, ExportInfo, Handshake, OptionError, Step,
+    TlsPolicy, check,
 };
-use brep_nbd::proto::wire::{Command, OptionCode};
+use brep_nbd::proto::wire::{ClientFlags, Command, OptionCode};
 use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 use server_support::{Fixture, info_data, meta_data, option_bytes, request, request_bytes, within};
@@ -82,6 +83,53 @@ fn a_handshake_cut_anywhere_gives_the_same_answers() {
         assert_eq!(drive([head, tail]), (output.clone(), Some(agreed.clone()), 0), "cut at {cut}");
     }
     assert_eq!(drive(script.chunks(1)), (output, Some(agreed), 0), "byte by byte");
+}
+
+#[test]
+fn a_handshake_with_tls_cut_anywhere_gives_the_same_answers() {
+    let greeted = [
+        &ClientFlags::FIXED_NEWSTYLE.0.to_be_bytes()[..],
+        &option_bytes(OptionCode::STRUCTURED_REPLY, &[]),
+        &option_bytes(OptionCode::STARTTLS, b"data"),
+        &option_bytes(OptionCode::STARTTLS, &[]),
+    ]
+    .concat();
+    let inside = &script()[4..];
+    for policy in [TlsPolicy::Optional, TlsPolicy::Required] {
+        let (mut outputs, cuts) = (Vec::new(), 0..=greeted.len() + inside.len());
+        for cut in cuts {
+            let mut handshake = Handshake::new().with_tls(policy);
+            let (mut output, mut input) = (Vec::new(), BytesMut::new());
+            for (part, start) in [(&greeted[..], 0), (inside, greeted.len())] {
+                let (head, tail) = part.split_at(cut.saturating_sub(start).min(part.len()));
+                for piece in [head, tail].into_iter().filter(|piece| !piece.is_empty()) {
+                    input.extend_from_slice(piece);
+                    answer(&mut handshake, &mut input, &mut output);
+                }
+                if start == 0 {
+                    assert_eq!(handshake.step(&mut input), Step::StartTls, "cut at {cut}");
+                    handshake.tls_started();
+                }
+            }
+            let Step::Transmission(agreed) = handshake.step(&mut input) else { panic!("{cut}") };
+            outputs.push((output, agreed));
+        }
+        assert!(outputs.windows(2).all(|pair| pair[0] == pair[1]), "{policy:?}");
+    }
+}
+
+/// Answers everything but `STARTTLS`.
+fn answer(handshake: &mut Handshake, input: &mut BytesMut, output: &mut Vec<u8>) {
+    loop {
+        let step = handshake.step(input);
+        output.extend(handshake.take_output());
+        match step {
+            Step::List => handshake.listed(&[]),
+            Step::Open(_) => handshake.opened(Ok(export())),
+            Step::Private { data, .. } => handshake.answered(Ok(data)),
+            _ => return,
+        }
+    }
 }
 
 #[test]

@@ -281,10 +281,7 @@ async fn open_device(name: &str, file: &str) -> Result<Device, Error> {
         return Ok(RawFile::open(file, options)?);
     }
     let uri: NbdUri = file.parse()?;
-    if uri.tls.is_some() {
-        return Err(format!("{file}: there is no TLS yet").into());
-    }
-    let mut options = ConnectOptions::from_uri(&uri);
+    let mut options = ConnectOptions::from_uri(&uri)?;
     options.name = name.to_owned();
     let connection = Connection::connect(&options).await;
     Ok(connection.map_err(|error| format!("{file}: {error}"))?)

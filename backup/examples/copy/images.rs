@@ -37,7 +37,7 @@ pub(crate) async fn open(
     let text = path.to_string_lossy();
     if text.contains("://") {
         let uri: NbdUri = text.parse()?;
-        let connection = Connection::connect(&ConnectOptions::from_uri(&uri)).await;
+        let connection = Connection::connect(&ConnectOptions::from_uri(&uri)?).await;
         let device = connection.map_err(|error| format!("{text}: {error}"))?;
         return Ok(Image { device, qcow2: None });
     }

@@ -54,7 +54,7 @@ pub(crate) fn info(args: NbdInfoArgs) -> Outcome {
     let uri = without_tls("URI", args.uri)?;
     let exports: Vec<Value> = current_thread()?.block_on(async {
         let names = if uri.export.is_empty() {
-            let listed = list_exports(&uri.endpoint, args.timeout).await;
+            let listed = list_exports(&uri.endpoint, None, args.timeout).await;
             listed.map(|exports| exports.into_iter().map(|export| export.name).collect())
         } else {
             Ok(vec![uri.export.clone()])
@@ -63,7 +63,7 @@ pub(crate) fn info(args: NbdInfoArgs) -> Outcome {
         names.truncate(EXPORTS_MAX);
         let mut exports = Vec::new();
         for name in names {
-            let (info, handshake) = describe_export(&uri.endpoint, &name, args.timeout)
+            let (info, handshake) = describe_export(&uri.endpoint, None, &name, args.timeout)
                 .await
                 .with_context(|| format!("export {name:?}"))?;
             exports.push(describe(&name, &info, &handshake));

@@ -1,4 +1,5 @@
 use std::future::Future;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,9 +8,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{ClientError, ConnectOptions};
 use crate::proto::client::{
-    ExportInfo, Goal, Handshake, HandshakeError, HandshakeOptions, ListedExport, Outcome,
+    ExportInfo, Goal, Handshake, HandshakeError, HandshakeOptions, ListedExport, Outcome, Progress,
 };
 use crate::proto::wire::OptionCode;
+use crate::tls::TlsClient;
 use crate::{Endpoint, Stream};
 
 /// How much is received at a time during the handshake, in bytes.
@@ -34,25 +36,25 @@ pub struct PrivateConnection {
     pub rest: Bytes,
 }
 
-/// Connects, sends one private option, and hands the connection over. `timeout` bounds all of
-/// it.
+/// Connects, begins TLS if there is `tls`, sends one private option, and hands the connection
+/// over. `timeout` bounds all of it.
 ///
 /// # Errors
 /// [`ClientError::Unsupported`] if the server does not know the option; everything else that can
 /// go wrong until then.
 pub async fn connect_private(
     endpoint: &Endpoint,
+    tls: Option<&TlsClient>,
     option: u32,
     data: Bytes,
     timeout: Duration,
 ) -> Result<PrivateConnection, ClientError> {
     let options = HandshakeOptions {
-        goal: Goal::Private,
-        export: String::new(),
         private_options: vec![(OptionCode(option), data)],
-        structured_replies: false,
+        ..without_export(Goal::Private)
     };
-    let Negotiated { stream, mut outcome, rest } = negotiate(endpoint, options, timeout).await?;
+    let negotiated = negotiate(endpoint, tls, options, timeout).await?;
+    let Negotiated { stream, mut outcome, rest } = negotiated;
     let reply = outcome.private_replies.pop().unwrap_or_default();
     Ok(PrivateConnection { reply, stream, rest: rest.freeze() })
 }
@@ -63,15 +65,21 @@ pub async fn connect_private(
 /// No connection, a refusal, a violation of the protocol, or no answer within `timeout`.
 pub async fn list_exports(
     endpoint: &Endpoint,
+    tls: Option<&TlsClient>,
     timeout: Duration,
 ) -> Result<Vec<ListedExport>, ClientError> {
-    let options = HandshakeOptions {
-        goal: Goal::List,
+    let options = without_export(Goal::List);
+    Ok(negotiate(endpoint, tls, options, timeout).await?.outcome.exports)
+}
+
+fn without_export(goal: Goal) -> HandshakeOptions {
+    HandshakeOptions {
+        goal,
         export: String::new(),
         private_options: Vec::new(),
         structured_replies: false,
-    };
-    Ok(negotiate(endpoint, options, timeout).await?.outcome.exports)
+        tls: false,
+    }
 }
 
 /// What a server says of one of its exports, without opening it: size, flags, block sizes, and
@@ -81,16 +89,16 @@ pub async fn list_exports(
 /// As for [`list_exports`].
 pub async fn describe_export(
     endpoint: &Endpoint,
+    tls: Option<&TlsClient>,
     export: &str,
     timeout: Duration,
 ) -> Result<(ExportInfo, Outcome), ClientError> {
     let options = HandshakeOptions {
-        goal: Goal::Describe,
         export: export.to_owned(),
-        private_options: Vec::new(),
         structured_replies: true,
+        ..without_export(Goal::Describe)
     };
-    let mut outcome = negotiate(endpoint, options, timeout).await?.outcome;
+    let mut outcome = negotiate(endpoint, tls, options, timeout).await?.outcome;
     let info = outcome.export.take().ok_or_else(|| ClientError::Handshake {
         server: endpoint.to_string(),
         source: HandshakeError::NoExportInfo,
@@ -103,30 +111,30 @@ pub(super) async fn open(options: &ConnectOptions) -> Result<Negotiated, ClientE
     let private_options =
         options.private_options.iter().map(|(n, data)| (OptionCode(*n), data.clone())).collect();
     let handshake = HandshakeOptions {
-        goal: Goal::Transmit,
         export: options.export.clone(),
         private_options,
         structured_replies: options.want_structured,
+        ..without_export(Goal::Transmit)
     };
-    negotiate(&options.endpoint, handshake, options.connect_timeout).await
+    negotiate(&options.endpoint, options.tls.as_ref(), handshake, options.connect_timeout).await
 }
 
 async fn negotiate(
     endpoint: &Endpoint,
-    options: HandshakeOptions,
+    tls: Option<&TlsClient>,
+    mut options: HandshakeOptions,
     timeout: Duration,
 ) -> Result<Negotiated, ClientError> {
+    options.tls = tls.is_some();
     let deadline = tokio::time::Instant::now() + timeout;
-    let mut stream = endpoint.connect(timeout).await.map_err(|source| ClientError::Connect {
+    let stream = endpoint.connect(timeout).await.map_err(|source| ClientError::Connect {
         server: endpoint.to_string(),
         source: Arc::new(source),
     })?;
-    let mut rest = BytesMut::new();
-    let handshake = shake_hands(endpoint, &mut stream, &mut rest, options);
-    let outcome = before(deadline, handshake).await.unwrap_or_else(|| {
+    let handshake = shake_hands(endpoint, tls, stream, options);
+    before(deadline, handshake).await.unwrap_or_else(|| {
         Err(ClientError::HandshakeTimedOut { server: endpoint.to_string(), timeout })
-    })?;
-    Ok(Negotiated { stream, outcome, rest })
+    })
 }
 
 async fn before<T>(deadline: tokio::time::Instant, work: impl Future<Output = T>) -> Option<T> {
@@ -135,32 +143,51 @@ async fn before<T>(deadline: tokio::time::Instant, work: impl Future<Output = T>
 
 async fn shake_hands(
     endpoint: &Endpoint,
-    stream: &mut Stream,
-    input: &mut BytesMut,
+    tls: Option<&TlsClient>,
+    mut stream: Stream,
     options: HandshakeOptions,
-) -> Result<Outcome, ClientError> {
+) -> Result<Negotiated, ClientError> {
     let server = || endpoint.to_string();
-    let lost = |source| ClientError::Lost { server: server(), source: Arc::new(source) };
     let goal = options.goal;
     let mut handshake = Handshake::new(options);
+    let mut input = BytesMut::new();
     loop {
-        let advanced = handshake.advance(input);
-        if let Err(source) = &advanced {
-            let farewell = handshake.abort();
+        let progress = handshake.advance(&mut input).map_err(|source| {
             tracing::debug!(server = %endpoint, %source, "handshake failed");
-            // The server may be gone, or not listening: this is a courtesy.
-            let _ = stream.try_write_vectored(&[std::io::IoSlice::new(&farewell)]);
-        }
-        let done = advanced.map_err(|source| refused(server(), goal, source))?;
-        let mut output = handshake.take_output();
-        stream.write_all_buf(&mut output).await.map_err(lost)?;
-        if let Some(outcome) = done {
-            return Ok(outcome);
+            stream.say_goodbye(&handshake.abort());
+            refused(server(), goal, source)
+        })?;
+        send(&mut stream, handshake.take_output()).await.map_err(|e| lost(server(), e))?;
+        match (progress, tls) {
+            (Progress::Done(outcome), _) => return Ok(Negotiated { stream, outcome, rest: input }),
+            (Progress::StartTls, Some(tls)) => {
+                let secured = tls.connect(endpoint, stream).await;
+                stream = secured
+                    .map_err(|e| ClientError::Tls { server: server(), source: Arc::new(e) })?;
+                handshake.tls_started();
+                continue;
+            }
+            (Progress::Input, _) | (Progress::StartTls, None) => {}
         }
         input.reserve(RECEIVE_SIZE);
-        if stream.read_buf(input).await.map_err(lost)? == 0 {
+        if stream.read_buf(&mut input).await.map_err(|e| lost(server(), e))? == 0 {
             return Err(ClientError::HandshakeClosed { server: server(), hint: hint(&handshake) });
         }
+    }
+}
+
+async fn send(stream: &mut Stream, mut output: Bytes) -> io::Result<()> {
+    stream.write_all_buf(&mut output).await?;
+    stream.flush().await
+}
+
+/// With TLS 1.3 a server tells only after the handshake that it does not accept us.
+fn lost(server: String, source: io::Error) -> ClientError {
+    let of_tls = source.get_ref().is_some_and(|source| source.is::<rustls::Error>());
+    let source = Arc::new(source);
+    match of_tls {
+        true => ClientError::Tls { server, source },
+        false => ClientError::Lost { server, source },
     }
 }
 

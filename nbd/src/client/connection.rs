@@ -17,6 +17,7 @@ use crate::proto::client::{ExportInfo, HandshakeError, Transmission};
 use crate::proto::wire::{
     AllocationFlags, Command, CommandFlags, PAYLOAD_LEN_MAX, TransmissionFlags,
 };
+use crate::tls::TlsPeer;
 
 /// One connection to one export: a device with many requests in flight.
 ///
@@ -46,6 +47,7 @@ pub struct Connection {
     payload_len_max: u32,
     has_allocation_context: bool,
     private_replies: Vec<Bytes>,
+    tls_peer: Option<Arc<TlsPeer>>,
 }
 
 impl Connection {
@@ -74,6 +76,7 @@ impl Connection {
             in_flight_bytes_max: options.in_flight_bytes_max,
             request_timeout: options.request_timeout,
         };
+        let tls_peer = stream.tls_peer().cloned();
         tokio::spawn(Driver::new(Arc::clone(&queue), stream, rest, transmission, driver_options));
         Ok(Arc::new(Connection {
             queue,
@@ -81,6 +84,7 @@ impl Connection {
             payload_len_max: whole_blocks(export.block_sizes.max.min(PAYLOAD_LEN_MAX), &export),
             has_allocation_context: outcome.allocation_context.is_some(),
             private_replies: outcome.private_replies,
+            tls_peer,
             export,
         }))
     }
@@ -102,6 +106,12 @@ impl Connection {
     #[must_use]
     pub fn private_replies(&self) -> &[Bytes] {
         &self.private_replies
+    }
+
+    /// Whose certificate the server has shown; none in the clear.
+    #[must_use]
+    pub fn tls_peer(&self) -> Option<&Arc<TlsPeer>> {
+        self.tls_peer.as_ref()
     }
 
     /// How long the oldest request without an answer has been waiting, in the queue or for the

@@ -36,6 +36,8 @@ pub(super) struct Driver {
     request_timeout: Duration,
 
     output: VecDeque<Segment>,
+    /// Something that was written may wait in the stream.
+    unflushed: bool,
     input: BytesMut,
     wakers: Vec<Waker>,
     sleep: Pin<Box<Sleep>>,
@@ -90,6 +92,7 @@ impl Driver {
             in_flight_bytes_max: options.in_flight_bytes_max,
             request_timeout: options.request_timeout,
             output: VecDeque::new(),
+            unflushed: false,
             input,
             wakers: Vec::new(),
             sleep: Box::pin(tokio::time::sleep(options.request_timeout)),
@@ -112,7 +115,8 @@ impl Driver {
             if let Poll::Ready(Err(error)) = self.send(cx) {
                 return Poll::Ready(self.lost(error));
             }
-            if self.closing && self.output.is_empty() {
+            if self.closing && self.output.is_empty() && !self.unflushed {
+                self.stream.say_goodbye(&[]);
                 return Poll::Ready(ClientError::Closed { server: self.server.clone() });
             }
             received = match self.receive(cx) {
@@ -176,6 +180,7 @@ impl Driver {
                 count += 1;
             }
             let slices = slices.get(..count).unwrap_or_default();
+            self.unflushed = true;
             let sent = match Pin::new(&mut self.stream).poll_write_vectored(cx, slices) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
                 Poll::Ready(Ok(sent)) => sent,
@@ -183,6 +188,10 @@ impl Driver {
                 Poll::Pending => return Poll::Pending,
             };
             self.sent(sent);
+        }
+        if self.unflushed {
+            std::task::ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+            self.unflushed = false;
         }
         Poll::Ready(Ok(()))
     }

@@ -24,6 +24,9 @@ pub enum ClientError {
     /// The server does not know the private option: it is something else than brep.
     #[error("{server} does not support this option")]
     Unsupported { server: String },
+    /// TLS came to nothing: a certificate was not accepted, or the names do not fit.
+    #[error("no TLS with {server}: {source}")]
+    Tls { server: String, source: Arc<io::Error> },
     #[error("connection to {server} lost: {source}")]
     Lost { server: String, source: Arc<io::Error> },
     #[error("connection to {server} lost: the server closed it")]

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::tls::{TlsClient, TlsError};
 use crate::{Endpoint, NbdUri};
 
 /// How to connect, and what a connection may cost.
@@ -34,6 +35,8 @@ pub struct ConnectOptions {
     pub queued_bytes_max: u64,
     /// Ask for structured replies, and with them for the state of ranges.
     pub want_structured: bool,
+    /// Begin TLS before anything else; there is no connection without it then.
+    pub tls: Option<TlsClient>,
 }
 
 impl ConnectOptions {
@@ -55,14 +58,18 @@ impl ConnectOptions {
             queued_max: 16_384,
             queued_bytes_max: 256 << 20,
             want_structured: true,
+            tls: None,
         }
     }
 
-    /// The defaults for a URI.
-    #[must_use]
-    pub fn from_uri(uri: &NbdUri) -> Self {
+    /// The defaults for a URI, with the certificates that it names if it demands TLS.
+    ///
+    /// # Errors
+    /// It demands TLS, and names no certificates or none that can be used.
+    pub fn from_uri(uri: &NbdUri) -> Result<Self, TlsError> {
         let options = Self::new(uri.endpoint.clone(), uri.export.clone());
-        ConnectOptions { name: uri.to_string(), ..options }
+        let tls = TlsClient::for_uri(uri, None)?;
+        Ok(ConnectOptions { name: uri.to_string(), tls, ..options })
     }
 }
 

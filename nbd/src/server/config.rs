@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use crate::tls::TlsServer;
+
 /// The limits of a server. Every default bounds what a stranger can cost, and is far from what a
 /// well-behaved client notices.
 #[derive(Debug, Clone)]
@@ -23,6 +25,11 @@ pub struct ServerConfig {
     /// A client that takes none of its replies for this long is disconnected. Default: never; it
     /// costs a bounded amount of memory, and a paused virtual machine is no error.
     pub write_timeout: Option<Duration>,
+    /// What TLS needs; without it there is none. Default: none.
+    pub tls: Option<TlsServer>,
+    /// Clients have to begin TLS before anything else; if not, they may, and have to before
+    /// private options. Only with [`tls`](Self::tls). Default: yes.
+    pub tls_required: bool,
 }
 
 impl Default for ServerConfig {
@@ -34,6 +41,8 @@ impl Default for ServerConfig {
             connection_bytes_max: 64 << 20,
             server_bytes_max: 512 << 20,
             write_timeout: None,
+            tls: None,
+            tls_required: true,
         }
     }
 }
@@ -78,6 +87,14 @@ impl ServerConfig {
     #[must_use]
     pub fn write_timeout(mut self, timeout: Option<Duration>) -> Self {
         self.write_timeout = timeout;
+        self
+    }
+
+    /// Sets [`tls`](Self::tls) and [`tls_required`](Self::tls_required).
+    #[must_use]
+    pub fn tls(mut self, tls: Option<TlsServer>, required: bool) -> Self {
+        self.tls = tls;
+        self.tls_required = required;
         self
     }
 }

@@ -9,6 +9,7 @@ use futures_util::task::AtomicWaker;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::proto::server::{Content, Failure};
+use crate::tls::TlsPeer;
 
 /// How urgently a connection has to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -69,6 +70,7 @@ pub struct Connection {
     ended: CancellationToken,
     completions: Mutex<Vec<Completion>>,
     export_name: OnceLock<String>,
+    tls_peer: OnceLock<Arc<TlsPeer>>,
     data: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
     /// The client has announced its end.
     disconnected: AtomicBool,
@@ -91,6 +93,7 @@ impl Connection {
             ended: CancellationToken::new(),
             completions: Mutex::default(),
             export_name: OnceLock::new(),
+            tls_peer: OnceLock::new(),
             data: Mutex::default(),
             disconnected: AtomicBool::new(false),
             requests: AtomicU64::new(0),
@@ -113,6 +116,11 @@ impl Connection {
     /// The canonical name of the export in use; none during the handshake.
     pub fn export_name(&self) -> Option<&str> {
         self.export_name.get().map(String::as_str)
+    }
+
+    /// Whose certificate the client has shown; none as long as it speaks in the clear.
+    pub fn tls_peer(&self) -> Option<&Arc<TlsPeer>> {
+        self.tls_peer.get()
     }
 
     /// Ends the connection: no further request is read, those that were started finish, then the
@@ -162,6 +170,11 @@ impl Connection {
             bytes_received: self.bytes_received.load(Ordering::Relaxed),
             bytes_sent: self.bytes_sent.load(Ordering::Relaxed),
         }
+    }
+
+    pub(super) fn set_tls_peer(&self, peer: Option<&Arc<TlsPeer>>) {
+        // TLS begins once.
+        let _ = peer.map(|peer| self.tls_peer.set(Arc::clone(peer)));
     }
 
     pub(super) fn set_export_name(&self, name: &str) {

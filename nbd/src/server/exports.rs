@@ -7,7 +7,7 @@ use futures_util::future::BoxFuture;
 
 use super::connection::Connection;
 use super::taken::TakenStream;
-use crate::proto::server::{ExportDescription, ExportInfo, OptionError};
+use crate::proto::server::{ExportDescription, ExportInfo, OptionError, OptionErrorCode};
 
 /// What a server serves: the answers that only its user can give.
 ///
@@ -60,6 +60,11 @@ pub struct Export {
     pub description: String,
     /// The name that is the same however the export was asked for.
     pub canonical_name: String,
+    /// Only for clients that have begun TLS.
+    pub tls_required: bool,
+    /// Only for clients whose certificate has one of these subjects, as
+    /// [`TlsPeer::subject`](crate::tls::TlsPeer::subject) writes them. None: for all.
+    pub allowed_subjects: Option<Arc<[String]>>,
 }
 
 impl Export {
@@ -71,6 +76,8 @@ impl Export {
             multi_conn: false,
             description: String::new(),
             canonical_name: canonical_name.into(),
+            tls_required: false,
+            allowed_subjects: None,
         }
     }
 
@@ -93,6 +100,44 @@ impl Export {
     pub fn description(mut self, description: impl Into<String>) -> Self {
         self.description = description.into();
         self
+    }
+
+    /// Keeps out those that do not use TLS.
+    #[must_use]
+    pub fn tls_required(mut self, required: bool) -> Self {
+        self.tls_required = required;
+        self
+    }
+
+    /// Keeps out those whose certificate does not have one of these subjects; with `None` nobody
+    /// for that.
+    #[must_use]
+    pub fn allowed_subjects(mut self, subjects: Option<Arc<[String]>>) -> Self {
+        self.allowed_subjects = subjects;
+        self
+    }
+
+    /// The export itself, if this client may have it.
+    pub(super) fn admit(self, connection: &Connection) -> Result<Self, OptionError> {
+        let refuse = |code, message: String| Err(OptionError::new(code, message));
+        match (connection.tls_peer(), &self.allowed_subjects) {
+            (None, subjects) if self.tls_required || subjects.is_some() => {
+                refuse(OptionErrorCode::TlsRequired, "this export is for TLS only".to_owned())
+            }
+            (Some(peer), Some(subjects)) if !subjects.contains(&peer.subject) => {
+                tracing::warn!(
+                    export = self.canonical_name,
+                    peer = connection.peer(),
+                    "refused: the certificate's subject {:?} is not among those that are allowed",
+                    peer.subject
+                );
+                refuse(
+                    OptionErrorCode::Policy,
+                    format!("{} is not allowed to use this export", peer.subject),
+                )
+            }
+            _ => Ok(self),
+        }
     }
 
     pub(super) fn info(&self) -> ExportInfo {

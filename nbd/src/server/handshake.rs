@@ -3,16 +3,19 @@
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout_at};
 
+use super::config::ServerConfig;
 use super::connection::{Connection, Stop};
 use super::exports::{Export, Exports, PrivateReply, Takeover};
 use crate::Stream;
-use crate::proto::server::{Agreed, Ending, Handshake, OptionError, OptionErrorCode, Step};
+use crate::proto::server::{
+    Agreed, Ending, Handshake, OptionError, OptionErrorCode, Step, TlsPolicy,
+};
+use crate::tls::TlsServer;
 
 /// Most bytes that are asked of the socket at once.
 const READ_LEN_MAX: usize = 64 << 10;
@@ -20,9 +23,9 @@ const READ_LEN_MAX: usize = 64 << 10;
 /// How a handshake has ended well.
 pub(super) enum Outcome {
     /// Requests follow, beginning with what `input` holds.
-    Transmission { export: Export, agreed: Box<Agreed>, input: BytesMut },
+    Transmission { stream: Stream, export: Export, agreed: Box<Agreed>, input: BytesMut },
     /// Something other than NBD follows, beginning with what `input` holds.
-    Takeover { then: Takeover, input: BytesMut },
+    Takeover { stream: Stream, then: Takeover, input: BytesMut },
 }
 
 /// Why a connection came to nothing.
@@ -32,6 +35,8 @@ pub(super) enum HandshakeError {
     Ending(#[from] Ending),
     #[error("{0}")]
     Socket(#[from] io::Error),
+    #[error("TLS: {0}")]
+    Tls(io::Error),
     #[error("the client closed the connection")]
     Eof,
     #[error("the handshake took too long")]
@@ -41,9 +46,10 @@ pub(super) enum HandshakeError {
 }
 
 pub(super) struct Driver<'a> {
-    stream: &'a mut Stream,
+    stream: Stream,
     connection: &'a Arc<Connection>,
     exports: &'a dyn Exports,
+    tls: Option<&'a TlsServer>,
     deadline: Instant,
     handshake: Handshake,
     input: BytesMut,
@@ -52,17 +58,23 @@ pub(super) struct Driver<'a> {
 
 impl<'a> Driver<'a> {
     pub(super) fn new(
-        stream: &'a mut Stream,
+        stream: Stream,
         connection: &'a Arc<Connection>,
         exports: &'a dyn Exports,
-        timeout: Duration,
+        config: &'a ServerConfig,
     ) -> Self {
+        let policy = match &config.tls {
+            None => TlsPolicy::Off,
+            Some(_) if config.tls_required => TlsPolicy::Required,
+            Some(_) => TlsPolicy::Optional,
+        };
         Driver {
             stream,
             connection,
             exports,
-            deadline: Instant::now() + timeout,
-            handshake: Handshake::new(),
+            tls: config.tls.as_ref(),
+            deadline: Instant::now() + config.handshake_timeout,
+            handshake: Handshake::new().with_tls(policy),
             input: BytesMut::with_capacity(1024),
             opened: None,
         }
@@ -79,22 +91,36 @@ impl<'a> Driver<'a> {
             self.send().await?;
             match step {
                 Step::Input(missing) => self.receive(missing).await?,
+                Step::StartTls => {
+                    let tls = self.tls.ok_or(HandshakeError::Stopped)?;
+                    let stop = self.connection.stopped(Stop::ShutDown);
+                    let secured = bounded(self.deadline, stop, tls.accept(self.stream)).await;
+                    self.stream = secured.map_err(HandshakeError::in_tls)?;
+                    self.connection.set_tls_peer(self.stream.tls_peer());
+                    self.handshake.tls_started();
+                    self.opened = None;
+                }
                 Step::List => self.handshake.listed(&self.exports.list()),
                 Step::Open(name) => self.open(&name),
                 Step::Private { option, data } => {
                     if let Some(then) = self.private(option, data).await? {
                         self.send().await?;
-                        return Ok(Outcome::Takeover { then, input: self.input });
+                        let Driver { stream, input, .. } = self;
+                        return Ok(Outcome::Takeover { stream, then, input });
                     }
                 }
                 Step::Transmission(agreed) => return self.transmission(agreed),
-                Step::Close(ending) => return Err(ending.into()),
+                Step::Close(ending) => {
+                    self.stream.say_goodbye(&[]);
+                    return Err(ending.into());
+                }
             }
         }
     }
 
     fn open(&mut self, name: &str) {
-        match self.exports.open(name, self.connection) {
+        let opened = self.exports.open(name, self.connection);
+        match opened.and_then(|export| export.admit(self.connection)) {
             Ok(export) => {
                 self.handshake.opened(Ok(export.info()));
                 self.opened = Some(export);
@@ -107,7 +133,7 @@ impl<'a> Driver<'a> {
         // The option that leads here is the last one that was opened.
         let export = self.opened.ok_or(HandshakeError::Stopped)?;
         self.exports.begin(&export, self.connection);
-        Ok(Outcome::Transmission { export, agreed, input: self.input })
+        Ok(Outcome::Transmission { stream: self.stream, export, agreed, input: self.input })
     }
 
     async fn private(
@@ -143,7 +169,11 @@ impl<'a> Driver<'a> {
             return Ok(());
         }
         let stop = self.connection.stopped(Stop::Close);
-        bounded(self.deadline, stop, self.stream.write_all(&output)).await
+        let send = async {
+            self.stream.write_all(&output).await?;
+            self.stream.flush().await
+        };
+        bounded(self.deadline, stop, send).await
     }
 
     async fn receive(&mut self, missing: usize) -> Result<(), HandshakeError> {
@@ -153,6 +183,16 @@ impl<'a> Driver<'a> {
         match bounded(self.deadline, stop, self.stream.read_buf(&mut self.input)).await? {
             0 => Err(HandshakeError::Eof),
             _ => Ok(()),
+        }
+    }
+}
+
+impl HandshakeError {
+    /// What goes wrong with the socket while TLS begins.
+    fn in_tls(self) -> Self {
+        match self {
+            HandshakeError::Socket(error) => HandshakeError::Tls(error),
+            other => other,
         }
     }
 }

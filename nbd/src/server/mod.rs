@@ -177,12 +177,11 @@ struct Registration {
 }
 
 impl Registration {
-    async fn run(&self, mut stream: Stream) {
+    async fn run(&self, stream: Stream) {
         let Registration { server, connection } = self;
-        let handshake =
-            Driver::new(&mut stream, connection, &*server.exports, server.config.handshake_timeout);
+        let handshake = Driver::new(stream, connection, &*server.exports, &server.config);
         match handshake.run().await {
-            Ok(Outcome::Transmission { export, agreed, input }) => {
+            Ok(Outcome::Transmission { stream, export, agreed, input }) => {
                 connection.set_export_name(&export.canonical_name);
                 let (config, budget) = (&server.config, &server.budget);
                 let connection = Arc::clone(connection);
@@ -190,7 +189,7 @@ impl Registration {
                     .run()
                     .await;
             }
-            Ok(Outcome::Takeover { then, input }) => {
+            Ok(Outcome::Takeover { stream, then, input }) => {
                 let stream = TakenStream::new(stream, input, connection);
                 tokio::select! {
                     biased;

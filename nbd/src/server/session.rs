@@ -10,7 +10,7 @@ use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use brep_block::BlockDevice;
 use bytes::{BufMut, BytesMut};
@@ -69,6 +69,8 @@ pub(super) struct Session<'a> {
     /// The memory behind `input` is larger than what an idle connection may keep.
     input_is_large: bool,
     output: Output,
+    /// Something that was written may wait in the stream.
+    unflushed: bool,
     operation: Operation,
     holes: HoleSearch,
     completions: Vec<Completion>,
@@ -113,6 +115,7 @@ impl<'a> Session<'a> {
             read_len: READ_LEN_MIN,
             input_is_large: false,
             output: Output::new(),
+            unflushed: false,
             operation: idle(),
             holes: HoleSearch::default(),
             completions: Vec::new(),
@@ -131,6 +134,9 @@ impl<'a> Session<'a> {
     /// completed.
     pub(super) async fn run(mut self) {
         poll_fn(|cx| self.poll(cx)).await;
+        if !self.lost {
+            self.stream.say_goodbye(&[]);
+        }
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
@@ -175,9 +181,13 @@ impl<'a> Session<'a> {
         match stop {
             _ if self.lost => true,
             Stop::Close | Stop::Abort => true,
-            Stop::ShutDown => self.output.is_empty() && *waiting != Waiting::Room,
-            Stop::No => self.output.is_empty() && nothing_comes,
+            Stop::ShutDown => self.all_is_sent() && *waiting != Waiting::Room,
+            Stop::No => self.all_is_sent() && nothing_comes,
         }
+    }
+
+    fn all_is_sent(&self) -> bool {
+        self.output.is_empty() && !self.unflushed
     }
 
     fn collect_completions(&mut self) {
@@ -308,16 +318,9 @@ impl<'a> Session<'a> {
     }
 
     fn send(&mut self, cx: &mut Context<'_>) {
-        while !self.lost && !self.output.is_empty() {
-            let mut slices = [IoSlice::new(&[]); SLICES_MAX];
-            let filled = self.output.slices(&mut slices);
-            match Pin::new(&mut self.stream).poll_write_vectored(cx, &slices[..filled]) {
-                Poll::Ready(Ok(written @ 1..)) => {
-                    self.output.advance(written);
-                    count(&self.connection.bytes_sent, written as u64);
-                    self.stall = None;
-                }
-                Poll::Ready(Ok(0)) => self.lose(&io::ErrorKind::WriteZero.into()),
+        while !self.lost && !self.all_is_sent() {
+            match self.send_some(cx) {
+                Poll::Ready(Ok(())) => self.stall = None,
                 Poll::Ready(Err(error)) => self.lose(&error),
                 Poll::Pending => {
                     self.check_stall(cx);
@@ -329,6 +332,26 @@ impl<'a> Session<'a> {
             self.output = Output::new();
         }
         self.settle();
+    }
+
+    /// Writes what fits into one call; after the last of it, flushes.
+    fn send_some(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut stream = Pin::new(&mut self.stream);
+        if self.output.is_empty() {
+            ready!(stream.poll_flush(cx))?;
+            self.unflushed = false;
+            return Poll::Ready(Ok(()));
+        }
+        let mut slices = [IoSlice::new(&[]); SLICES_MAX];
+        let filled = self.output.slices(&mut slices);
+        self.unflushed = true;
+        let written = ready!(stream.as_mut().poll_write_vectored(cx, &slices[..filled]))?;
+        if written == 0 {
+            return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        }
+        self.output.advance(written);
+        count(&self.connection.bytes_sent, written as u64);
+        Poll::Ready(Ok(()))
     }
 
     fn check_stall(&mut self, cx: &mut Context<'_>) {

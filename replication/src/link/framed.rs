@@ -94,7 +94,12 @@ impl<S: AsyncRead + AsyncWrite> LinkWriter<S> {
             return Err(Error::failed(format!("link: a message of {len} bytes is too long")));
         }
         frame[..4].copy_from_slice(&len.to_be_bytes());
-        match timeout(limit, self.stream.write_all(&frame)).await {
+        let send = async {
+            self.stream.write_all(&frame).await?;
+            // TLS keeps what it has taken until then.
+            self.stream.flush().await
+        };
+        match timeout(limit, send).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(e)) => Err(Error::failed(format!("link: {e}"))),
             Err(_) => {

@@ -53,7 +53,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     group.settled().await?;
     let limit = group.config.peer_timeout;
     let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
-    let link = match connect_private(peer, OPTION_LINK, version, limit).await {
+    let link = match connect_private(peer, None, OPTION_LINK, version, limit).await {
         Ok(link) => link,
         Err(ClientError::Unsupported { .. }) => {
             return Ok(Attempt::Refused(Refusal::new(

@@ -54,7 +54,7 @@ async fn i15_a_slot_changes_hands_only_when_its_old_holder_has_nothing_in_flight
 
     let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
     let endpoint = scratch.endpoint("s.sock");
-    let link = connect_private(&endpoint, OPTION_LINK, version, LIMIT).await.unwrap();
+    let link = connect_private(&endpoint, None, OPTION_LINK, version, LIMIT).await.unwrap();
     let (mut reader, mut writer) = split(link.stream, &link.rest);
     let me = identity();
     let (set, cur) = (me.set.unwrap(), me.cur.unwrap());

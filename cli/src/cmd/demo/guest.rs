@@ -45,7 +45,7 @@ impl std::ops::AddAssign for Load {
 
 /// Connects as soon as there is a server.
 pub(super) async fn connect(uri: &NbdUri) -> anyhow::Result<Arc<Connection>> {
-    let options = ConnectOptions::from_uri(uri);
+    let options = ConnectOptions::from_uri(uri)?;
     let deadline = Instant::now() + PATIENCE;
     loop {
         match Connection::connect(&options).await {

@@ -87,7 +87,7 @@ impl Source {
     }
 
     async fn connect(uri: &NbdUri) -> Result<Self, Failure> {
-        let options = ConnectOptions::from_uri(uri);
+        let options = ConnectOptions::from_uri(uri).map_err(Failure::failed)?;
         let connection = Connection::connect(&options).await.with_context(|| uri.to_string())?;
         Ok(Source { device: connection, kind: Kind::Export })
     }

@@ -43,6 +43,8 @@ pub struct HandshakeOptions {
     /// Ask for structured replies and for the state of ranges. Without them, reads cannot have
     /// holes and every range counts as data.
     pub structured_replies: bool,
+    /// Begin TLS before anything else, and end if that is not possible.
+    pub tls: bool,
 }
 
 /// What a handshake has led to.
@@ -61,13 +63,23 @@ pub struct Outcome {
     pub exports: Vec<ListedExport>,
 }
 
+/// How far a handshake has come.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Progress {
+    /// It waits for what the server sends.
+    Input,
+    /// TLS has to begin now, then [`Handshake::tls_started`].
+    StartTls,
+    /// It is done: what is left of the input belongs to what comes after it.
+    Done(Outcome),
+}
+
 /// A client's handshake: fed with what the server sends, it says what to send and when it is
 /// done.
 ///
 /// Loop: send what [`take_output`](Self::take_output) returns, call
-/// [`advance`](Self::advance) with all that has been received, and receive more as long as it
-/// returns `None`. After an error, send [`abort`](Self::abort) if there is still somebody to
-/// send it to.
+/// [`advance`](Self::advance) with all that has been received, and do what it returns. After an
+/// error, send [`abort`](Self::abort) if there is still somebody to send it to.
 #[derive(Debug)]
 pub struct Handshake {
     options: HandshakeOptions,
@@ -85,12 +97,15 @@ pub struct Handshake {
 enum State {
     Greeting,
     Asking(Step),
+    /// TLS is being begun.
+    Securing,
     Done,
 }
 
 /// One option, and what its replies mean to us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
+    StartTls,
     /// Index into the private options.
     Private(usize),
     StructuredReplies,
@@ -107,8 +122,8 @@ impl Handshake {
     /// Nothing has been received and nothing is to be sent yet.
     #[must_use]
     pub fn new(options: HandshakeOptions) -> Self {
-        let mut plan: VecDeque<Step> =
-            (0..options.private_options.len()).map(Step::Private).collect();
+        let mut plan: VecDeque<Step> = options.tls.then_some(Step::StartTls).into_iter().collect();
+        plan.extend((0..options.private_options.len()).map(Step::Private));
         if options.structured_replies && matches!(options.goal, Goal::Transmit | Goal::Describe) {
             plan.push_back(Step::StructuredReplies);
             plan.push_back(Step::AllocationContext);
@@ -156,13 +171,12 @@ impl Handshake {
         self.state == State::Asking(Step::ExportName)
     }
 
-    /// Takes all complete messages off the front of `input`. `Some` means that the handshake is
-    /// done: what is left in `input` then belongs to what comes after it.
+    /// Takes all complete messages off the front of `input`.
     ///
     /// # Errors
     /// The server refuses what we need, or breaks the protocol. Neither can be mended on this
     /// connection.
-    pub fn advance(&mut self, input: &mut BytesMut) -> Result<Option<Outcome>, HandshakeError> {
+    pub fn advance(&mut self, input: &mut BytesMut) -> Result<Progress, HandshakeError> {
         loop {
             let progress = match self.state {
                 State::Greeting => self.greeting(input)?,
@@ -171,11 +185,21 @@ impl Handshake {
                     Some(reply) => self.reply(step, &reply).map(|()| true)?,
                     None => false,
                 },
-                State::Done => return Ok(Some(std::mem::take(&mut self.outcome))),
+                // The server waits for TLS now; so somebody else has sent this.
+                State::Securing if !input.is_empty() => return Err(HandshakeError::ClearText),
+                State::Securing => return Ok(Progress::StartTls),
+                State::Done => return Ok(Progress::Done(std::mem::take(&mut self.outcome))),
             };
             if !progress {
-                return Ok(None);
+                return Ok(Progress::Input);
             }
+        }
+    }
+
+    /// TLS is in use from now on.
+    pub fn tls_started(&mut self) {
+        if self.state == State::Securing {
+            self.next_step();
         }
     }
 
@@ -214,6 +238,7 @@ impl Handshake {
     /// Such a server knows `EXPORT_NAME` only, and drops the connection at anything else.
     fn plan_without_fixed_newstyle(&mut self) -> Result<(), HandshakeError> {
         let needs = match self.options.goal {
+            _ if self.options.tls => Some(OptionCode::STARTTLS),
             Goal::Describe => Some(OptionCode::INFO),
             Goal::List => Some(OptionCode::LIST),
             Goal::Transmit | Goal::Private => {
@@ -251,6 +276,7 @@ impl Handshake {
 
     fn option(&self, step: Step) -> OptionCode {
         match step {
+            Step::StartTls => OptionCode::STARTTLS,
             Step::Private(index) => {
                 self.options.private_options.get(index).map_or(OptionCode::ABORT, |o| o.0)
             }
@@ -275,7 +301,7 @@ impl Handshake {
                 let option = self.options.private_options.get(index);
                 return option.map(|option| option.1.clone()).unwrap_or_default();
             }
-            Step::StructuredReplies | Step::List | Step::Lookup => {}
+            Step::StartTls | Step::StructuredReplies | Step::List | Step::Lookup => {}
             Step::AllocationContext => {
                 put_string(&mut data, name);
                 data.put_u32(1);
@@ -319,6 +345,10 @@ impl Handshake {
 
     fn acknowledged(&mut self, step: Step) -> Result<(), HandshakeError> {
         match step {
+            Step::StartTls => {
+                self.state = State::Securing;
+                return Ok(());
+            }
             Step::Private(index) => {
                 if self.outcome.private_replies.len() == index {
                     self.outcome.private_replies.push(Bytes::new());
@@ -344,6 +374,7 @@ impl Handshake {
         let refusal = reply.refusal(self.option(step));
         let fatal = matches!(reply.kind, ReplyType::ERR_TLS_REQD | ReplyType::ERR_SHUTDOWN);
         match step {
+            Step::StartTls => return Err(reply.tls_refused()),
             // What we can do without.
             Step::StructuredReplies if !fatal => {
                 self.plan.retain(|step| *step != Step::AllocationContext);

@@ -23,6 +23,10 @@ pub enum HandshakeError {
     NotFixedNewstyle(OptionCode),
     #[error("the server demands TLS for {0}")]
     TlsRequired(OptionCode),
+    #[error("the server has no TLS, and nothing else is wanted of it ({reply}{}{message})", if message.is_empty() { "" } else { ": " })]
+    TlsRefused { reply: ReplyType, message: String },
+    #[error("protocol violation: something came in the clear after TLS was agreed on")]
+    ClearText,
     /// The server does not know the option.
     #[error("the server does not support the option {0}")]
     Unsupported(OptionCode),
@@ -65,12 +69,14 @@ impl HandshakeError {
         match self {
             E::NotFixedNewstyle(_)
             | E::TlsRequired(_)
+            | E::TlsRefused { .. }
             | E::Unsupported(_)
             | E::Refused { .. }
             | E::NotListed(_)
             | E::ExportNameTooLong(_) => false,
             E::NotNbd(_)
             | E::Oldstyle
+            | E::ClearText
             | E::BadMagic(_)
             | E::WrongOption { .. }
             | E::UnexpectedReply { .. }
@@ -121,6 +127,11 @@ impl OptionReply {
             ReplyType::ERR_TLS_REQD => HandshakeError::TlsRequired(option),
             reply => HandshakeError::Refused { option, reply, message: message(&self.data) },
         }
+    }
+
+    /// The error that an error reply to `STARTTLS` stands for.
+    pub(super) fn tls_refused(&self) -> HandshakeError {
+        HandshakeError::TlsRefused { reply: self.kind, message: message(&self.data) }
     }
 
     pub(super) fn unexpected(&self, option: OptionCode) -> HandshakeError {

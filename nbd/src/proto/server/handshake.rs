@@ -3,8 +3,8 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::options::{
-    BASE_ALLOCATION, InfoOption, InfoRequests, MetaOption, OPTION_DATA_LEN_MAX, OptionError,
-    OptionErrorCode, parse_info, parse_meta, string,
+    BASE_ALLOCATION, InfoOption, InfoRequests, MetaOption, OptionError, OptionErrorCode,
+    parse_info, parse_meta, refused_unread, string, unsupported, without_data,
 };
 use crate::proto::wire::{
     ClientFlags, EXPORT_NAME_PADDING, HandshakeFlags, INIT_MAGIC, InfoType, OPTION_LEN_MAX,
@@ -96,12 +96,26 @@ pub enum Ending {
     Refused(OptionError),
 }
 
+/// What a server does about TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TlsPolicy {
+    /// It has none.
+    #[default]
+    Off,
+    /// A client may begin it, and has to before private options.
+    Optional,
+    /// A client has to begin it before anything else.
+    Required,
+}
+
 /// What a handshake needs next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Step {
     /// At least this many more bytes of input.
     Input(usize),
+    /// The output sent, then TLS, then [`Handshake::tls_started`]; no more input before that.
+    StartTls,
     /// [`Handshake::listed`].
     List,
     /// [`Handshake::opened`].
@@ -130,6 +144,7 @@ enum Phase {
         left: usize,
         refusal: OptionError,
     },
+    StartTls,
     Asked(Question),
     Transmission(Box<Agreed>),
     Closed(Ending),
@@ -174,6 +189,9 @@ pub struct Handshake {
     base_allocation: Option<String>,
     options_left: u32,
     shutting_down: bool,
+    tls: TlsPolicy,
+    /// TLS is in use.
+    secured: bool,
 }
 
 impl Default for Handshake {
@@ -199,7 +217,16 @@ impl Handshake {
             base_allocation: None,
             options_left: OPTIONS_MAX,
             shutting_down: false,
+            tls: TlsPolicy::Off,
+            secured: false,
         }
+    }
+
+    /// What to do about TLS.
+    #[must_use]
+    pub fn with_tls(mut self, tls: TlsPolicy) -> Self {
+        self.tls = tls;
+        self
     }
 
     /// What has to be sent, in order; empties the output.
@@ -228,6 +255,7 @@ impl Handshake {
                     *left -= count;
                     if *left > 0 { Some(*left) } else { self.skipped() }
                 }
+                Phase::StartTls => return Step::StartTls,
                 Phase::Asked(question) => return question.step(),
                 Phase::Transmission(agreed) => return Step::Transmission(agreed.clone()),
                 Phase::Closed(ending) => return Step::Close(ending.clone()),
@@ -236,6 +264,18 @@ impl Handshake {
                 return Step::Input(missing);
             }
         }
+    }
+
+    /// TLS is in use from now on: answers [`Step::StartTls`]. Nothing that was agreed on in the
+    /// clear counts any more.
+    pub fn tls_started(&mut self) {
+        if !matches!(self.phase, Phase::StartTls) {
+            return;
+        }
+        self.phase = Phase::Header;
+        self.secured = true;
+        self.structured = false;
+        self.base_allocation = None;
     }
 
     /// The exports there are: answers [`Step::List`].
@@ -327,6 +367,14 @@ impl Handshake {
             self.violation("an export name is longer than 4096 bytes");
         } else if header.option != OptionCode::EXPORT_NAME && !self.fixed_newstyle {
             self.violation("an option that only fixed newstyle clients may send");
+        } else if self.wants_tls_before(header.option) {
+            if header.option == OptionCode::EXPORT_NAME {
+                self.violation("the client has to begin TLS first");
+            } else {
+                let refusal = OptionError::new(OptionErrorCode::TlsRequired, "begin TLS first");
+                let left = header.len as usize;
+                self.phase = Phase::Skip { option: header.option, left, refusal };
+            }
         } else if let Some(refusal) = refused_unread(header) {
             let left = header.len as usize;
             self.phase = Phase::Skip { option: header.option, left, refusal };
@@ -335,6 +383,15 @@ impl Handshake {
         }
         self.options_left = self.options_left.saturating_sub(1);
         None
+    }
+
+    fn wants_tls_before(&self, option: OptionCode) -> bool {
+        match self.tls {
+            _ if self.secured => false,
+            TlsPolicy::Off => false,
+            TlsPolicy::Optional => option.is_private(),
+            TlsPolicy::Required => !matches!(option, OptionCode::STARTTLS | OptionCode::ABORT),
+        }
     }
 
     fn skipped(&mut self) -> Option<usize> {
@@ -360,6 +417,10 @@ impl Handshake {
         self.phase = Phase::Header;
         if let Err(error) = self.option(header.option, data) {
             self.refuse(header.option, &error);
+        }
+        if matches!(self.phase, Phase::StartTls) && !input.is_empty() {
+            // It waits for our answer, if it is the client; so somebody else has sent this.
+            self.violation("something came in the clear after STARTTLS");
         }
         None
     }
@@ -401,13 +462,23 @@ impl Handshake {
                 Question::Meta(option, parse_meta(option, &data)?)
             }
             _ if option.is_private() => Question::Private(option, data),
-            OptionCode::STARTTLS => {
-                without_data(&data)?;
-                return Err(unsupported("TLS is not configured"));
-            }
+            OptionCode::STARTTLS => return self.start_tls(&data),
             _ => return Err(unsupported("unknown option")),
         };
         self.phase = Phase::Asked(question);
+        Ok(())
+    }
+
+    fn start_tls(&mut self, data: &[u8]) -> Result<(), OptionError> {
+        without_data(data)?;
+        if self.tls == TlsPolicy::Off {
+            return Err(unsupported("TLS is not configured"));
+        }
+        if self.secured {
+            return Err(OptionError::invalid("TLS is in use already"));
+        }
+        self.ack(OptionCode::STARTTLS);
+        self.phase = Phase::StartTls;
         Ok(())
     }
 
@@ -509,41 +580,6 @@ impl Handshake {
         self.output.put_slice(&header.encode());
         self.output.put_slice(data);
     }
-}
-
-/// Options whose data need not be looked at, because they are refused in any case; `ABORT` is
-/// among them for its data only.
-fn refused_unread(header: OptionHeader) -> Option<OptionError> {
-    let known = header.option.is_private()
-        || matches!(
-            header.option,
-            OptionCode::EXPORT_NAME
-                | OptionCode::ABORT
-                | OptionCode::LIST
-                | OptionCode::STARTTLS
-                | OptionCode::INFO
-                | OptionCode::GO
-                | OptionCode::STRUCTURED_REPLY
-                | OptionCode::LIST_META_CONTEXT
-                | OptionCode::SET_META_CONTEXT
-        );
-    if !known {
-        return Some(unsupported("unknown option"));
-    }
-    (header.len > OPTION_DATA_LEN_MAX).then(|| match header.option {
-        OptionCode::LIST | OptionCode::STARTTLS | OptionCode::STRUCTURED_REPLY => {
-            OptionError::invalid("this option has no data")
-        }
-        _ => OptionError::new(OptionErrorCode::TooBig, "the option is too long"),
-    })
-}
-
-fn unsupported(message: &str) -> OptionError {
-    OptionError::new(OptionErrorCode::Unsup, message)
-}
-
-fn without_data(data: &[u8]) -> Result<(), OptionError> {
-    if data.is_empty() { Ok(()) } else { Err(OptionError::invalid("this option has no data")) }
 }
 
 /// The first 4096 bytes of a text, cut between characters: our own strings obey the limit, too.

@@ -14,7 +14,7 @@ mod output;
 mod reply;
 mod request;
 
-pub use handshake::{Agreed, Ending, ExportDescription, ExportInfo, Handshake, Step};
+pub use handshake::{Agreed, Ending, ExportDescription, ExportInfo, Handshake, Step, TlsPolicy};
 pub use options::{OPTION_DATA_LEN_MAX, OptionError, OptionErrorCode};
 pub use output::Output;
 pub use reply::{Content, Extent, Failure, ReadChunk, ReplyEncoder};

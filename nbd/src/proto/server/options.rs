@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::proto::wire::{InfoType, OptionCode, Reader, ReplyType, STRING_LEN_MAX};
+use crate::proto::wire::{InfoType, OptionCode, OptionHeader, Reader, ReplyType, STRING_LEN_MAX};
 
 /// Longest option data that is kept in memory, in bytes: a `GO` that carries the longest name and
 /// as many information requests as can be counted. What is longer is consumed and refused.
@@ -168,4 +168,39 @@ pub(super) fn parse_meta(option: OptionCode, data: &[u8]) -> Result<MetaOption, 
         return Err(inconsistent());
     }
     Ok(MetaOption { export: string(name)?, base_allocation })
+}
+
+/// Options whose data need not be looked at, because they are refused in any case; `ABORT` is
+/// among them for its data only.
+pub(super) fn refused_unread(header: OptionHeader) -> Option<OptionError> {
+    let known = header.option.is_private()
+        || matches!(
+            header.option,
+            OptionCode::EXPORT_NAME
+                | OptionCode::ABORT
+                | OptionCode::LIST
+                | OptionCode::STARTTLS
+                | OptionCode::INFO
+                | OptionCode::GO
+                | OptionCode::STRUCTURED_REPLY
+                | OptionCode::LIST_META_CONTEXT
+                | OptionCode::SET_META_CONTEXT
+        );
+    if !known {
+        return Some(unsupported("unknown option"));
+    }
+    (header.len > OPTION_DATA_LEN_MAX).then(|| match header.option {
+        OptionCode::LIST | OptionCode::STARTTLS | OptionCode::STRUCTURED_REPLY => {
+            OptionError::invalid("this option has no data")
+        }
+        _ => OptionError::new(OptionErrorCode::TooBig, "the option is too long"),
+    })
+}
+
+pub(super) fn unsupported(message: &str) -> OptionError {
+    OptionError::new(OptionErrorCode::Unsup, message)
+}
+
+pub(super) fn without_data(data: &[u8]) -> Result<(), OptionError> {
+    if data.is_empty() { Ok(()) } else { Err(OptionError::invalid("this option has no data")) }
 }
