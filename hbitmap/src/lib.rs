@@ -16,5 +16,6 @@ pub use bitmap::{HBitmap, Status};
 pub use error::{Error, Result};
 pub use iter::{Cursor, DirtyAreas, Iter};
 pub use persist::{
-    AfterPowerLoss, Identity, InFlight, LastStop, MapSet, Options, PersistentBitmap, Role, Tag,
+    ActivityLog, AfterPowerLoss, Identity, InFlight, LastStop, LogWrite, MapFlush, MapSet, Options,
+    PersistentBitmap, Role, Sync, Tag,
 };

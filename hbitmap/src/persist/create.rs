@@ -154,6 +154,11 @@ fn rename(partial: &Path, path: &Path) -> Result<()> {
         }
         renamed => renamed.map_err(|error| Error::io(path, "create")(error.into()))?,
     }
+    sync_directory(path)
+}
+
+/// Puts the name of a file on stable storage.
+pub(super) fn sync_directory(path: &Path) -> Result<()> {
     let directory = match path.parent() {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),

@@ -1,6 +1,7 @@
 //! An open file: the same maps in memory and in the mapping, and a header.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::backing::Backing;
 use super::header::Header;
@@ -16,7 +17,7 @@ use crate::{Error, HBitmap, Result};
 #[derive(Debug)]
 pub(super) struct MapFile {
     pub(super) path: PathBuf,
-    pub(super) words: Words,
+    pub(super) words: Arc<Words>,
     /// Holds the lock; after the mapping, because it is dropped in this order.
     pub(super) _file: Backing,
     pub(super) layout: Layout,
@@ -158,6 +159,23 @@ impl MapFile {
         self.words.store(state, unsealed);
     }
 
+    /// A chunk that is on stable storage with a checksum, and then written to, would be damage after
+    /// a loss of power that keeps the one and not the other.
+    pub(super) fn unseal_all(&self) {
+        for map in 0..self.header.maps {
+            for chunk in 0..self.layout.chunks {
+                if self.chunk_is_used(map, chunk) {
+                    self.unseal(map, chunk);
+                }
+            }
+        }
+    }
+
+    pub(super) fn flusher(&self) -> MapFlush {
+        let words = Arc::clone(&self.words);
+        MapFlush { path: self.path.clone(), words, len: self.layout.file_len() }
+    }
+
     /// Gives every chunk that has been written to its checksum again.
     fn seal(&self) {
         for (map, entry) in self.header.entries[..self.header.maps].iter().enumerate() {
@@ -209,6 +227,25 @@ impl MapFile {
     pub(super) fn memory_bytes(&self) -> usize {
         let maps: usize = self.maps.iter().map(HBitmap::memory_bytes).sum();
         maps + self.in_flight.memory_bytes()
+    }
+}
+
+/// Puts maps on stable storage, from any thread, while they are in use.
+#[derive(Debug, Clone)]
+pub struct MapFlush {
+    path: PathBuf,
+    words: Arc<Words>,
+    len: u64,
+}
+
+impl MapFlush {
+    /// Waits until everything that was in the maps when it was called is on stable storage. Chunks
+    /// get no checksums.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: then it is unknown what is there, and a later call that succeeds says nothing.
+    pub fn run(&self) -> Result<()> {
+        self.words.flush(0..self.len).map_err(Error::io(&self.path, "flush"))
     }
 }
 

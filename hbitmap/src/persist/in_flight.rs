@@ -138,6 +138,22 @@ impl super::file::MapFile {
         Ok(())
     }
 
+    /// Notes in this file what is in flight in another one of the same granularity, or of another
+    /// one if nothing is.
+    pub(super) fn copy_in_flight(&mut self, other: &Self) -> crate::Result<()> {
+        let same = self.header.granularity_log2 == other.header.granularity_log2
+            && self.layout.in_flight == other.layout.in_flight;
+        if !same && !other.in_flight.is_empty() {
+            let reason = "requests are in flight";
+            return Err(Error::State { path: self.path.clone(), reason });
+        }
+        for index in other.taken_words() {
+            let place = index - other.layout.in_flight_words().start;
+            self.words.store(self.layout.in_flight_words().start + place, other.words.load(index));
+        }
+        Ok(())
+    }
+
     /// Nothing is in flight, whatever the file says.
     pub(super) fn forget_in_flight(&mut self) {
         self.taken_words().for_each(|index| self.words.store(index, 0));

@@ -45,7 +45,9 @@ mod header;
 mod in_flight;
 mod layout;
 mod lock;
+mod log;
 mod open;
+mod rebuild;
 mod set;
 mod single;
 #[cfg(feature = "simulation")]
@@ -58,7 +60,9 @@ pub(crate) use words::crash;
 use std::fmt;
 use std::path::Path;
 
+pub use file::MapFlush;
 pub use in_flight::InFlight;
+pub use log::{ActivityLog, LogWrite, Sync};
 pub use set::{MapSet, Role};
 pub use single::PersistentBitmap;
 #[cfg(feature = "simulation")]
@@ -92,8 +96,10 @@ pub enum AfterPowerLoss {
     #[default]
     Refuse,
     /// Take what is there: only for a caller who knows from elsewhere, on stable storage, what
-    /// was set since the last flush, and sets it again. Chunks whose checksum or state does not
-    /// fit are taken as dirty from end to end.
+    /// was set since the last flush, and sets it again; see [`ActivityLog`]. Chunks whose checksum
+    /// or state does not fit are taken as dirty from end to end. That this is never so after a mere
+    /// loss of power, opening waits until everything is on stable storage, and chunks then have no
+    /// checksum until the file is closed.
     Accept,
 }
 
@@ -123,6 +129,13 @@ impl Options {
     pub fn new(identity: Identity, size: u64, granularity_log2: u32) -> Self {
         let after_power_loss = AfterPowerLoss::Refuse;
         Options { identity, size, granularity_log2, after_power_loss, boot_id: None }
+    }
+
+    /// The granularity, as a power of two, with which the maps of a set for a disk of `size` bytes
+    /// take at most 64 MiB of memory, file and all: 64 KiB up to 4 TiB, 256 KiB for 16 TiB, and so on up
+    /// to 16 MiB, which is enough for 1 PiB.
+    pub fn granularity_log2_for(size: u64) -> u32 {
+        (16..24).find(|log2| size.div_ceil(1 << log2) <= 1 << 26).unwrap_or(24)
     }
 
     /// What to do with a file that was in use when power was lost; refuse it by default.

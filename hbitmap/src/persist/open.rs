@@ -2,18 +2,31 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::backing::Backing;
 use super::file::MapFile;
 use super::header::{Bad, HEADER_BYTES, Header};
 use super::in_flight::InFlightWords;
 use super::layout::{CHUNK_BITS, CHUNK_WORDS, Layout, PAGE};
+use super::rebuild::rebuild;
 use super::set::{DIFFERS, OPEN, PENDING};
 use super::{AfterPowerLoss, LastStop, Options, UNKNOWN_BOOT};
 use crate::{Error, HBitmap, Result};
 
-/// Opens a file of `maps` maps for exclusive use, verifies it, and marks it as in use.
+/// Opens a file of `maps` maps for exclusive use, verifies it, and marks it as in use. One of
+/// another granularity, or of a disk that has grown, is converted.
 pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFile> {
+    let mut file = open_as_is(path, options, maps)?;
+    let Header { size, granularity_log2, .. } = file.header;
+    if (size, granularity_log2) == (options.size, options.granularity_log2) {
+        return Ok(file);
+    }
+    rebuild(&mut file, options.size, options.granularity_log2)
+}
+
+/// The same, with the size and the granularity that the file has.
+pub(super) fn open_as_is(path: &Path, options: &Options, maps: usize) -> Result<MapFile> {
     let file = Backing::open(path)?;
     let (header, newest_copy) = read_header(&file, path)?;
     check_owner(&header, options, maps, path)?;
@@ -32,7 +45,7 @@ pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFil
     let words = file.map(path, len)?;
     let mut this = MapFile {
         path: path.to_owned(),
-        words,
+        words: Arc::new(words),
         _file: file,
         layout,
         header,
@@ -48,8 +61,13 @@ pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFil
     header.clean = None;
     header.boot_id = boot_id;
     this.commit(header);
-    // Before the first bit: a clean header must not be what a loss of power leaves behind.
-    this.sync(layout.header_bytes())?;
+    if options.after_power_loss == AfterPowerLoss::Accept {
+        this.unseal_all();
+        this.sync(0..layout.file_len())?;
+    } else {
+        // Before the first bit: a clean header must not be what a loss of power leaves behind.
+        this.sync(layout.header_bytes())?;
+    }
     Ok(this)
 }
 
@@ -102,14 +120,8 @@ fn check_owner(header: &Header, options: &Options, maps: usize, path: &Path) -> 
     if header.maps != maps {
         return foreign(format!("it holds {} maps, not {maps}", header.maps));
     }
-    if header.size != options.size {
+    if header.size > options.size {
         return foreign(format!("it is for {} items, not {}", header.size, options.size));
-    }
-    if header.granularity_log2 != options.granularity_log2 {
-        return foreign(format!(
-            "its granularity is 2^{}, not 2^{}",
-            header.granularity_log2, options.granularity_log2
-        ));
     }
     Ok(())
 }

@@ -1,7 +1,8 @@
 use std::path::Path;
 
-use super::file::{MapFile, renew};
+use super::file::{MapFile, MapFlush, renew};
 use super::in_flight::InFlight;
+use super::rebuild::rebuild;
 use super::{LastStop, Options, Tag, create, open};
 use crate::{Error, HBitmap, Result};
 
@@ -56,7 +57,9 @@ impl MapSet {
         Self::open(path, options)
     }
 
-    /// Opens a file, verifies all of it, and notes, durably, that it is in use.
+    /// Opens a file, verifies all of it, and notes, durably, that it is in use. If the disk
+    /// has grown, or `options` have another granularity, the maps are copied to a file that fits, which takes
+    /// its place; what is added differs.
     ///
     /// # Errors
     /// [`Error::Locked`], [`Error::NotABitmap`], [`Error::Foreign`], [`Error::PowerLost`],
@@ -206,6 +209,21 @@ impl MapSet {
         }
     }
 
+    /// Sets in one map what is set in another. The cost is that of what that one holds.
+    ///
+    /// Before [`void_pending`](MapSet::void_pending) and
+    /// [`all_to_differs`](MapSet::all_to_differs) this and a flush make the changes of roles safe
+    /// from a loss of power, which could keep them and not the bits.
+    ///
+    /// # Panics
+    /// Towards pending, while no cut is outstanding.
+    pub fn unite(&mut self, to: Role, from: Role) {
+        self.check_role(to);
+        if to != from {
+            self.file.or_from(to.index(), from.index());
+        }
+    }
+
     /// A cut that came to nothing: pending is united with open, which takes pending's tag,
     /// because it counts from then on again. The cost is that of what pending holds. A kill
     /// within leaves the cut outstanding, and open with more than before. Nothing if no cut is
@@ -240,6 +258,25 @@ impl MapSet {
         self.file.maps[PENDING].reset_all();
     }
 
+    /// The disk has grown: the maps describe `size` items from now on. What is added differs, and
+    /// what is in flight stays so. The maps lie in a new file then, made whole and put in the place
+    /// of the old one; if that fails, everything is as it was. The cost is that of making a file.
+    ///
+    /// # Errors
+    /// [`Error::State`] if it is less than before; [`Error::Impossible`]; [`Error::Io`].
+    pub fn grow(&mut self, size: u64) -> Result<()> {
+        let header = &self.file.header;
+        if size < header.size {
+            let reason = "maps do not shrink";
+            return Err(Error::State { path: self.file.path.clone(), reason });
+        }
+        if size > header.size {
+            let granularity_log2 = header.granularity_log2;
+            self.file = rebuild(&mut self.file, size, granularity_log2)?;
+        }
+        Ok(())
+    }
+
     /// Memory held by the three maps, in bytes, without the pages of the file.
     pub fn memory_bytes(&self) -> usize {
         self.file.memory_bytes()
@@ -256,6 +293,11 @@ impl MapSet {
     /// [`Error::Io`]; from then on [`Error::Sticky`], until the file has been opened again.
     pub fn flush(&mut self) -> Result<()> {
         self.file.flush()
+    }
+
+    /// Puts the maps on stable storage from another thread, while they are in use.
+    pub fn flusher(&self) -> MapFlush {
+        self.file.flusher()
     }
 
     /// Flushes, and notes a clean stop. What is still in flight differs: nobody will hear how it

@@ -26,7 +26,9 @@ impl PersistentBitmap {
         Self::open(path, options)
     }
 
-    /// Opens a file, verifies all of it, and notes, durably, that it is in use.
+    /// Opens a file, verifies all of it, and notes, durably, that it is in use. If the disk
+    /// has grown, or `options` have another granularity, the map is copied to a file that fits, which takes
+    /// its place; what is added is set.
     ///
     /// # Errors
     /// [`Error::Locked`](crate::Error::Locked), [`Error::NotABitmap`](crate::Error::NotABitmap),

@@ -22,6 +22,24 @@ pub trait MapStorage {
     /// [`io::ErrorKind::NotFound`], or [`io::ErrorKind::WouldBlock`] if somebody else has it.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn MapMemory>>;
 
+    /// Gives a file another name, in the place of whatever had it, on stable storage.
+    ///
+    /// # Errors
+    /// There is no such file.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let _ = (from, to);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::NotFound`].
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let _ = path;
+        Err(io::ErrorKind::NotFound.into())
+    }
+
     /// What tells one boot of the machine that has this file from every other.
     fn boot_id(&self, path: &Path) -> [u8; 16];
 }

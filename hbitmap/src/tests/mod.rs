@@ -2,9 +2,12 @@
 
 mod cases;
 mod crash;
+mod grow;
 mod history;
 mod in_flight;
 mod kill;
+mod log;
 mod model;
 mod own;
+mod power;
 mod shadow;
