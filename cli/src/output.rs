@@ -34,14 +34,22 @@ pub(crate) fn error(failure: &Failure) {
 
 /// A bar that counts bytes, on a terminal only.
 pub(crate) fn progress(what: &'static str) -> ProgressBar {
+    bar(what, "{prefix} {bar:40} {percent} %  {binary_bytes_per_sec}")
+}
+
+/// A progress bar whose message says how far it is.
+pub(crate) fn told_progress(what: &'static str) -> ProgressBar {
+    bar(what, "{prefix} {bar:30} {msg}")
+}
+
+fn bar(what: &'static str, template: &str) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let template = "{msg} {bar:40} {percent} %  {binary_bytes_per_sec}";
     let style = ProgressStyle::with_template(template);
     ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
         .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        .with_message(what)
+        .with_prefix(what)
 }
 
 /// A colour with a meaning.

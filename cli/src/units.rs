@@ -55,6 +55,36 @@ pub(crate) fn parse_interval(text: &str) -> Result<Interval, String> {
         .map_err(|error| format!("{error}; or off, for checkpoints on command only"))
 }
 
+/// Bytes a second, or none for the word `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rate(pub(crate) Option<u64>);
+
+/// Parses a rate: a size for each second, or `off`.
+pub(crate) fn parse_rate(text: &str) -> Result<Rate, String> {
+    // People write it with what it is per.
+    let text = text.strip_suffix("/s").unwrap_or(text);
+    match text {
+        "off" => Ok(Rate(None)),
+        text => match parse_size(text)? {
+            rate @ 4096.. if i64::try_from(rate).is_ok() => Ok(Rate(Some(rate))),
+            _ => Err("from 4K to 8E-1 a second, or off".into()),
+        },
+    }
+}
+
+/// A factor, or none for the word `off`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Factor(pub(crate) Option<f64>);
+
+/// Parses a factor of at least 1, or `off`.
+pub(crate) fn parse_factor(text: &str) -> Result<Factor, String> {
+    match (text, text.parse::<f64>()) {
+        ("off", _) => Ok(Factor(None)),
+        (_, Ok(factor)) if (1.0..=1000.0).contains(&factor) => Ok(Factor(Some(factor))),
+        _ => Err("a number from 1 to 1000, as in 1.5, or off".into()),
+    }
+}
+
 /// Bytes as people read them: `0 B`, `512 B`, `64 KiB`, `1.5 GiB`.
 pub(crate) fn bytes(count: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
@@ -157,6 +187,21 @@ mod tests {
         assert_eq!(parse_interval("off"), Ok(Interval(None)));
         assert_eq!(parse_interval("1s"), Ok(Interval(Some(Duration::from_secs(1)))));
         assert!(parse_interval("never").unwrap_err().contains("off"));
+    }
+
+    #[test]
+    fn rates_and_factors_may_be_off() {
+        assert_eq!(parse_rate("off"), Ok(Rate(None)));
+        assert_eq!(parse_rate("50M"), Ok(Rate(Some(50 << 20))));
+        assert_eq!(parse_rate("50M/s"), Ok(Rate(Some(50 << 20))));
+        for text in ["0", "1", "15E", "fast", "50M/h"] {
+            assert!(parse_rate(text).is_err(), "{text}");
+        }
+        assert_eq!(parse_factor("off"), Ok(Factor(None)));
+        assert_eq!(parse_factor("1.5"), Ok(Factor(Some(1.5))));
+        for text in ["0", "0.9", "-2", "inf", "NaN", "1,5"] {
+            assert!(parse_factor(text).is_err(), "{text}");
+        }
     }
 
     #[test]

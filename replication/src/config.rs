@@ -63,6 +63,29 @@ pub enum PeerKind {
     Plain,
 }
 
+/// How fast a resync may go.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct ResyncLimits {
+    /// Bytes a second at most; none: no fixed limit.
+    pub rate: Option<u64>,
+    /// The copy goes only so fast that the median of the guest's writes takes at most so many
+    /// times as long as without it; at least 1. None: the guest's writes are not looked at.
+    pub latency_factor: Option<f64>,
+}
+
+/// What is made of a secondary's disks that were brought by other means than the first copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Seeded {
+    /// They were not: everything is copied.
+    #[default]
+    No,
+    /// Hashes are compared, and what differs is copied.
+    Compare,
+    /// They are taken for equal to this side's as they are at the first session. If they are not,
+    /// nobody notices before a failover.
+    Trust,
+}
+
 /// How a primary is run.
 #[derive(Debug, Clone)]
 pub struct PrimaryConfig {
@@ -92,9 +115,12 @@ pub struct PrimaryConfig {
     pub window_requests: usize,
     /// Time between two checkpoints; none: only on command. Default 1 s.
     pub checkpoint_interval: Option<Duration>,
-    /// The secondary's disks were copied by other means: compare hashes and copy only what
-    /// differs, instead of everything.
-    pub seeded: bool,
+    /// Whether the secondary's disks were copied by other means.
+    pub seeded: Seeded,
+    /// How fast a resync may go; can be changed while it runs.
+    pub resync_limits: ResyncLimits,
+    /// Every resync compares hashes before it sends.
+    pub resync_compare: bool,
     /// The guest is served at once, without the secondary, although that may have been promoted
     /// since this side was connected to it.
     pub force_lonely: bool,

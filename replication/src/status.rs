@@ -52,6 +52,8 @@ pub struct Status {
     pub lapsed: Vec<String>,
     /// The guest's requests are held: `stop` was said, and not yet `cont`.
     pub guest_stopped: bool,
+    /// The copy to the secondary, while one runs (primary).
+    pub resync: Option<ResyncStatus>,
     /// One entry a disk.
     pub disks: Vec<DiskStatus>,
     /// Failures that no guest was told of, the newest last; at most 32.
@@ -173,6 +175,26 @@ pub struct Progress {
     pub done: u64,
     /// Bytes in all.
     pub total: u64,
+}
+
+/// A copy to the secondary that runs, over all disks.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ResyncStatus {
+    /// Bytes that have been copied, or found equal.
+    pub done: u64,
+    /// Bytes that there were to look at.
+    pub total: u64,
+    /// Bytes a second in the last seconds.
+    pub rate: u64,
+    /// Seconds that the rest takes at this rate; absent while nothing moves.
+    pub left_s: Option<u64>,
+    /// The fixed limit in bytes a second, if there is one.
+    pub rate_limit: Option<u64>,
+    /// The guest's writes may take so many times as long as without the copy, if that is limited.
+    pub latency_factor: Option<f64>,
+    /// Bytes a second that both limits allow now; absent: as fast as it can.
+    pub paced_rate: Option<u64>,
 }
 
 /// A failure that no guest was told of.

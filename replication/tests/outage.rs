@@ -220,7 +220,7 @@ async fn a_seeded_secondary_is_compared_not_copied() {
     std::fs::write(&secondary_file, content).unwrap();
     let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-    config.seeded = true;
+    config.seeded = brep_replication::config::Seeded::Compare;
     let primary = Side::primary(config);
     let status = primary.wait_state("in-sync").await;
     assert_eq!(file(&primary_file), file(&secondary_file));

@@ -10,7 +10,7 @@ use std::time::Duration;
 use brep_block::{BlockDevice, Fault, Memory, Operation, Rule, WriteFlags};
 use brep_nbd::client::Connection;
 use brep_nbd::server::{Export, Server, ServerConfig, StaticExports};
-use brep_replication::config::{PeerKind, PrimaryConfig, SecondaryConfig};
+use brep_replication::config::{PeerKind, PrimaryConfig, SecondaryConfig, Seeded};
 use bytes::Bytes;
 use common::{MIB, Scratch, Side, connect, file, fill, read};
 use serde_json::{Value, json};
@@ -241,7 +241,8 @@ async fn a_seeded_stock_server_is_read_and_only_what_differs_is_written() {
     fill(&*stock, MIB, 4096, 0xee).await;
     // The one write that has to come; any other would fail.
     stock.fail(Rule::new(Operation::Write).range(0..MIB));
-    let primary = Side::primary(PrimaryConfig { seeded: true, ..plain_primary(&scratch) });
+    let primary =
+        Side::primary(PrimaryConfig { seeded: Seeded::Compare, ..plain_primary(&scratch) });
     let status = primary.wait_state("in-sync").await;
     assert!(status["errors"].as_array().unwrap().is_empty(), "{status}");
     assert_eq!(read(&*stock, 0, SIZE as usize).await, file(&mine));

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
-use crate::units::parse_duration;
+use crate::units::{Factor, Rate, parse_duration, parse_factor, parse_rate};
 
 /// Which instance to talk to, and how.
 #[derive(Debug, Args)]
@@ -106,6 +106,17 @@ pub(crate) struct ResyncArgs {
     #[arg(long)]
     pub(crate) full: bool,
 
+    /// Compare everything by hashes, and copy what differs; with --full the same
+    #[arg(long)]
+    pub(crate) compare: bool,
+
+    /// Bytes a second that a resync copies at most, or off; changes one that runs, too
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub(crate) rate: Option<Rate>,
+
+    /// How many times as long the guest's writes may take as without the copy, or off
+    #[arg(long, value_name = "FACTOR", value_parser = parse_factor)]
+    pub(crate) latency_factor: Option<Factor>,
     /// On a secondary: give up what it has and its primary lacks
     ///
     /// Of an old primary that returns, what it wrote by itself. The copy begins with the next

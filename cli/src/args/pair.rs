@@ -3,14 +3,18 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use brep_nbd::{Endpoint, NbdUri};
-use brep_replication::config::{Ack, DiskConfig, PeerKind, PrimaryConfig, SecondaryConfig};
+use brep_replication::config::{
+    Ack, DiskConfig, PeerKind, PrimaryConfig, ResyncLimits, SecondaryConfig, Seeded,
+};
 use clap::{Args, ValueEnum};
 
 use super::address::{check_plaintext, endpoint_without_export};
 use super::disk::DiskArg;
 use super::drive::{self, Drives};
 use crate::exit::Failure;
-use crate::units::{Interval, parse_duration, parse_interval, parse_size};
+use crate::units::{
+    Factor, Interval, Rate, parse_duration, parse_factor, parse_interval, parse_rate, parse_size,
+};
 
 /// What both sides of a pair take.
 #[derive(Debug, Args)]
@@ -89,6 +93,14 @@ enum PeerKindArg {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum SeededArg {
+    /// Hashes are compared, and what differs is copied
+    Compare,
+    /// Nothing is compared
+    Trust,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum AckArg {
     /// The secondary has it too
     Sync,
@@ -141,8 +153,24 @@ pub(crate) struct PrimaryArgs {
     on_peer_lost: OnPeerLost,
 
     /// The secondary's disks are copies already: compare hashes, copy only what differs
+    ///
+    /// `--seeded=trust` copies and compares nothing: what then differs without your knowing comes to
+    /// light after a failover.
+    #[arg(long, value_name = "HOW", num_args = 0..=1, require_equals = true,
+        default_missing_value = "compare")]
+    seeded: Option<SeededArg>,
+
+    /// Bytes a second that a resync copies at most, or off
+    #[arg(long, value_name = "SIZE", default_value = "off", value_parser = parse_rate)]
+    resync_rate: Rate,
+
+    /// How many times as long the guest's writes may take during a resync as without, or off
+    #[arg(long, value_name = "FACTOR", default_value = "off", value_parser = parse_factor)]
+    resync_latency_factor: Factor,
+
+    /// Compare hashes before a resync sends anything
     #[arg(long)]
-    seeded: bool,
+    resync_compare: bool,
 
     /// Serve the guest at once, without the secondary
     ///
@@ -239,7 +267,16 @@ impl PrimaryArgs {
             window_bytes: self.window_bytes,
             window_requests: self.window_requests as usize,
             checkpoint_interval: self.checkpoint_interval.0,
-            seeded: self.seeded,
+            seeded: match self.seeded {
+                None => Seeded::No,
+                Some(SeededArg::Compare) => Seeded::Compare,
+                Some(SeededArg::Trust) => Seeded::Trust,
+            },
+            resync_limits: ResyncLimits {
+                rate: self.resync_rate.0,
+                latency_factor: self.resync_latency_factor.0,
+            },
+            resync_compare: self.resync_compare,
             force_lonely: self.force_lonely,
             allow_plaintext: side.allow_plaintext,
         })

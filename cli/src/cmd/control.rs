@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use brep_replication::control::{ClientError, ControlClient};
-use brep_replication::status::{DiskState, Status};
+use brep_replication::status::{DiskState, LinkState, ResyncStatus, Status};
 use serde_json::{Value, json};
 
 use crate::args::{
@@ -126,13 +126,33 @@ pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
         let answer = ask(&args.control, "resync", arguments)?;
         return report(&args.control, &answer, || discard_text(&answer));
     }
-    if !args.full {
+    let mut arguments = serde_json::Map::new();
+    for (name, given) in [("full", args.full), ("compare", args.compare)] {
+        if given {
+            arguments.insert(name.into(), json!(true));
+        }
+    }
+    if let Some(rate) = args.rate {
+        arguments.insert("rate".into(), json!(rate.0.unwrap_or(0)));
+    }
+    if let Some(factor) = args.latency_factor {
+        arguments.insert("latency-factor".into(), json!(factor.0.unwrap_or(0.0)));
+    }
+    let copies = args.full || args.compare;
+    if arguments.is_empty() && !args.wait {
         return Err(Failure::usage(
-            "what the secondary lacks is copied by itself when it returns; to copy everything: brep resync --full",
+            "what the secondary lacks is copied by itself when it returns; to copy everything: brep \
+             resync --full, to copy only what differs: --compare, to see it done: --wait",
         ));
     }
     let mut client = connect(&args.control)?;
-    let answer = client.execute("resync", json!({ "full": true }))?;
+    let answer = match arguments.is_empty() {
+        true => json!({}),
+        false => client.execute("resync", Value::Object(arguments))?,
+    };
+    if !copies && !args.wait {
+        return report(&args.control, &answer, || "the limits of the resync are changed".into());
+    }
     if !args.wait {
         return report(&args.control, &answer, || {
             "resync started; `brep status --watch` shows how far it is".into()
@@ -170,7 +190,8 @@ pub(crate) fn discard_text(answer: &Value) -> String {
 /// Waits for the end of a resync, and shows its progress on a terminal. It has to begin within
 /// `begin_limit`: the two sides may have to find each other again first.
 fn wait_for_sync(client: &mut ControlClient, begin_limit: Duration) -> Result<(), Failure> {
-    let bar = output::progress("resyncing");
+    let bar = output::told_progress("resyncing");
+    let mut lines = Lines::default();
     let deadline = Instant::now() + begin_limit;
     let mut begun = false;
     loop {
@@ -182,17 +203,40 @@ fn wait_for_sync(client: &mut ControlClient, begin_limit: Duration) -> Result<()
             return Ok(());
         }
         let copying = status.disks.iter().any(|disk| disk.state == DiskState::Resyncing);
-        begun |= copying;
-        if !copying && (begun || Instant::now() > deadline) {
+        // A secondary that is lost meanwhile is connected to again; a refusal stays.
+        let refused = status.link == LinkState::Refused;
+        if (begun && refused) || (!begun && !copying && Instant::now() > deadline) {
             let what = if begun { "the resync has stopped" } else { "the resync does not begin" };
             let reason = status.reason.unwrap_or_else(|| "see brep status".into());
             return Err(Failure::failed(format!("{what}: {reason}")));
         }
-        let progress = status.disks.iter().filter_map(|disk| disk.progress);
-        let (done, total) = progress.fold((0, 0), |(d, t), p| (d + p.done, t + p.total));
-        bar.set_length(total);
-        bar.set_position(done);
+        begun |= copying;
+        if let Some(resync) = &status.resync {
+            bar.set_length(resync.total);
+            bar.set_position(resync.done);
+            bar.set_message(super::status::resync(resync));
+            if bar.is_hidden() {
+                lines.show(resync);
+            }
+        }
         std::thread::sleep(POLL_PAUSE);
+    }
+}
+
+/// Progress where there is no terminal: a line now and then.
+#[derive(Default)]
+struct Lines {
+    shown: Option<Instant>,
+}
+
+impl Lines {
+    const PAUSE: Duration = Duration::from_secs(5);
+
+    fn show(&mut self, resync: &ResyncStatus) {
+        if self.shown.is_none_or(|shown| shown.elapsed() >= Self::PAUSE) {
+            self.shown = Some(Instant::now());
+            eprintln!("resyncing: {}", super::status::resync(resync));
+        }
     }
 }
 

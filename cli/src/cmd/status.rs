@@ -3,7 +3,7 @@ use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use brep_replication::status::{DiskState, DiskStatus, LinkState, Role, Status};
+use brep_replication::status::{DiskState, DiskStatus, LinkState, ResyncStatus, Role, Status};
 use serde_json::Value;
 
 use super::control::connect;
@@ -61,6 +61,9 @@ fn render(status: &Status, paint: Paint) -> String {
             text,
             "\nthe guest is stopped: its requests wait for `cont` on the control socket"
         );
+    }
+    if let Some(running) = &status.resync {
+        let _ = write!(text, "\nresync         {}", resync(running));
     }
     for lapsed in &status.lapsed {
         let _ = write!(text, "\n{} {lapsed}", paint.apply(Colour::Yellow, "not promised:"));
@@ -169,6 +172,30 @@ fn state(disk: &DiskStatus) -> (String, Colour) {
     }
 }
 
+/// How far a resync is, in one line.
+pub(super) fn resync(resync: &ResyncStatus) -> String {
+    let mut parts = Vec::new();
+    if let Some(percent) = (u128::from(resync.done) * 100).checked_div(u128::from(resync.total)) {
+        parts.push(format!("{percent} %"));
+    }
+    parts.push(format!("{} of {}", units::bytes(resync.done), units::bytes(resync.total)));
+    parts.push(format!("{}/s", units::bytes(resync.rate)));
+    if let Some(left) = resync.left_s {
+        parts.push(format!("{} left", units::duration(Duration::from_secs(left))));
+    }
+    let mut limits = Vec::new();
+    if let Some(rate) = resync.rate_limit {
+        limits.push(format!("{}/s", units::bytes(rate)));
+    }
+    if let Some(factor) = resync.latency_factor {
+        limits.push(format!("{factor} times the guest's latency"));
+    }
+    if !limits.is_empty() {
+        parts.push(format!("limited to {}", limits.join(" and ")));
+    }
+    parts.join(" · ")
+}
+
 fn counters(status: &Status) -> String {
     let counters = &status.counters;
     let mut text = String::new();
@@ -233,6 +260,7 @@ mod tests {
             durability: "process".into(),
             promotable: None,
             latest_ok: None,
+            resync: None,
             disks: vec![disk()],
             errors: Vec::new(),
             counters: Counters { guest_writes: 1234, last_pause_us: 340, ..Counters::default() },
@@ -284,6 +312,27 @@ mod tests {
             let text = render(&status, Paint::plain());
             assert_eq!(text.contains("can fail over to checkpoint or latest"), offered, "{text}");
         }
+    }
+
+    #[test]
+    fn a_resync_is_one_line() {
+        let mut running = ResyncStatus {
+            done: 25 << 20,
+            total: 100 << 20,
+            rate: 5 << 20,
+            left_s: Some(15),
+            rate_limit: Some(5 << 20),
+            latency_factor: None,
+            paced_rate: Some(5 << 20),
+        };
+        assert_eq!(
+            resync(&running),
+            "25 % · 25 MiB of 100 MiB · 5 MiB/s · 15.0 s left · limited to 5 MiB/s"
+        );
+        running = ResyncStatus { total: 0, done: 0, rate: 0, left_s: None, ..running };
+        assert!(resync(&running).starts_with("0 B of 0 B · 0 B/s"));
+        let status = Status { resync: Some(running), ..status() };
+        assert!(render(&status, Paint::plain()).contains("resync         0 B of"));
     }
 
     #[test]

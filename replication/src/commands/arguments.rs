@@ -27,6 +27,10 @@ impl<'a> Arguments<'a> {
         self.0.get(name).and_then(Value::as_i64)
     }
 
+    pub(crate) fn real(self, name: &str) -> Option<f64> {
+        self.0.get(name).and_then(Value::as_f64)
+    }
+
     /// A member that is an object; empty if it was left out.
     pub(crate) fn object(self, name: &str) -> Option<Arguments<'a>> {
         self.0.get(name).and_then(Value::as_object).map(Arguments)

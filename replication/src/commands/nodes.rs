@@ -73,12 +73,14 @@ pub(crate) struct Job {
     pub(crate) device: String,
     pub(crate) len: u64,
     pub(crate) offset: u64,
+    /// Bytes a second at most; 0: no limit.
+    pub(crate) speed: u64,
 }
 
 impl Job {
     /// A job that has done all.
     pub(crate) fn ended(kind: JobKind, device: &str, len: u64) -> Self {
-        Job { kind, device: device.to_owned(), len, offset: len }
+        Job { kind, device: device.to_owned(), len, offset: len, speed: 0 }
     }
 
     fn kind(&self) -> &'static str {
@@ -96,7 +98,7 @@ impl Job {
             "offset": self.offset,
             "busy": true,
             "paused": false,
-            "speed": 0,
+            "speed": self.speed,
             "io-status": "ok",
             "ready": false,
             "status": "running",
@@ -125,8 +127,12 @@ pub(crate) fn jobs(status: &Status) -> Vec<Job> {
             DiskState::Promoting => JobKind::Commit,
             _ => JobKind::Mirror,
         };
+        let speed = match kind {
+            JobKind::Mirror => status.resync.and_then(|r| r.rate_limit).unwrap_or(0),
+            JobKind::Commit => 0,
+        };
         let device = disk.name.clone();
-        Some(Job { kind, device, len: progress.total, offset: progress.done })
+        Some(Job { kind, device, len: progress.total, offset: progress.done, speed })
     };
     status.disks.iter().filter_map(of).collect()
 }

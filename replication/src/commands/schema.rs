@@ -76,6 +76,7 @@ const TYPES: &[Type] = &[
             ("replication", "string"),
             ("lapsed", "array"),
             ("guest-stopped", "boolean"),
+            ("resync", "object or null"),
             ("disks", "array"),
             ("errors", "array"),
             ("counters", "object"),
@@ -189,7 +190,10 @@ fn members(arguments: &[ArgumentSpec]) -> Value {
 fn kind(kind: ArgumentKind) -> Value {
     let mut described = json!({ "type": kind.type_name() });
     match kind {
-        ArgumentKind::String | ArgumentKind::Boolean | ArgumentKind::Integer => {}
+        ArgumentKind::String
+        | ArgumentKind::Boolean
+        | ArgumentKind::Number
+        | ArgumentKind::Integer => {}
         ArgumentKind::Enum(values) => described["values"] = json!(values),
         ArgumentKind::Strings => described["element"] = json!({ "type": "string" }),
         ArgumentKind::Objects(inside) => {

@@ -52,6 +52,9 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
         "resync",
         &[
             optional("full", Kind::Boolean),
+            optional("compare", Kind::Boolean),
+            optional("rate", Kind::Integer),
+            optional("latency-factor", Kind::Number),
             optional("discard-local", Kind::Boolean),
             optional("dry-run", Kind::Boolean),
         ],

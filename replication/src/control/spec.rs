@@ -36,6 +36,8 @@ pub enum ArgumentKind {
     Boolean,
     /// A whole number that fits 64 bits.
     Integer,
+    /// Any number.
+    Number,
     /// One of these strings.
     Enum(&'static [&'static str]),
     /// A list of strings.
@@ -95,6 +97,7 @@ impl ArgumentKind {
             ArgumentKind::String | ArgumentKind::Enum(_) => "string",
             ArgumentKind::Boolean => "boolean",
             ArgumentKind::Integer => "integer",
+            ArgumentKind::Number => "number",
             ArgumentKind::Strings | ArgumentKind::Objects(_) => "array",
             ArgumentKind::Object(_) | ArgumentKind::Union(_) => "object",
         }
@@ -109,6 +112,7 @@ impl ArgumentKind {
             (ArgumentKind::String, Value::String(_)) | (ArgumentKind::Boolean, Value::Bool(_)) => {
                 Ok(())
             }
+            (ArgumentKind::Number, Value::Number(_)) => Ok(()),
             (ArgumentKind::Integer, value) if value.is_i64() || value.is_u64() => Ok(()),
             (ArgumentKind::Enum(allowed), Value::String(text)) => check_one_of(path, allowed, text),
             (ArgumentKind::Strings, Value::Array(list)) => {

@@ -8,9 +8,11 @@ use tokio::sync::{mpsc, oneshot};
 use super::group::Group;
 use super::session::CheckpointRequest;
 use crate::commands::{self, Arguments, COMMANDS, CommandResult, Service};
+use crate::config::ResyncLimits;
 use crate::control::{CommandError, CommandSpec, Handler};
 use crate::daemon::on_data_thread;
 use crate::node::Stage;
+use crate::status::LinkState;
 use crate::{Error, Result};
 
 /// The name by which a quorum knows the child that forwards.
@@ -243,7 +245,8 @@ pub(super) fn peer_node(disk: &str) -> String {
     format!("{disk}-peer")
 }
 
-/// Copies everything again: now, if the secondary is connected, else when it is.
+/// Changes the limits of the copy, and copies everything again if that was asked for: now, if the
+/// secondary is connected, else when it is.
 fn resync(group: &Arc<Group>, arguments: Arguments<'_>) -> Result<Value> {
     if arguments.flag("discard-local") {
         return Err(Error::refused(
@@ -251,25 +254,60 @@ fn resync(group: &Arc<Group>, arguments: Arguments<'_>) -> Result<Value> {
              --discard-local and the same disks and state directory",
         ));
     }
-    if !arguments.flag("full") {
+    let limits = changed_limits(group.resync_limits(), arguments)?;
+    let (full, compare) = (arguments.flag("full"), arguments.flag("compare"));
+    if limits.is_none() && !full && !compare {
         return Err(Error::usage(
-            "what the secondary lacks is copied by itself; to copy everything: brep resync --full",
+            "what the secondary lacks is copied by itself; to copy everything: brep resync --full, \
+             or --compare for what differs; to change how fast a copy goes: --rate, \
+             --latency-factor",
         ));
     }
+    if full || compare {
+        request_copy(group, compare)?;
+    }
+    if let Some(limits) = limits {
+        group.set_resync_limits(limits);
+    }
+    Ok(json!({}))
+}
+
+/// The limits with what a command changes of them; none if it changes nothing.
+fn changed_limits(old: ResyncLimits, arguments: Arguments<'_>) -> Result<Option<ResyncLimits>> {
+    let mut limits = old;
+    if let Some(rate) = arguments.number("rate") {
+        let rate = u64::try_from(rate)
+            .map_err(|_| Error::usage("rate: bytes a second, or 0 for no limit"))?;
+        limits.rate = Some(rate).filter(|rate| *rate > 0);
+    }
+    if let Some(factor) = arguments.real("latency-factor") {
+        if factor != 0.0 && !(1.0..=1000.0).contains(&factor) {
+            return Err(Error::usage("latency-factor: from 1 to 1000, or 0 for none"));
+        }
+        limits.latency_factor = Some(factor).filter(|factor| *factor > 0.0);
+    }
+    let is_given = arguments.has("rate") || arguments.has("latency-factor");
+    Ok(is_given.then_some(limits))
+}
+
+fn request_copy(group: &Group, compare: bool) -> Result<()> {
     if group.config.peer.is_none() {
         return Err(Error::refused("no --peer was given: there is nothing to copy to"));
     }
-    if let Some(refusal) = &group.core().refusal
+    let mut core = group.core();
+    if let Some(refusal) = &core.refusal
         && refusal.superseded
     {
         return Err(Error::refused(refusal.reason.clone()));
     }
-    if group.is_attached() {
-        return Err(Error::refused(
-            "the secondary is connected and gets every write; a copy would change nothing",
-        ));
+    if core.copying {
+        return Err(Error::refused("a copy runs already; brep status shows how far it is"));
     }
-    group.core().wish.resync = true;
+    match core.link {
+        LinkState::Connected => core.again = Some(compare),
+        _ => (core.wish.resync, core.wish.compare) = (true, compare),
+    }
+    drop(core);
     group.wake.notify_one();
-    Ok(json!({}))
+    Ok(())
 }

@@ -8,12 +8,14 @@ use futures_util::stream::FuturesUnordered;
 use super::group::Group;
 use super::session::Session;
 use crate::change::Change;
-use crate::link::CopyMode;
 use crate::secondary::hash_hex;
 use crate::{Error, Result};
 
 /// Bytes that are copied together, and locked meanwhile.
 const PIECE_BYTES: u64 = 1 << 20;
+
+/// Bytes of zeroes that are looked at together.
+const ZERO_RUN_BYTES: u64 = 1 << 30;
 
 /// Bytes of zeroes that are sent as one request.
 const ZERO_PIECE_BYTES: u64 = 32 << 20;
@@ -26,14 +28,14 @@ const PIECES_IN_FLIGHT: usize = 8;
 const HASH_CHUNK_BYTES: u32 = 64 << 10;
 
 /// Sends whatever differs, in ascending order, until nothing differs any more or the session is
-/// about to end.
+/// about to end. With `compare` hashes are compared first.
 ///
 /// # Errors
 /// A local read failed, or the secondary refused a write: the range differs still.
 pub(super) async fn copy_differences(
     group: &Arc<Group>,
     session: &Session,
-    mode: CopyMode,
+    compare: bool,
 ) -> Result<()> {
     for disk in 0..group.disks().len() {
         let mut at = 0;
@@ -48,15 +50,16 @@ pub(super) async fn copy_differences(
                 && failure.is_none()
                 && !session.is_ending()
             {
+                let piece = Piece::at(group, disk, range).await;
                 // Found again only if it fails, in the next pass.
-                at = range.end;
-                pieces.push(copy_piece(group, session, disk, range, mode));
+                at = piece.range.end;
+                pieces.push(piece.copy(group, session, compare));
                 if pieces.len() < PIECES_IN_FLIGHT {
                     continue;
                 }
             }
             match pieces.next().await {
-                Some(Ok(end)) => at = at.max(end),
+                Some(Ok(())) => group.note_progress(),
                 // What the others have read is sent.
                 Some(Err(error)) => failure = failure.or(Some(error)),
                 None => break,
@@ -69,41 +72,97 @@ pub(super) async fn copy_differences(
     Ok(())
 }
 
-/// Copies one piece, or more if a long run of zeroes begins there. Returns its end.
-async fn copy_piece(
+/// Whole granules that differ.
+struct Piece {
+    disk: usize,
+    range: Range<u64>,
+    /// They read as zeroes here.
+    zero: bool,
+}
+
+impl Piece {
+    /// The piece that begins there: data of the length that was found, or a long run of zeroes.
+    async fn at(group: &Group, disk: usize, range: Range<u64>) -> Self {
+        let device = group.disks()[disk].image.device();
+        // An error shows again when the range is read.
+        match device.block_status(range.start, device.size() - range.start).await {
+            Ok(status) if status.flags.zero && status.len >= range.end - range.start => {
+                let range = group.extend_range(disk, &range, status.len.min(ZERO_RUN_BYTES));
+                Piece { disk, range, zero: true }
+            }
+            _ => Piece { disk, range, zero: false },
+        }
+    }
+
+    async fn copy(self, group: &Arc<Group>, session: &Session, compare: bool) -> Result<()> {
+        let Piece { disk, mut range, zero } = self;
+        if zero {
+            range.start = skip_zeroes(group, session, disk, &range).await;
+            while !range.is_empty() && !session.is_ending() {
+                let end = range.end.min(range.start + ZERO_PIECE_BYTES);
+                send_range(group, disk, range.start..end).await?;
+                range.start = end;
+            }
+            return Ok(());
+        }
+        group.turn(range.end - range.start).await;
+        if session.is_ending() {
+            return Ok(());
+        }
+        // After a failure a range may differ although what is on its way makes it look equal.
+        if !compare || group.has_failures() {
+            return send_range(group, disk, range).await;
+        }
+        for range in different_on_peer(group, session, disk, &range).await? {
+            send_range(group, disk, range).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Passes over what reads as zeroes on both sides. Returns where that ends.
+///
+/// As with hashes the range counts as equal while the secondary is asked.
+async fn skip_zeroes(
     group: &Arc<Group>,
     session: &Session,
     disk: usize,
-    range: Range<u64>,
-    mode: CopyMode,
-) -> Result<u64> {
-    // After a failure a range may differ although what is on its way makes it look equal.
-    if mode == CopyMode::Compare
-        && !group.has_failures()
-        && same_on_peer(group, session, disk, &range).await?
-    {
-        return Ok(range.end);
+    range: &Range<u64>,
+) -> u64 {
+    if group.has_failures() {
+        return range.start;
     }
-    send_range(group, disk, range).await
+    let mut assumed = {
+        let part = &group.disks()[disk];
+        let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
+        if !is_zero(&**part.image.device(), range).await {
+            return range.start;
+        }
+        group.assume_equal(disk, range.clone())
+    };
+    let mut end = range.start;
+    while end < range.end {
+        // One that cannot say is sent the zeroes.
+        let Ok(status) = session.block_status(disk, end, range.end - end).await else { break };
+        if !status.flags.zero || status.len == 0 {
+            break;
+        }
+        end = range.end.min(end + status.len);
+    }
+    assumed.confirm_to(end)
 }
 
 /// Reads a range under its lock and sends it in its place among the guest's writes.
-async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Result<u64> {
+async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Result<()> {
     let part = &group.disks()[disk];
     let device = part.image.device();
-    let admission = group.admit(range.end - range.start).await;
+    let len = range.end - range.start;
+    // A run of zeroes is long, and its request is short.
+    let admission = group.admit(len.min(PIECE_BYTES)).await;
     // What follows is the local disk's.
     admission.pause();
-    let status = device.block_status(range.start, device.size() - range.start).await?;
-    let zero = status.flags.zero && status.len >= range.end - range.start;
-    let range = if zero {
-        group.extend_range(disk, &range, status.len.min(ZERO_PIECE_BYTES))
-    } else {
-        range
-    };
-    let len = range.end - range.start;
     let guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
-    let change = if zero && still_zero(&**device, &range).await {
+    let change = if is_zero(&**device, &range).await {
         Ok(Change::Zeroes(len, ZeroFlags { may_unmap: true, ..ZeroFlags::default() }))
     } else {
         // At most ZERO_PIECE_BYTES, so it fits.
@@ -123,10 +182,11 @@ async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Resul
     let (group, start) = (Arc::clone(group), range.start);
     // The session may end and give the copy up: what is on its way is taken note of all the same.
     detach(async move { group.finish_remote(begun, start, len, admission).await }).await;
-    Ok(range.end)
+    Ok(())
 }
 
-async fn still_zero(device: &dyn BlockDevice, range: &Range<u64>) -> bool {
+/// Whether a range reads as zeroes, as far as its device knows without reading.
+async fn is_zero(device: &dyn BlockDevice, range: &Range<u64>) -> bool {
     let len = range.end - range.start;
     matches!(
         device.block_status(range.start, len).await,
@@ -142,32 +202,45 @@ fn change_of(data: bytes::Bytes, len: u64) -> Change {
     }
 }
 
-/// Compares the hashes of a range; it counts as equal meanwhile.
+/// Compares the hashes of a range; it counts as equal meanwhile. Returns what is not.
 ///
 /// The lock is held for the reading alone: a write that began before the session, and is sent to
 /// nobody, must have ended by then. Every later one that is not in what was read here is on its
 /// way to the peer, in order; if it fails it marks the range again.
-async fn same_on_peer(
+async fn different_on_peer(
     group: &Arc<Group>,
     session: &Session,
     disk: usize,
     range: &Range<u64>,
-) -> Result<bool> {
+) -> Result<Vec<Range<u64>>> {
     let len = range.end - range.start;
     let part = &group.disks()[disk];
     let (assumed, data) = {
         let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
         let assumed = group.assume_equal(disk, range.clone());
-        (assumed, part.image.device().read(range.start, len as usize).await?)
+        (assumed, part.image.device().read(range.start, len as usize).await)
     };
+    let data = data.inspect_err(|error| group.report(disk, error))?;
     let mine: Vec<String> = data.chunks(HASH_CHUNK_BYTES as usize).map(hash_hex).collect();
     let theirs = session.hashes(disk, range.start, len, HASH_CHUNK_BYTES).await?;
     if theirs.len() != mine.len() {
         return Err(Error::failed("the secondary sent another number of hashes than asked for"));
     }
-    let same = mine == theirs;
-    if same {
-        assumed.confirm();
+    let granule = group.granule_bytes(disk);
+    let mut different: Vec<Range<u64>> = Vec::new();
+    let mut at = range.start;
+    for (mine, theirs) in mine.iter().zip(&theirs) {
+        let chunk = at..range.end.min(at + u64::from(HASH_CHUNK_BYTES));
+        at = chunk.end;
+        // Whole granules: a bit is cleared for all of it.
+        let start = chunk.start - chunk.start % granule;
+        let end = range.end.min(chunk.end.next_multiple_of(granule));
+        match different.last_mut() {
+            _ if mine == theirs => {}
+            Some(last) if last.end >= start => last.end = end,
+            _ => different.push(start..end),
+        }
     }
-    Ok(same)
+    assumed.confirm_but(&different);
+    Ok(different)
 }

@@ -66,6 +66,7 @@ impl PrimaryDisk {
         let counters = &self.group.counters;
         counters.guest_writes.fetch_add(1, Ordering::Relaxed);
         counters.guest_write_bytes.fetch_add(len, Ordering::Relaxed);
+        let timed = self.group.time_write();
         let admission = self.group.admit(len).await;
         let locks = &self.group.disks()[self.index].locks;
         let guard = admission.lock(locks, offset..offset + len).await;
@@ -81,7 +82,7 @@ impl PrimaryDisk {
         // Beside the local leg: a local disk that is slow is not to be taken for a lost peer.
         let group = Arc::clone(&self.group);
         let finish = async move { group.finish_remote(begun, offset, len, admission).await };
-        match self.group.config.ack {
+        let result = match self.group.config.ack {
             Ack::Sync => {
                 let (local, ()) = join(local, finish).await;
                 // The peer was lost on the way, and that could not be recorded: whoever starts
@@ -94,7 +95,9 @@ impl PrimaryDisk {
                 tokio::spawn(finish);
                 local.await
             }
-        }
+        };
+        self.group.note_write(timed);
+        result
     }
 
     async fn apply(&self, offset: u64, change: Change) -> Result<()> {

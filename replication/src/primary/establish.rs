@@ -16,8 +16,8 @@ use super::plain::Plain;
 use super::session::{Peer, Session};
 use crate::config::{Ack, PeerKind};
 use crate::link::{
-    Hello, HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, OPTION_BIND, OPTION_LINK,
-    split, timeout_ms,
+    CopyMode, Hello, HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, OPTION_BIND,
+    OPTION_LINK, split, timeout_ms,
 };
 use crate::status::{Differences, Written};
 use crate::{Error, Result};
@@ -76,6 +76,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         other => return Err(Error::failed(format!("unexpected message {other:?}"))),
     };
     let wish = group.core().wish;
+    let blank = answer.side.set.is_none();
     let plan = match decide(&me, &answer, wish) {
         Decision::Start(plan) => plan,
         Decision::Refuse(refusal) => {
@@ -124,6 +125,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         session: Some(token),
         copy,
         wish,
+        trusted: copy == CopyMode::Missing && blank,
         connections: connections.clone(),
         peer: &format!("{} ({peer})", answer.side.name),
     })?;
@@ -221,6 +223,7 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         session: None,
         copy,
         wish,
+        trusted: copy == CopyMode::Missing,
         connections: connections.clone(),
         peer: &format!("plain NBD server ({peer})"),
     })?;
@@ -231,7 +234,7 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
 fn session(
     group: &Arc<Group>,
     peer: Peer,
-    copy: crate::link::CopyMode,
+    copy: CopyMode,
     connections: Vec<Arc<Connection>>,
 ) -> Attempt {
     group.heard();

@@ -1,12 +1,13 @@
 mod maps;
+mod resync;
 mod role;
 mod window;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use brep_block::{Error as BlockError, RangeLock, storage};
-use brep_hbitmap::MapSet;
+use brep_hbitmap::{MapSet, Role as MapRole};
 use brep_nbd::client::Connection;
 use serde_json::json;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -14,13 +15,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use self::maps::begin_copy;
 pub(crate) use self::maps::{MapsOf, Since};
+use self::maps::{begin_copy, trust};
 use self::role::check_role;
 use self::window::HeldWrite;
 use super::ages::{Ages, Due};
 use super::epochs::{Drained, Epochs};
 use super::hello::{Refusal, Wish};
+use super::pace::Pace;
+use super::progress::CopyProgress;
 use crate::commands::{Colo, ColoMode};
 use crate::config::PrimaryConfig;
 use crate::control::EventBus;
@@ -63,6 +66,10 @@ pub(crate) struct Group {
     pub(crate) guest: Guest,
     pub(crate) colo: Colo,
     pub(crate) counters: Counters,
+    pace: Mutex<Pace>,
+    pace_changed: Notify,
+    /// The guest's writes are timed.
+    measuring: AtomicBool,
 }
 
 /// On which terms a session begins.
@@ -73,6 +80,8 @@ pub(crate) struct Terms<'a> {
     pub(crate) copy: CopyMode,
     /// What the operator had asked for when this was agreed on.
     pub(crate) wish: Wish,
+    /// The operator says that the peer's disks are equal to these.
+    pub(crate) trusted: bool,
     /// One a disk.
     pub(crate) connections: Vec<Arc<Connection>>,
     /// The other side, for people.
@@ -99,6 +108,8 @@ pub(crate) struct Core {
     /// Nothing more may be acknowledged: the record could not be saved.
     fatal: Option<String>,
     pub(crate) wish: Wish,
+    /// Everything is to be copied again in this session; with hashes first, or not.
+    pub(crate) again: Option<bool>,
     pub(crate) link: LinkState,
     pub(crate) refusal: Option<Refusal>,
     pub(crate) reason: Option<String>,
@@ -107,6 +118,8 @@ pub(crate) struct Core {
     pub(crate) peer: Option<String>,
     /// A copy runs; no cuts until it has ended.
     pub(crate) copying: bool,
+    /// Of the last copy.
+    progress: Option<CopyProgress>,
     /// The secondary's operators ask for a checkpoint, under these numbers; at most
     /// [`ASKED_MAX`](super::link::ASKED_MAX).
     pub(crate) checkpoints_for_peer: Vec<u64>,
@@ -177,13 +190,15 @@ impl Group {
             maps,
             ages: Ages::default(),
             fatal: None,
-            wish: Wish { seeded: config.seeded, resync: false },
+            again: None,
+            wish: Wish { seeded: config.seeded, ..Wish::default() },
             link: if config.peer.is_some() { LinkState::Disconnected } else { LinkState::None },
             refusal: None,
             reason: None,
             dropped: None,
             peer: config.peer.as_ref().map(ToString::to_string),
             copying: false,
+            progress: None,
             checkpoints_for_peer: Vec::new(),
             last_contact: None,
             last_commit: None,
@@ -194,6 +209,7 @@ impl Group {
             false => Stage::None,
         };
         let door = Door::new(&config.name);
+        let pace = Pace::new(config.resync_limits);
         Ok(Arc::new(Group {
             guest: Guest::new(vec![Arc::clone(&door)]),
             door,
@@ -214,6 +230,9 @@ impl Group {
             quiesced: CancellationToken::new(),
             guest_allowed: CancellationToken::new(),
             counters: Counters::default(),
+            pace: Mutex::new(pace),
+            pace_changed: Notify::new(),
+            measuring: AtomicBool::new(false),
         }))
     }
 
@@ -308,7 +327,7 @@ impl Group {
 
     /// A session begins. What differs from the peer now is in the maps before the first write.
     pub(crate) fn attach(&self, terms: Terms<'_>) -> Result<()> {
-        let Terms { epoch, session, copy, wish, connections, peer } = terms;
+        let Terms { epoch, session, copy, wish, trusted, connections, peer } = terms;
         {
             let mut core = self.core();
             if !core.epochs.is_settled() {
@@ -318,8 +337,13 @@ impl Group {
                 return Err(Error::failed("the session was agreed on before the last command"));
             }
             for (maps, disk) in core.maps.iter_mut().zip(&self.disks) {
-                begin_copy(maps, copy, disk.image.device().size());
+                let size = disk.image.device().size();
+                if trusted {
+                    trust(maps, size);
+                }
+                begin_copy(maps, copy, size);
             }
+            core.progress = Some(CopyProgress::begin(core.all_bytes_behind(), Instant::now()));
         }
         self.record.update(|record| {
             record.epoch = epoch;
@@ -333,13 +357,31 @@ impl Group {
         core.dropped = None;
         core.checkpoints_for_peer.clear();
         core.wish = Wish::default();
+        core.again = None;
         core.link = LinkState::Connected;
         core.refusal = None;
         core.reason = None;
         core.peer = Some(peer.to_owned());
         core.epochs.attach(epoch);
+        drop(core);
+        // What was measured of the guest was with another load.
+        self.set_resync_limits(self.resync_limits());
         self.colo.enter(ColoMode::Primary);
         Ok(())
+    }
+
+    /// Everything differs, as far as a copy in this session is concerned, until it has been
+    /// compared or sent again.
+    pub(crate) fn copy_again(&self) {
+        {
+            let mut core = self.core();
+            for (maps, disk) in core.maps.iter_mut().zip(&self.disks) {
+                maps.set(MapRole::Differs, 0, disk.image.device().size());
+            }
+            core.copying = true;
+            core.progress = Some(CopyProgress::begin(core.all_bytes_behind(), Instant::now()));
+        }
+        self.set_resync_limits(self.resync_limits());
     }
 
     /// Ends the current epoch. None: there is no session, or a cut is outstanding.

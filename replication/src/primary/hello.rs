@@ -5,6 +5,7 @@ mod tests;
 pub(crate) use refusal::Refusal;
 
 use crate::Commit;
+use crate::config::Seeded;
 use crate::link::{CopyMode, HelloAnswer, LINK_VERSION, RefusalKind, Side};
 use crate::state::Lines;
 
@@ -28,10 +29,29 @@ pub(crate) struct Plan {
 /// What the operator has asked for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Wish {
-    /// The secondary's disks were copied by other means.
-    pub(crate) seeded: bool,
-    /// `resync --full`.
+    /// Whether the secondary's disks were copied by other means.
+    pub(crate) seeded: Seeded,
+    /// `resync --full` or `--compare`.
     pub(crate) resync: bool,
+    /// `resync --compare`: what is equal already is not sent.
+    pub(crate) compare: bool,
+}
+
+impl Wish {
+    /// The copy of everything that is wished for.
+    fn whole(self) -> CopyMode {
+        if self.compare { CopyMode::Compare } else { CopyMode::Full }
+    }
+
+    /// The copy to disks that nothing is known of.
+    fn first(self) -> CopyMode {
+        match self.seeded {
+            _ if self.resync => self.whole(),
+            Seeded::No => CopyMode::Full,
+            Seeded::Compare => CopyMode::Compare,
+            Seeded::Trust => CopyMode::Missing,
+        }
+    }
 }
 
 /// Decides at hello. The first row that fits wins; docs/internals/sessions.md has them as a table.
@@ -50,7 +70,7 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
         return Decision::Refuse(Refusal { is_secondary, ..refusal });
     }
     if peer.set.is_none() {
-        return copy(if wish.seeded { CopyMode::Compare } else { CopyMode::Full });
+        return copy(wish.first());
     }
     if !answer.discard_local
         && let Some(refusal) = newer_there(me, answer).or_else(|| needs_consent(me, answer))
@@ -58,7 +78,7 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
         return Decision::Refuse(refusal);
     }
     if wish.resync {
-        return copy(CopyMode::Full);
+        return copy(wish.whole());
     }
     match how_much(me, answer) {
         Ok(plan) => Decision::Start(plan),
@@ -73,8 +93,7 @@ fn copy(copy: CopyMode) -> Decision {
 /// Decides about a stock NBD server, which says nothing of what it holds.
 pub(crate) fn decide_plain(had_peer: bool, wish: Wish) -> Decision {
     if wish.resync || !had_peer {
-        let compare = wish.seeded && !wish.resync;
-        return copy(if compare { CopyMode::Compare } else { CopyMode::Full });
+        return copy(wish.first());
     }
     Decision::Refuse(Refusal::of_secondary(
         "a plain NBD server does not say what it holds: it was connected before, and may lack \

@@ -9,7 +9,9 @@ mod group;
 mod hello;
 mod link;
 mod manager;
+mod pace;
 mod plain;
+mod progress;
 mod session;
 mod status;
 

@@ -2,6 +2,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use brep_block::{BlockDevice, BlockStatus};
 use brep_nbd::client::Connection;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
@@ -40,7 +41,8 @@ pub(super) enum Peer {
 pub(super) struct Session {
     group: Arc<Group>,
     peer: Peer,
-    copy: CopyMode,
+    /// Its copy compares hashes first.
+    compare: bool,
     connections: Vec<Arc<Connection>>,
     /// It is about to end: nothing more is copied.
     ending: CancellationToken,
@@ -54,7 +56,8 @@ impl Session {
         connections: Vec<Arc<Connection>>,
     ) -> Self {
         let ending = CancellationToken::new();
-        Session { group: Arc::clone(group), peer, copy, connections, ending }
+        let compare = copy == CopyMode::Compare || group.config.resync_compare;
+        Session { group: Arc::clone(group), peer, compare, connections, ending }
     }
 
     pub(super) fn is_ending(&self) -> bool {
@@ -114,7 +117,7 @@ impl Session {
 
     /// Copies, then takes checkpoints.
     async fn work(&self, requests: &mut mpsc::Receiver<CheckpointRequest>) -> Error {
-        match self.copy_all(requests).await {
+        match self.copy_all(requests, self.compare).await {
             Ok(()) => {}
             Err(error) => return error,
         }
@@ -133,7 +136,17 @@ impl Session {
             };
             let result = tokio::select! {
                 biased;
-                () = self.group.wake.notified() => self.checkpoints_for_peer().await,
+                () = self.group.wake.notified() => {
+                    let again = self.group.core().again.take();
+                    if let Some(compare) = again {
+                        self.group.copy_again();
+                        match self.copy_all(requests, compare || self.compare).await {
+                            Ok(()) => {}
+                            Err(error) => return error,
+                        }
+                    }
+                    self.checkpoints_for_peer().await
+                }
                 request = requests.recv() => match request {
                     Some(request) => self.checkpoint_for(request).await,
                     None => return Error::failed("brep is going away"),
@@ -157,10 +170,11 @@ impl Session {
     async fn copy_all(
         &self,
         requests: &mut mpsc::Receiver<CheckpointRequest>,
+        compare: bool,
     ) -> std::result::Result<(), Error> {
         let copying = async {
             while self.group.has_differences() {
-                let copied = copy_differences(&self.group, self, self.copy).await;
+                let copied = copy_differences(&self.group, self, compare).await;
                 if let Err(error) = copied {
                     // What cannot be read here keeps the copy from ending, and nothing else.
                     if !self.group.is_attached() {
@@ -193,7 +207,7 @@ impl Session {
             result = copying => result?,
             () = refusing => {}
         }
-        self.group.core().copying = false;
+        self.group.end_copy();
         for disk in self.group.disks() {
             let job = Job::ended(JobKind::Mirror, &disk.name, disk.image.device().size());
             self.group.events.emit("BLOCK_JOB_COMPLETED", job.completed());
@@ -248,7 +262,7 @@ impl Session {
         for _ in 0..CUT_TRIES {
             if self.group.has_differences() {
                 // Something failed on one side: read it back and send it again.
-                copy_differences(&self.group, self, CopyMode::Full).await.map_err(Failure::Void)?;
+                copy_differences(&self.group, self, false).await.map_err(Failure::Void)?;
                 if self.group.has_differences() {
                     continue;
                 }
@@ -334,6 +348,16 @@ impl Session {
                 drained => return drained,
             }
         }
+    }
+
+    /// What the peer's disk says of a range without reading it.
+    pub(super) async fn block_status(
+        &self,
+        disk: usize,
+        offset: u64,
+        length: u64,
+    ) -> Result<BlockStatus> {
+        Ok(self.connections[disk].block_status(offset, length).await?)
     }
 
     /// The peer's hashes of a range of a disk.

@@ -8,25 +8,26 @@ use crate::config::{Ack, PeerKind};
 use crate::link::RefusalKind;
 use crate::node::Stage;
 use crate::state::Record;
-use crate::status::{Counters, DiskState, DiskStatus, LinkState, Progress, Role, Status};
+use crate::status::{Counters, DiskState, DiskStatus, LinkState, Role, Status};
 
 impl Group {
     /// The state of this side; never waits for a disk or a peer.
     pub(crate) fn status(&self) -> Status {
-        let behind: Vec<u64> = (0..self.disks().len()).map(|i| self.bytes_behind(i)).collect();
+        let behind = self.all_bytes_behind();
+        let resync = self.resync_status();
         let record = self.record();
         let core = self.core();
         let state = disk_state(&core, &record);
-        let disks = self.disks().iter().zip(behind).map(|(disk, bytes_behind)| {
+        let disks = self.disks().iter().zip(behind).enumerate();
+        let disks = disks.map(|(index, (disk, bytes_behind))| {
             let size = disk.image.device().size();
-            let done = size.saturating_sub(bytes_behind);
             DiskStatus {
                 name: disk.name.clone(),
                 file: disk.file.clone(),
                 size,
                 state,
                 bytes_behind,
-                progress: core.copying.then_some(Progress { done, total: size }),
+                progress: core.copy_progress(index, bytes_behind),
                 hidden_bytes: None,
                 guest_wrote: None,
             }
@@ -64,6 +65,7 @@ impl Group {
                 PeerKind::Plain => LAPSED.iter().map(|text| (*text).to_owned()).collect(),
             },
             guest_stopped: self.guest.is_stopped(),
+            resync,
             disks,
             errors: self.errors.list(),
             counters: Counters {

@@ -55,6 +55,7 @@ impl Group {
                 false => Vec::new(),
             },
             guest_stopped: self.guest.is_stopped(),
+            resync: None,
             disks: self.disks().iter().map(|d| disk_status(d, &secondary, &core)).collect(),
             errors: self.errors.list(),
             counters: Counters {

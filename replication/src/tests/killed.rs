@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::common::{MIB, Scratch, Side, connect, file, fill};
 use super::{Pair, write};
-use crate::config::PrimaryConfig;
+use crate::config::{PrimaryConfig, Seeded};
 use crate::image::faults;
 
 /// What one bit of a map stands for.
@@ -106,7 +106,7 @@ async fn i09_what_was_being_compared_at_the_kill_is_sent() {
     let secondary = Side::secondary(seeded);
     secondary.wait("up", |_| true).await;
     let hang = faults::of(&scratch.path("s.raw")).upper.hang(Rule::new(Operation::Read));
-    let primary = Side::primary(PrimaryConfig { seeded: true, ..config(&scratch) });
+    let primary = Side::primary(PrimaryConfig { seeded: Seeded::Compare, ..config(&scratch) });
     secondary.command("replication-start", json!({})).await.unwrap();
     hang.reached(1).await;
     let behind = |s: &Value| s["disks"][0]["bytes-behind"].as_u64() < Some(2 * MIB);

@@ -9,7 +9,7 @@ use brep_block::{BlockDevice, CacheMode, WriteFlags};
 use brep_nbd::Endpoint;
 use brep_nbd::client::{ConnectOptions, Connection};
 use brep_replication::config::{
-    Ack, DiskConfig, DiskFormat, PeerKind, PrimaryConfig, SecondaryConfig,
+    Ack, DiskConfig, DiskFormat, PeerKind, PrimaryConfig, ResyncLimits, SecondaryConfig, Seeded,
 };
 use brep_replication::control::{ClientError, ControlClient};
 use bytes::Bytes;
@@ -75,7 +75,9 @@ impl Scratch {
             window_bytes: 64 << 20,
             window_requests: 4096,
             checkpoint_interval: None,
-            seeded: false,
+            seeded: Seeded::No,
+            resync_limits: ResyncLimits::default(),
+            resync_compare: false,
             force_lonely: false,
             allow_plaintext: false,
         }

@@ -129,6 +129,15 @@ impl MapsOf<'_> {
     }
 }
 
+/// The operator says that the peer's disk is equal to this one: whatever differs is written later.
+pub(super) fn trust(maps: &mut MapSet, size: u64) {
+    maps.transfer(Role::Differs, Role::Open, 0, size);
+    maps.void_pending();
+    for role in [Role::Open, Role::Differs] {
+        maps.set_tag(role, Since::Ever.tag());
+    }
+}
+
 /// Brings the maps to what they have to be when a session begins.
 pub(super) fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
     match copy {
@@ -151,11 +160,6 @@ pub(super) fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
 }
 
 impl Group {
-    /// Bytes that the peer is not known to have.
-    pub(crate) fn bytes_behind(&self, disk: usize) -> u64 {
-        self.core().maps.get(disk).map_or(0, |maps| maps.map(Role::Differs).dirty_bytes())
-    }
-
     /// A flush of a disk has failed: it may have lost what the peer has, and nobody knows what.
     pub(crate) fn distrust_maps(&self, disk: usize) {
         if let Some(maps) = self.core().maps.get_mut(disk) {
@@ -177,6 +181,16 @@ impl Group {
     /// What this side has written since its maps begin.
     pub(crate) fn written(&self) -> Vec<Written> {
         show_written(self.disks().iter().map(|d| d.name.as_str()), &self.core().maps)
+    }
+
+    /// What one bit of a disk's maps stands for.
+    pub(crate) fn granule_bytes(&self, disk: usize) -> u64 {
+        self.core().maps.get(disk).map_or(1, |maps| maps.map(Role::Differs).granularity())
+    }
+
+    /// Bytes that the peer is not known to have, of each disk.
+    pub(crate) fn all_bytes_behind(&self) -> Vec<u64> {
+        self.core().all_bytes_behind()
     }
 
     /// The first range of a disk, from `offset` on, that differs; at most `max` bytes.
@@ -210,7 +224,7 @@ impl Group {
         // A kill before they are known to be equal makes them differ.
         let in_flight = core.begin_in_flight(disk, start, len, 1);
         core.clear_different(disk, start, len);
-        AssumedEqual { group: self, disk, range, in_flight, confirmed: false }
+        AssumedEqual { group: self, disk, range, in_flight }
     }
 
     /// Whether any range of any disk differs.
@@ -238,21 +252,35 @@ pub(crate) struct AssumedEqual<'a> {
     disk: usize,
     range: Range<u64>,
     in_flight: Option<InFlight>,
-    confirmed: bool,
 }
 
 impl AssumedEqual<'_> {
-    /// They are equal.
-    pub(crate) fn confirm(mut self) {
-        self.confirmed = true;
+    /// Up to here they are equal. Returns the end of the granules that this is true for.
+    pub(crate) fn confirm_to(&mut self, end: u64) -> u64 {
+        if end < self.range.end {
+            let granule = self.group.granule_bytes(self.disk);
+            self.range.start = (end - end % granule).max(self.range.start);
+        } else {
+            self.range.start = self.range.end;
+        }
+        self.range.start
+    }
+
+    /// All are equal but those that hold these ranges.
+    pub(crate) fn confirm_but(mut self, different: &[Range<u64>]) {
+        let mut core = self.group.core();
+        for range in different {
+            core.mark(self.disk, Role::Differs, range.start, range.end - range.start);
+        }
+        self.range.start = self.range.end;
     }
 }
 
 impl Drop for AssumedEqual<'_> {
     fn drop(&mut self) {
+        let (start, end) = (self.range.start, self.range.end);
         let mut core = self.group.core();
-        if !self.confirmed {
-            let (start, end) = (self.range.start, self.range.end);
+        if start < end {
             core.mark(self.disk, Role::Differs, start, end - start);
         }
         core.end_in_flight(self.disk, self.in_flight);
@@ -260,6 +288,10 @@ impl Drop for AssumedEqual<'_> {
 }
 
 impl Core {
+    pub(super) fn all_bytes_behind(&self) -> Vec<u64> {
+        self.maps.iter().map(|maps| maps.map(Role::Differs).dirty_bytes()).collect()
+    }
+
     /// Marks whole granules as on their way.
     pub(super) fn clear_different(&mut self, disk: usize, offset: u64, len: u64) {
         if let Some(maps) = self.maps.get_mut(disk) {

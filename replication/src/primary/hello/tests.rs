@@ -99,8 +99,8 @@ impl Pair {
     }
 }
 
-const RESYNC: Wish = Wish { seeded: false, resync: true };
-const SEEDED: Wish = Wish { seeded: true, resync: false };
+const RESYNC: Wish = Wish { seeded: Seeded::No, resync: true, compare: false };
+const SEEDED: Wish = Wish { seeded: Seeded::Compare, resync: false, compare: false };
 const UNION: Decision = Decision::Start(Plan { copy: CopyMode::Changed, with_theirs: true });
 
 fn refusal(decision: Decision) -> Refusal {
@@ -208,7 +208,15 @@ fn a_plain_peer_is_copied_once_and_then_only_on_command() {
     let refused = refusal(decide_plain(true, SEEDED));
     assert!(refused.advice.is_some_and(|advice| advice.starts_with("brep resync --full")));
     assert!(refused.is_secondary && !refused.superseded);
-    assert_eq!(decide_plain(true, Wish { seeded: true, ..RESYNC }), copy(CopyMode::Full));
+    let compare = Wish { compare: true, ..RESYNC };
+    assert_eq!(decide_plain(true, compare), copy(CopyMode::Compare));
+    let trust = Wish { seeded: Seeded::Trust, ..Wish::default() };
+    assert_eq!(decide_plain(false, trust), copy(CopyMode::Missing));
+    assert_eq!(decide_plain(false, Wish { resync: true, ..trust }), copy(CopyMode::Full));
+    assert_eq!(
+        decide_plain(true, Wish { seeded: Seeded::Compare, ..RESYNC }),
+        copy(CopyMode::Full)
+    );
 }
 
 #[test]
