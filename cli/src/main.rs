@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{Cli, Command, ImageCommand, NbdCommand};
+use crate::args::{Cli, Command, ImageCommand, NbdCommand, TlsCommand};
 use crate::exit::{Failure, Outcome};
 
 fn main() -> ExitCode {
@@ -49,6 +49,10 @@ fn run(command: Command) -> Outcome {
         Command::Nbd(args) => match args.command {
             NbdCommand::Serve(args) => cmd::nbd::serve(args),
             NbdCommand::Info(args) => cmd::nbd::info(args),
+        },
+        Command::Tls(args) => match args.command {
+            TlsCommand::Init(args) => cmd::tls::init(&args),
+            TlsCommand::Issue(args) => cmd::tls::issue(&args),
         },
         Command::Demo(args) => cmd::demo::run(&args),
     }

@@ -6,6 +6,7 @@ mod drive;
 mod image;
 mod nbd;
 mod pair;
+mod tls;
 
 pub(crate) use address::{check_plaintext, endpoint_without_export, without_tls};
 pub(crate) use control::{
@@ -18,6 +19,7 @@ pub(crate) use image::{
 };
 pub(crate) use nbd::{NbdArgs, NbdCommand, NbdInfoArgs, ServeArgs};
 pub(crate) use pair::{DryRun, PrimaryArgs, SecondaryArgs};
+pub(crate) use tls::{DEFAULT_DAYS, InitArgs, IssueArgs, TlsArgs, TlsCommand};
 
 use clap::{ArgAction, Args, Parser, Subcommand};
 
@@ -61,6 +63,7 @@ pub(crate) enum Command {
     Resync(ResyncArgs),
     Image(ImageArgs),
     Nbd(NbdArgs),
+    Tls(TlsArgs),
     Demo(DemoArgs),
 }
 

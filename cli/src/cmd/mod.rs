@@ -6,3 +6,4 @@ pub(crate) mod nbd;
 pub(crate) mod pair;
 pub(crate) mod runtime;
 pub(crate) mod status;
+pub(crate) mod tls;
