@@ -29,10 +29,10 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Outcome {
     match command {
-        Command::Primary(args) => cmd::pair::primary(args.resolve()?),
+        Command::Primary(args) => cmd::pair::run(args.resolve()?, None),
         Command::Secondary(args) => {
             let dry_run = args.dry_run();
-            cmd::pair::secondary(args.resolve()?, dry_run)
+            cmd::pair::run(args.resolve()?, dry_run)
         }
         Command::Status(args) => cmd::status::run(&args),
         Command::Checkpoint(args) => cmd::control::checkpoint(&args),
@@ -40,6 +40,7 @@ fn run(command: Command) -> Outcome {
         Command::Start(args) => cmd::control::start(&args),
         Command::Stop(args) => cmd::control::stop(&args),
         Command::Resync(args) => cmd::control::resync(&args),
+        Command::Peer(args) => cmd::control::peer(&args),
         Command::Image(args) => match args.command {
             ImageCommand::Create(args) => cmd::image::create::run(&args),
             ImageCommand::Info(args) => cmd::image::info::run(&args),

@@ -6,6 +6,8 @@ use std::time::Duration;
 use brep_block::CacheMode;
 use brep_nbd::Endpoint;
 
+pub use crate::state::Role;
+
 /// The format of a disk image. Never guessed from contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DiskFormat {
@@ -86,28 +88,42 @@ pub enum Seeded {
     Trust,
 }
 
-/// How a primary is run.
+/// How a side of a pair is run.
 #[derive(Debug, Clone)]
-pub struct PrimaryConfig {
+pub struct SideConfig {
+    /// What the side is if its state directory is new. Afterwards the state record says it.
+    pub role: Role,
     /// Name of this side, different from the peer's.
     pub name: String,
-    /// The disks, cut and committed together.
+    /// The disks, cut and committed together, with the same names and sizes on both sides.
     pub disks: Vec<DiskConfig>,
-    /// Directory of the state record; made with mode 0700 if it is missing.
+    /// Directory of the state record, the maps and the buffers; made with mode 0700 if it is
+    /// missing.
     pub state_dir: PathBuf,
-    /// Where the secondary listens. None: the primary runs alone.
+    /// Where the other side listens: a primary replicates to there. None: what was set by command,
+    /// if anything.
     pub peer: Option<Endpoint>,
     /// What listens there.
     pub peer_kind: PeerKind,
+    /// Where the other side connects: data and control link. Without `guest_listen` guests are
+    /// served here too, by a primary. A secondary needs it.
+    pub listen: Option<Endpoint>,
+    /// Where guests connect. On a side that is a secondary from the start a guest of its own is
+    /// served here; a manager then decides when checkpoints are taken.
+    pub guest_listen: Option<Endpoint>,
+    /// The primary is a plain NBD client, such as QEMU's replication driver. It is then the only
+    /// one that may write, brep primaries are refused, and checkpoints are the manager's.
+    pub plain_primary: bool,
+    /// This side was a primary, and what it has and its new primary lacks is given up.
+    pub discard_local: bool,
     /// Replication begins at once; if not, on command.
     pub start: bool,
-    /// Where guests connect.
-    pub guest_listen: Endpoint,
     /// The control socket; by default `control.sock` in the state directory.
     pub control: Option<PathBuf>,
     /// When a guest write is acknowledged.
     pub ack: Ack,
-    /// No guest request waits longer for the peer; then the peer is lost. Default 5 s.
+    /// No guest request waits longer for the peer, and a peer that is silent for longer is lost.
+    /// Default 5 s.
     pub peer_timeout: Duration,
     /// Bound of the bytes that are on their way to the secondary. Default 64 MiB.
     pub window_bytes: u64,
@@ -128,31 +144,33 @@ pub struct PrimaryConfig {
     pub allow_plaintext: bool,
 }
 
-/// How a secondary is run.
-#[derive(Debug, Clone)]
-pub struct SecondaryConfig {
-    /// Name of this side, different from the peer's.
-    pub name: String,
-    /// The disks, with the same names and sizes as the primary's.
-    pub disks: Vec<DiskConfig>,
-    /// Directory of the state record and of the buffers; made with mode 0700 if it is missing.
-    pub state_dir: PathBuf,
-    /// Where the primary connects: data and control link. After a failover guests are served
-    /// here, unless `guest_listen` is given.
-    pub listen: Endpoint,
-    /// Where this side's guest connects; the manager then decides when checkpoints are taken.
-    pub guest_listen: Option<Endpoint>,
-    /// The primary is a plain NBD client, such as QEMU's replication driver. It is then the only
-    /// one that may write, brep primaries are refused, and checkpoints are the manager's.
-    pub plain_primary: bool,
-    /// This side was a primary, and what it has and its new primary lacks is given up.
-    pub discard_local: bool,
-    /// Replication begins at once; if not, on command.
-    pub start: bool,
-    /// The control socket; by default `control.sock` in the state directory.
-    pub control: Option<PathBuf>,
-    /// A primary that is silent for longer is gone. Default 5 s.
-    pub peer_timeout: Duration,
-    /// Guests and peers beyond loopback may be served in clear text.
-    pub allow_plaintext: bool,
+impl SideConfig {
+    /// Everything at its default. A primary needs `guest_listen` or `listen`, a secondary `listen`.
+    #[must_use]
+    pub fn new(role: Role, name: &str, state_dir: PathBuf, disks: Vec<DiskConfig>) -> Self {
+        SideConfig {
+            role,
+            name: name.to_owned(),
+            disks,
+            state_dir,
+            peer: None,
+            peer_kind: PeerKind::Brep,
+            listen: None,
+            guest_listen: None,
+            plain_primary: false,
+            start: true,
+            control: None,
+            ack: Ack::Sync,
+            peer_timeout: Duration::from_secs(5),
+            window_bytes: 64 << 20,
+            window_requests: 4096,
+            checkpoint_interval: Some(Duration::from_secs(1)),
+            seeded: Seeded::No,
+            resync_limits: ResyncLimits::default(),
+            resync_compare: false,
+            force_lonely: false,
+            discard_local: false,
+            allow_plaintext: false,
+        }
+    }
 }

@@ -15,9 +15,10 @@ mod layer;
 mod link;
 mod merge;
 pub mod node;
-pub mod primary;
+mod primary;
 mod random;
-pub mod secondary;
+mod secondary;
+mod side;
 #[cfg(feature = "simulation")]
 pub mod simulation;
 mod state;
@@ -33,3 +34,5 @@ mod written;
 
 pub use error::{Error, ErrorKind, Result};
 pub use ids::{Commit, Epoch, Generation, SetId};
+pub use secondary::{Discard, would_discard};
+pub use side::run;

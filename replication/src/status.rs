@@ -70,7 +70,7 @@ pub enum Role {
     Primary,
     /// Receives the writes of a primary.
     Secondary,
-    /// Was a secondary and has taken over.
+    /// Was a secondary and has taken over; a primary once it has had a peer.
     Promoted,
 }
 
@@ -131,6 +131,9 @@ pub struct DiskStatus {
     pub bytes_behind: u64,
     /// Bytes copied, and to be copied, by a resync or merge that runs.
     pub progress: Option<Progress>,
+    /// Bytes merged, and to be merged, after a failover; a resync may run meanwhile.
+    #[serde(default)]
+    pub merging: Option<Progress>,
     /// Bytes of pre-images kept since the last checkpoint (secondary).
     pub hidden_bytes: Option<u64>,
     /// True if the secondary's guest has written since the last checkpoint.

@@ -17,10 +17,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 async fn pair(scratch: &Scratch) -> (Side, Side) {
     scratch.raw("p.raw", MIB, 1);
     scratch.raw("s.raw", MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.peer_timeout = Duration::from_secs(1);
-    let primary = Side::primary(config);
+    let primary = Side::run(config);
     primary.wait_state("in-sync").await;
     (primary, secondary)
 }
@@ -150,14 +150,14 @@ async fn i15_sockets_and_state_are_for_their_owner_alone() {
 async fn i17_a_disk_and_a_state_directory_have_one_owner() {
     let scratch = Scratch::new();
     let (primary, secondary) = pair(&scratch).await;
-    let again = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let again = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let error = again.ended().await.unwrap_err();
     assert_eq!(error.exit_code(), 3);
     assert!(error.to_string().contains("another brep runs"), "{error}");
     let mut config = scratch.primary(vec![scratch.disk("vda", "s.raw")]);
     config.state_dir = scratch.path("other.state");
-    config.guest_listen = scratch.endpoint("other.sock");
-    let error = Side::primary(config).ended().await.unwrap_err();
+    config.guest_listen = Some(scratch.endpoint("other.sock"));
+    let error = Side::run(config).ended().await.unwrap_err();
     assert!(error.to_string().contains("s.raw"), "{error}");
     primary.stop().await;
     secondary.stop().await;

@@ -16,8 +16,8 @@ async fn a_secondary_restarted_on_its_buffers_keeps_its_checkpoint() {
     let primary_file = scratch.raw("p.raw", 2 * MIB, 1);
     let secondary_file = scratch.raw("s.raw", 2 * MIB, 2);
     let disks = || vec![scratch.disk("vda", "s.raw")];
-    let secondary = Side::secondary(scratch.secondary(disks()));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(disks()));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     fill(&*guest, 0, 8192, 0x55).await;
@@ -30,7 +30,7 @@ async fn a_secondary_restarted_on_its_buffers_keeps_its_checkpoint() {
 
     // Started again and again, it changes nothing and names its checkpoint.
     for _ in 0..2 {
-        let secondary = Side::secondary(scratch.secondary(disks()));
+        let secondary = Side::run(scratch.secondary(disks()));
         let status = secondary.wait("up", |s| s["promotable"] == true).await;
         assert_eq!(status["checkpoint"], epoch);
         assert_eq!(file(&secondary_file), latest);
@@ -39,7 +39,7 @@ async fn a_secondary_restarted_on_its_buffers_keeps_its_checkpoint() {
 
     guest.close();
     primary.stop().await;
-    let secondary = Side::secondary(scratch.secondary(disks()));
+    let secondary = Side::run(scratch.secondary(disks()));
     secondary.wait("up", |s| s["promotable"] == true).await;
     secondary.command("failover", json!({})).await.unwrap();
     secondary.wait_state("promoted").await;
@@ -52,10 +52,10 @@ async fn in_async_mode_latest_is_refused_and_a_checkpoint_holds_every_write_befo
     let scratch = Scratch::new();
     let primary_file = scratch.raw("p.raw", 2 * MIB, 1);
     let secondary_file = scratch.raw("s.raw", 2 * MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.ack = Ack::Async;
-    let primary = Side::primary(config);
+    let primary = Side::run(config);
     primary.wait_state("in-sync").await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     for i in 0..200 {
@@ -75,8 +75,8 @@ async fn failover_to_latest_keeps_every_acknowledged_write() {
     let scratch = Scratch::new();
     let primary_file = scratch.raw("p.raw", 2 * MIB, 1);
     scratch.raw("s.raw", 2 * MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     fill(&*guest, 0, 40960, 0x21).await;
@@ -100,13 +100,13 @@ async fn the_old_primary_of_a_promoted_secondary_does_not_serve_its_guest() {
     let scratch = Scratch::new();
     scratch.raw("p.raw", MIB, 1);
     scratch.raw("s.raw", MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let config = || scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-    let primary = Side::primary(config());
+    let primary = Side::run(config());
     primary.wait_state("in-sync").await;
     primary.stop().await;
     secondary.command("failover", json!({})).await.unwrap();
-    let primary = Side::primary(config());
+    let primary = Side::run(config());
     let status = primary.wait("refused", |s| s["link"] == "refused").await;
     assert!(status["reason"].as_str().unwrap().contains("promoted"), "{status}");
     let attempt = tokio::time::timeout(
@@ -123,8 +123,8 @@ async fn a_foreign_client_cannot_open_the_replica() {
     let scratch = Scratch::new();
     scratch.raw("p.raw", MIB, 1);
     scratch.raw("s.raw", MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     let options = brep_nbd::client::ConnectOptions::new(scratch.endpoint("s.sock"), "vda");
     let error = brep_nbd::client::Connection::connect(&options).await.unwrap_err();
@@ -140,8 +140,8 @@ async fn the_secondarys_guest_sees_the_checkpoint_and_its_own_writes() {
     let secondary_file = scratch.raw("s.raw", 2 * MIB, 2);
     let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
     config.guest_listen = Some(scratch.endpoint("s-guest.sock"));
-    let secondary = Side::secondary(config);
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(config);
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     let other = connect(scratch.endpoint("s-guest.sock"), "vda").await;
@@ -186,8 +186,8 @@ async fn two_disks_of_any_size_are_cut_together() {
             scratch.disk("vdb", &format!("{side}b.raw")),
         ]
     };
-    let secondary = Side::secondary(scratch.secondary(disks("s")));
-    let primary = Side::primary(scratch.primary(disks("p")));
+    let secondary = Side::run(scratch.secondary(disks("s")));
+    let primary = Side::run(scratch.primary(disks("p")));
     primary.wait("in sync", |s| s["disks"][1]["state"] == "in-sync").await;
     let a = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     let b = connect(scratch.endpoint("p-guest.sock"), "vdb").await;
@@ -218,10 +218,10 @@ async fn a_seeded_secondary_is_compared_not_copied() {
     content[70_000] ^= 0xff;
     let secondary_file = scratch.path("s.raw");
     std::fs::write(&secondary_file, content).unwrap();
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.seeded = brep_replication::config::Seeded::Compare;
-    let primary = Side::primary(config);
+    let primary = Side::run(config);
     let status = primary.wait_state("in-sync").await;
     assert_eq!(file(&primary_file), file(&secondary_file));
     let copied = status["counters"]["replicated-bytes"].as_u64().unwrap();
@@ -238,10 +238,10 @@ async fn sides_with_different_timeouts_do_not_lose_each_other_when_idle() {
     // The secondary alone would send a heartbeat every 15 s.
     let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
     config.peer_timeout = Duration::from_secs(60);
-    let secondary = Side::secondary(config);
+    let secondary = Side::run(config);
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.peer_timeout = Duration::from_millis(1000);
-    let primary = Side::primary(config);
+    let primary = Side::run(config);
     primary.wait_state("in-sync").await;
     tokio::time::sleep(Duration::from_millis(2500)).await;
     let status = primary.status().await;

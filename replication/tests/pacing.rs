@@ -17,7 +17,7 @@ fn disks(scratch: &Scratch, size: u64, same: bool) {
 }
 
 fn secondary(scratch: &Scratch) -> Side {
-    Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]))
+    Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]))
 }
 
 fn written(status: &Value) -> u64 {
@@ -31,7 +31,7 @@ async fn a_resync_keeps_to_its_rate_and_the_rate_can_be_changed_while_it_runs() 
     let secondary = secondary(&scratch);
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.resync_limits = ResyncLimits { rate: Some(4 * MIB), latency_factor: None };
-    let primary = Side::primary(config);
+    let primary = Side::run(config);
     let begun = primary.wait("a copy", |s| s["resync"]["done"].as_u64() > Some(MIB)).await;
     let (since, before) = (Instant::now(), begun["resync"]["done"].as_u64().unwrap());
     assert_eq!(begun["disks"][0]["state"], "resyncing");
@@ -70,7 +70,7 @@ async fn what_reads_as_zeroes_on_both_sides_is_not_sent() {
         file.write_all_at(&[7; 100_000], at).unwrap();
     }
     let secondary = secondary(&scratch);
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     let status = primary.status().await;
     // The data, and zeroes over what only the secondary had.
@@ -96,7 +96,7 @@ async fn a_comparison_while_connected_sends_what_differs_and_no_more() {
     let secondary = secondary(&scratch);
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.seeded = Seeded::Compare;
-    let primary = Side::primary(config);
+    let primary = Side::run(config);
     let status = primary.wait_state("in-sync").await;
     assert_eq!(written(&status), 0, "equal disks were copied");
     {
@@ -124,7 +124,7 @@ async fn a_trusted_copy_is_taken_as_it_is_once_and_a_secondary_that_returns_is_n
         config.seeded = Seeded::Trust;
         config
     };
-    let primary = Side::primary(config());
+    let primary = Side::run(config());
     let status = primary.wait_state("in-sync").await;
     assert_eq!(written(&status), 0);
     primary.checkpoint().await;
@@ -135,7 +135,7 @@ async fn a_trusted_copy_is_taken_as_it_is_once_and_a_secondary_that_returns_is_n
     guest.close();
     primary.stop().await;
     // The option is still there at the next start.
-    let primary = Side::primary(config());
+    let primary = Side::run(config());
     let there = secondary(&scratch);
     let status = primary.wait_state("in-sync").await;
     assert_eq!(written(&status), 65536);
@@ -152,7 +152,7 @@ async fn with_resync_compare_what_was_missed_is_compared_before_it_is_sent() {
     let there = secondary(&scratch);
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.resync_compare = true;
-    let primary = Side::primary(config);
+    let primary = Side::run(config);
     primary.wait_state("in-sync").await;
     let before = written(&primary.status().await);
     there.stop().await;

@@ -11,8 +11,8 @@ async fn writes_are_replicated_checkpointed_and_failed_over() {
     let scratch = Scratch::new();
     let primary_file = scratch.raw("p.raw", 4 * MIB, 1);
     let secondary_file = scratch.raw("s.raw", 4 * MIB, 99);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     assert_eq!(file(&primary_file), file(&secondary_file), "after the full copy");
 
@@ -44,7 +44,7 @@ async fn a_control_socket_that_cannot_be_bound_is_an_error_that_names_it() {
     scratch.raw("s.raw", MIB, 1);
     let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
     config.control = Some(scratch.path("missing").join("control.sock"));
-    let error = Side::secondary(config).ended().await.unwrap_err();
+    let error = Side::run(config).ended().await.unwrap_err();
     assert!(error.to_string().contains("missing/control.sock"), "{error}");
 }
 
@@ -53,8 +53,8 @@ async fn every_checkpoint_that_the_secondary_asks_for_is_answered() {
     let scratch = Scratch::new();
     scratch.raw("p.raw", 2 * MIB, 1);
     scratch.raw("s.raw", 2 * MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     let ask = || secondary.command("checkpoint", json!({ "timeout-ms": 10_000 }));
     for answer in futures_util::future::join_all((0..16).map(|_| ask())).await {

@@ -10,21 +10,21 @@ use std::time::Duration;
 use brep_block::{BlockDevice, Fault, Memory, Operation, Rule, WriteFlags};
 use brep_nbd::client::Connection;
 use brep_nbd::server::{Export, Server, ServerConfig, StaticExports};
-use brep_replication::config::{PeerKind, PrimaryConfig, SecondaryConfig, Seeded};
+use brep_replication::config::{PeerKind, Seeded, SideConfig};
 use bytes::Bytes;
 use common::{MIB, Scratch, Side, connect, file, fill, read};
 use serde_json::{Value, json};
 
 const SIZE: u64 = 2 * MIB;
 
-fn plain_secondary(scratch: &Scratch) -> SecondaryConfig {
+fn plain_secondary(scratch: &Scratch) -> SideConfig {
     let config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
-    SecondaryConfig { plain_primary: true, peer_timeout: Duration::from_secs(2), ..config }
+    SideConfig { plain_primary: true, peer_timeout: Duration::from_secs(2), ..config }
 }
 
-fn plain_primary(scratch: &Scratch) -> PrimaryConfig {
+fn plain_primary(scratch: &Scratch) -> SideConfig {
     let config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-    PrimaryConfig { peer_kind: PeerKind::Plain, peer_timeout: Duration::from_secs(2), ..config }
+    SideConfig { peer_kind: PeerKind::Plain, peer_timeout: Duration::from_secs(2), ..config }
 }
 
 /// The replica as a plain primary opens it.
@@ -46,7 +46,7 @@ fn reason(status: &Value) -> &str {
 async fn a_plain_primarys_last_checkpoint_is_what_a_failover_gives() {
     let scratch = Scratch::new();
     let replica = scratch.raw("s.raw", SIZE, 1);
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     let status = secondary.wait("started", |s| s["replication"] == "running").await;
     assert_eq!(status["promotable"], true, "the disk at the start is the first checkpoint");
     assert!(!status["lapsed"].as_array().unwrap().is_empty(), "{status}");
@@ -72,7 +72,7 @@ async fn a_plain_primarys_last_checkpoint_is_what_a_failover_gives() {
 async fn a_plain_primary_that_comes_back_gets_no_checkpoint_over_the_gap() {
     let scratch = Scratch::new();
     let replica = scratch.raw("s.raw", SIZE, 1);
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     let first = open(&scratch).await;
     fill(&*first, 0, 4096, 0x55).await;
     let epoch = secondary.checkpoint().await;
@@ -100,7 +100,7 @@ async fn a_plain_primary_that_comes_back_gets_no_checkpoint_over_the_gap() {
 async fn a_gap_that_no_write_shows_is_noticed() {
     let scratch = Scratch::new();
     scratch.raw("s.raw", SIZE, 1);
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     // It never wrote; what it may have tried to write is lost with the connection.
     open(&scratch).await.kill();
     secondary.wait("lost", |s| reason(s).contains("may be missing")).await;
@@ -118,7 +118,7 @@ async fn a_gap_that_no_write_shows_is_noticed() {
 async fn a_second_plain_primary_ends_the_first_and_the_claim() {
     let scratch = Scratch::new();
     scratch.raw("s.raw", SIZE, 1);
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     let first = open(&scratch).await;
     fill(&*first, 0, 4096, 0x55).await;
     let second = open(&scratch).await;
@@ -136,8 +136,8 @@ async fn a_second_plain_primary_ends_the_first_and_the_claim() {
 async fn before_the_start_command_what_comes_is_a_copy() {
     let scratch = Scratch::new();
     let replica = scratch.raw("s.raw", SIZE, 1);
-    let config = SecondaryConfig { start: false, ..plain_secondary(&scratch) };
-    let secondary = Side::secondary(config);
+    let config = SideConfig { start: false, ..plain_secondary(&scratch) };
+    let secondary = Side::run(config);
     let status = secondary.wait("up", |s| s["replication"] == "none").await;
     assert_eq!(
         (&status["promotable"], reason(&status), &status["advice"]),
@@ -166,7 +166,7 @@ async fn before_the_start_command_what_comes_is_a_copy() {
 async fn a_restarted_plain_secondary_keeps_its_checkpoint_through_a_new_copy() {
     let scratch = Scratch::new();
     let replica = scratch.raw("s.raw", SIZE, 1);
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     let primary = open(&scratch).await;
     fill(&*primary, 0, 65536, 0x55).await;
     let epoch = secondary.checkpoint().await;
@@ -174,7 +174,7 @@ async fn a_restarted_plain_secondary_keeps_its_checkpoint_through_a_new_copy() {
     fill(&*primary, 4096, 65536, 0x66).await;
     secondary.stop().await;
 
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     let status = secondary.wait("up", |s| s["promotable"] == true).await;
     assert_eq!((&status["replication"], &status["checkpoint"]), (&json!("none"), &json!(epoch)));
     let mirror = open(&scratch).await;
@@ -191,9 +191,9 @@ async fn a_brep_primary_is_told_that_the_secondary_waits_for_a_plain_one() {
     let scratch = Scratch::new();
     scratch.raw("p.raw", SIZE, 1);
     scratch.raw("s.raw", SIZE, 2);
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     secondary.wait("up", |_| true).await;
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait("told", |s| reason(s).contains("--plain-primary")).await;
     primary.stop().await;
     secondary.stop().await;
@@ -218,7 +218,7 @@ async fn a_stock_server_gets_a_full_copy_and_every_write() {
     let scratch = Scratch::new();
     let mine = scratch.raw("p.raw", SIZE, 1);
     let (_server, stock) = stock_server(&scratch).await;
-    let primary = Side::primary(plain_primary(&scratch));
+    let primary = Side::run(plain_primary(&scratch));
     let status = primary.wait_state("in-sync").await;
     assert!(!status["lapsed"].as_array().unwrap().is_empty(), "{status}");
     assert_eq!(read(&*stock, 0, SIZE as usize).await, file(&mine));
@@ -241,8 +241,7 @@ async fn a_seeded_stock_server_is_read_and_only_what_differs_is_written() {
     fill(&*stock, MIB, 4096, 0xee).await;
     // The one write that has to come; any other would fail.
     stock.fail(Rule::new(Operation::Write).range(0..MIB));
-    let primary =
-        Side::primary(PrimaryConfig { seeded: Seeded::Compare, ..plain_primary(&scratch) });
+    let primary = Side::run(SideConfig { seeded: Seeded::Compare, ..plain_primary(&scratch) });
     let status = primary.wait_state("in-sync").await;
     assert!(status["errors"].as_array().unwrap().is_empty(), "{status}");
     assert_eq!(read(&*stock, 0, SIZE as usize).await, file(&mine));
@@ -254,7 +253,7 @@ async fn a_stock_server_that_was_away_is_copied_only_on_command() {
     let scratch = Scratch::new();
     let mine = scratch.raw("p.raw", SIZE, 1);
     let (server, _stock) = stock_server(&scratch).await;
-    let primary = Side::primary(plain_primary(&scratch));
+    let primary = Side::run(plain_primary(&scratch));
     primary.wait_state("in-sync").await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     server.shutdown(Duration::from_secs(5)).await;
@@ -276,7 +275,7 @@ async fn a_stock_server_that_hangs_is_lost_although_the_guest_is_idle() {
     let scratch = Scratch::new();
     scratch.raw("p.raw", SIZE, 1);
     let (_server, stock) = stock_server(&scratch).await;
-    let primary = Side::primary(plain_primary(&scratch));
+    let primary = Side::run(plain_primary(&scratch));
     primary.wait_state("in-sync").await;
     let hang = stock.hang(Rule::new(Operation::Read).forever());
     primary.wait_state("disconnected").await;
@@ -289,11 +288,11 @@ async fn a_primary_starts_on_command_and_serves_its_guest_before() {
     let scratch = Scratch::new();
     let mine = scratch.raw("p.raw", SIZE, 1);
     let theirs = scratch.raw("s.raw", SIZE, 2);
-    let secondary = Side::secondary(SecondaryConfig {
+    let secondary = Side::run(SideConfig {
         start: false,
         ..scratch.secondary(vec![scratch.disk("vda", "s.raw")])
     });
-    let primary = Side::primary(PrimaryConfig {
+    let primary = Side::run(SideConfig {
         start: false,
         ..scratch.primary(vec![scratch.disk("vda", "p.raw")])
     });
@@ -316,11 +315,11 @@ async fn a_primary_starts_on_command_and_serves_its_guest_before() {
     assert_eq!(file(&mine), file(&theirs));
 
     // Both know each other now: each says that it waits, and for what.
-    let secondary = Side::secondary(SecondaryConfig {
+    let secondary = Side::run(SideConfig {
         start: false,
         ..scratch.secondary(vec![scratch.disk("vda", "s.raw")])
     });
-    let primary = Side::primary(PrimaryConfig {
+    let primary = Side::run(SideConfig {
         start: false,
         ..scratch.primary(vec![scratch.disk("vda", "p.raw")])
     });
@@ -339,20 +338,20 @@ async fn i11_a_brep_primary_does_not_take_a_disk_back_that_a_plain_one_has_writt
     let scratch = Scratch::new();
     scratch.raw("p.raw", SIZE, 1);
     scratch.raw("s.raw", SIZE, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     primary.stop().await;
     secondary.stop().await;
 
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     let other = open(&scratch).await;
     fill(&*other, 4096, 65536, 0x55).await;
     other.close();
     secondary.stop().await;
 
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     let met = |s: &Value| s["link"] == "refused" || s["disks"][0]["state"] == "in-sync";
     let status = primary.wait("an answer", met).await;
     assert!(reason(&status).contains("served another primary"), "{status:#}");
@@ -366,7 +365,7 @@ async fn i11_a_brep_primary_does_not_take_a_disk_back_that_a_plain_one_has_writt
 async fn i04_an_idle_plain_primary_writes_to_the_replication_that_runs_now() {
     let scratch = Scratch::new();
     let replica = scratch.raw("s.raw", SIZE, 1);
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     let primary = open(&scratch).await;
     let switch = |enable: bool| {
         let arguments = json!({ "enable": enable, "primary": false });
@@ -388,7 +387,7 @@ async fn i04_an_idle_plain_primary_writes_to_the_replication_that_runs_now() {
 async fn a_plain_primary_may_come_after_the_nbd_server_was_started_again() {
     let scratch = Scratch::new();
     scratch.raw("s.raw", SIZE, 1);
-    let secondary = Side::secondary(plain_secondary(&scratch));
+    let secondary = Side::run(plain_secondary(&scratch));
     secondary.wait("started", |s| s["replication"] == "running").await;
     secondary.command("nbd-server-stop", json!({})).await.unwrap();
     let addr = json!({ "type": "unix", "data": { "path": scratch.path("s.sock") } });

@@ -31,8 +31,8 @@ impl Pair {
         let scratch = Scratch::new();
         scratch.raw("p.raw", 2 * MIB, 1);
         scratch.raw("s.raw", 2 * MIB, 2);
-        let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-        let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+        let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+        let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
         primary.wait_state("in-sync").await;
         Pair { scratch, primary, secondary }
     }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use brep_replication::config::PrimaryConfig;
+use brep_replication::config::SideConfig;
 use common::{MIB, Scratch, Side, connect, copy_dir, file, fill};
 use serde_json::json;
 
@@ -18,11 +18,11 @@ struct Pair {
 }
 
 fn secondary(scratch: &Scratch) -> Side {
-    Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]))
+    Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]))
 }
 
 fn primary(scratch: &Scratch) -> Side {
-    Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]))
+    Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]))
 }
 
 impl Pair {
@@ -122,7 +122,7 @@ async fn i10_a_killed_primary_does_not_send_again_what_was_acknowledged() {
     guest.close();
     first.stop().await;
     let config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-    let primary = Side::primary(PrimaryConfig { state_dir, ..config });
+    let primary = Side::run(SideConfig { state_dir, ..config });
     primary.wait_state("in-sync").await;
     assert_eq!(sent(&primary).await, 0);
     Pair { scratch, primary, secondary }.end_equal().await;
@@ -151,7 +151,7 @@ async fn a_secondary_of_another_session_gets_all_that_a_killed_primary_remembers
     std::fs::rename(scratch.path("old.state"), scratch.path("s.state")).unwrap();
     let secondary = secondary(&scratch);
     let config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-    let primary = Side::primary(PrimaryConfig { state_dir, ..config });
+    let primary = Side::run(SideConfig { state_dir, ..config });
     let met = |s: &serde_json::Value| s["link"] == "refused" || s["disks"][0]["state"] == "in-sync";
     let status = primary.wait("an answer", met).await;
     if status["link"] == "refused" {
@@ -196,7 +196,7 @@ async fn a_secondary_that_was_replaced_meanwhile_is_not_taken_for_the_one_that_w
     scratch.raw("other.raw", SIZE, 3);
     let mut config = scratch.secondary(vec![scratch.disk("vda", "other.raw")]);
     config.state_dir = scratch.path("other.state");
-    let other = Side::secondary(config);
+    let other = Side::run(config);
     primary.wait_state("in-sync").await;
     fill(&*guest, 0, 65536, 0x11).await;
     primary.checkpoint().await;

@@ -16,8 +16,8 @@ async fn a_retired_active_disk_serves_again_as_a_hidden_disk() {
     scratch.raw("s.raw", 2 * MIB, 2);
     let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
     config.guest_listen = Some(scratch.endpoint("s-guest.sock"));
-    let secondary = Side::secondary(config);
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(config);
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     let other = connect(scratch.endpoint("s-guest.sock"), "vda").await;

@@ -17,9 +17,9 @@ async fn a_primary_that_meets_a_stranger_does_not_serve_its_guest() {
     let scratch = Scratch::new();
     scratch.raw("p.raw", MIB, 1);
     scratch.raw("s.raw", MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let config = || scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-    let primary = Side::primary(config());
+    let primary = Side::run(config());
     primary.wait_state("in-sync").await;
     primary.stop().await;
     secondary.command("failover", json!({})).await.unwrap();
@@ -31,7 +31,7 @@ async fn a_primary_that_meets_a_stranger_does_not_serve_its_guest() {
     let server = Server::new(std::sync::Arc::new(exports), ServerConfig::default());
     let listener = Server::bind(&scratch.endpoint("s.sock")).await.unwrap();
     let serving = tokio::spawn(async move { server.serve(listener).await });
-    let primary = Side::primary(config());
+    let primary = Side::run(config());
     let status = primary.wait("refused", |s| s["link"] == "refused").await;
     assert!(status["reason"].as_str().unwrap().contains("not served"), "{status}");
     let attempt = tokio::time::timeout(
@@ -50,13 +50,13 @@ async fn a_secondary_with_a_checkpoint_takes_no_further_disk() {
     scratch.raw("p.raw", MIB, 1);
     scratch.raw("s.raw", MIB, 2);
     scratch.raw("t.raw", MIB, 3);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     primary.stop().await;
     secondary.stop().await;
     let disks = vec![scratch.disk("vda", "s.raw"), scratch.disk("vdb", "t.raw")];
-    let error = Side::secondary(scratch.secondary(disks)).ended().await.unwrap_err();
+    let error = Side::run(scratch.secondary(disks)).ended().await.unwrap_err();
     assert_eq!(error.exit_code(), 3, "{error}");
     assert!(error.to_string().contains("vdb"), "{error}");
 }

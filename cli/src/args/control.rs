@@ -1,7 +1,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use brep_nbd::NbdUri;
+use clap::{Args, Subcommand, ValueEnum};
 
 use crate::units::{Factor, Rate, parse_duration, parse_factor, parse_rate};
 
@@ -131,4 +132,31 @@ pub(crate) struct ResyncArgs {
     /// Wait until both sides are in sync, however long that takes
     #[arg(long)]
     pub(crate) wait: bool,
+}
+
+/// Say where the other side is, while this one runs
+#[derive(Debug, Args)]
+pub(crate) struct PeerArgs {
+    #[command(subcommand)]
+    pub(crate) command: PeerCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PeerCommand {
+    /// Replicate to this address, now and after a restart
+    ///
+    /// On a secondary: once it has been promoted. --peer at a start goes before what is set here.
+    Set {
+        #[command(flatten)]
+        control: ControlArgs,
+
+        /// Where the other side listens
+        #[arg(value_name = "URI")]
+        uri: NbdUri,
+    },
+    /// Replicate to nobody any more; the guest goes on alone
+    Clear {
+        #[command(flatten)]
+        control: ControlArgs,
+    },
 }

@@ -10,8 +10,8 @@ mod tls;
 
 pub(crate) use address::{check_plaintext, endpoint_without_export, without_tls};
 pub(crate) use control::{
-    CheckpointArgs, ControlArgs, FailoverArgs, ResyncArgs, StartArgs, StatusArgs, StopArgs, Target,
-    Wait,
+    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResyncArgs, StartArgs,
+    StatusArgs, StopArgs, Target, Wait,
 };
 pub(crate) use disk::{format_by_name, unknown_format};
 pub(crate) use image::{
@@ -61,6 +61,7 @@ pub(crate) enum Command {
     Start(StartArgs),
     Stop(StopArgs),
     Resync(ResyncArgs),
+    Peer(PeerArgs),
     Image(ImageArgs),
     Nbd(NbdArgs),
     Tls(TlsArgs),

@@ -3,9 +3,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use brep_nbd::{Endpoint, NbdUri};
-use brep_replication::config::{
-    Ack, DiskConfig, PeerKind, PrimaryConfig, ResyncLimits, SecondaryConfig, Seeded,
-};
+use brep_replication::config::{Ack, DiskConfig, PeerKind, ResyncLimits, Role, Seeded, SideConfig};
 use clap::{Args, ValueEnum};
 
 use super::address::{check_plaintext, endpoint_without_export};
@@ -108,28 +106,17 @@ enum AckArg {
     Async,
 }
 
-/// Serve disks to guests and replicate what they write
+/// How a side replicates while it is a primary: from the start, or once it has been promoted.
 #[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  brep primary --disk vda=disk.raw --state-dir state-a --peer nbd://127.0.0.1:10809 \\
-      --guest-listen 'nbd+unix:///?socket=vda.sock'
-  qemu-io -f raw -c 'write -P 1 0 1M' 'nbd+unix:///vda?socket=vda.sock'")]
-pub(crate) struct PrimaryArgs {
-    #[command(flatten)]
-    side: SideArgs,
-
-    /// Where the secondary listens; without it the primary runs alone
+#[command(next_help_heading = "Options of a primary")]
+pub(crate) struct ReplicateArgs {
+    /// Where the other side listens; without it a primary runs alone until `brep peer set`
     #[arg(long, value_name = "URI", conflicts_with = "drives")]
     peer: Option<NbdUri>,
 
     /// What listens there
     #[arg(long, value_name = "KIND", default_value = "brep")]
     peer_kind: PeerKindArg,
-
-    /// Where guests connect; exports are the names of the disks
-    #[arg(long, value_name = "URI")]
-    guest_listen: NbdUri,
 
     /// When a guest write is acknowledged
     #[arg(long, default_value = "sync")]
@@ -180,6 +167,29 @@ pub(crate) struct PrimaryArgs {
     force_lonely: bool,
 }
 
+/// Serve disks to guests and replicate what they write
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  brep primary --disk vda=disk.raw --state-dir state-a --peer nbd://127.0.0.1:10809 \\
+      --guest-listen 'nbd+unix:///?socket=vda.sock'
+  qemu-io -f raw -c 'write -P 1 0 1M' 'nbd+unix:///vda?socket=vda.sock'")]
+pub(crate) struct PrimaryArgs {
+    #[command(flatten)]
+    side: SideArgs,
+
+    #[command(flatten)]
+    primary: ReplicateArgs,
+
+    /// Where guests connect; exports are the names of the disks
+    #[arg(long, value_name = "URI")]
+    guest_listen: NbdUri,
+
+    /// Where this side listens for the other one, once that is the primary
+    #[arg(long, value_name = "URI")]
+    listen: Option<NbdUri>,
+}
+
 /// Receive the writes of a primary and keep what they overwrite, ready to take over
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -189,6 +199,9 @@ Examples:
 pub(crate) struct SecondaryArgs {
     #[command(flatten)]
     side: SideArgs,
+
+    #[command(flatten)]
+    primary: ReplicateArgs,
 
     /// Where the primary connects; after a failover, guests
     #[arg(long, value_name = "URI")]
@@ -227,59 +240,15 @@ pub(crate) struct DryRun {
 
 impl PrimaryArgs {
     /// What was typed, as what it means.
-    pub(crate) fn resolve(self) -> Result<PrimaryConfig, Failure> {
-        if self.on_peer_lost == OnPeerLost::Suspend {
-            return Err(Failure::usage(
-                "--on-peer-lost suspend is not available in this version; degrade is: the guest \
-                 goes on, and what the secondary lacks is counted",
-            ));
+    pub(crate) fn resolve(self) -> Result<SideConfig, Failure> {
+        let mut config = self.side.resolve(Role::Primary, drive::primary)?;
+        config.guest_listen = Some(listening("--guest-listen", self.guest_listen, &config)?);
+        if let Some(uri) = self.listen {
+            config.listen = Some(listening("--listen", uri, &config)?);
         }
-        if self.window_bytes < 1 << 20 {
-            return Err(Failure::usage("--window-bytes: at least 1M"));
-        }
-        let side = self.side.resolve(drive::primary)?;
-        let peer = match side.peer {
-            Some(peer) => Some(peer),
-            None => self.peer.map(|uri| endpoint_without_export("--peer", uri)).transpose()?,
-        };
-        if peer.is_none() && self.peer_kind == PeerKindArg::Plain {
-            return Err(Failure::usage("--peer-kind plain: --peer is missing"));
-        }
-        let guest_listen = endpoint_without_export("--guest-listen", self.guest_listen)?;
-        check_plaintext("--guest-listen", &guest_listen, side.allow_plaintext)?;
-        Ok(PrimaryConfig {
-            name: side.name,
-            disks: side.disks,
-            state_dir: side.state_dir,
-            peer,
-            peer_kind: match self.peer_kind {
-                PeerKindArg::Brep => PeerKind::Brep,
-                PeerKindArg::Plain => PeerKind::Plain,
-            },
-            start: side.start,
-            guest_listen,
-            control: side.control,
-            ack: match self.ack {
-                AckArg::Sync => Ack::Sync,
-                AckArg::Async => Ack::Async,
-            },
-            peer_timeout: side.peer_timeout,
-            window_bytes: self.window_bytes,
-            window_requests: self.window_requests as usize,
-            checkpoint_interval: self.checkpoint_interval.0,
-            seeded: match self.seeded {
-                None => Seeded::No,
-                Some(SeededArg::Compare) => Seeded::Compare,
-                Some(SeededArg::Trust) => Seeded::Trust,
-            },
-            resync_limits: ResyncLimits {
-                rate: self.resync_rate.0,
-                latency_factor: self.resync_latency_factor.0,
-            },
-            resync_compare: self.resync_compare,
-            force_lonely: self.force_lonely,
-            allow_plaintext: side.allow_plaintext,
-        })
+        self.primary.apply(&mut config)?;
+        check_addresses(&config)?;
+        Ok(config)
     }
 }
 
@@ -290,53 +259,82 @@ impl SecondaryArgs {
     }
 
     /// What was typed, as what it means.
-    pub(crate) fn resolve(self) -> Result<SecondaryConfig, Failure> {
-        let side = self.side.resolve(drive::secondary)?;
-        let listen = endpoint_without_export("--listen", self.listen)?;
-        check_plaintext("--listen", &listen, side.allow_plaintext)?;
-        let guest_listen = self
-            .guest_listen
-            .map(|uri| endpoint_without_export("--guest-listen", uri))
-            .transpose()?;
-        if let Some(endpoint) = &guest_listen {
-            check_plaintext("--guest-listen", endpoint, side.allow_plaintext)?;
-            if *endpoint == listen {
-                return Err(Failure::usage("--listen and --guest-listen must differ"));
-            }
+    pub(crate) fn resolve(self) -> Result<SideConfig, Failure> {
+        let mut config = self.side.resolve(Role::Secondary, drive::secondary)?;
+        config.listen = Some(listening("--listen", self.listen, &config)?);
+        if let Some(uri) = self.guest_listen {
+            config.guest_listen = Some(listening("--guest-listen", uri, &config)?);
         }
-        Ok(SecondaryConfig {
-            name: side.name,
-            disks: side.disks,
-            state_dir: side.state_dir,
-            listen,
-            guest_listen,
-            plain_primary: self.plain_primary,
-            discard_local: self.discard_local,
-            start: side.start,
-            control: side.control,
-            peer_timeout: side.peer_timeout,
-            allow_plaintext: side.allow_plaintext,
-        })
+        config.plain_primary = self.plain_primary;
+        config.discard_local = self.discard_local;
+        self.primary.apply(&mut config)?;
+        check_addresses(&config)?;
+        Ok(config)
     }
 }
 
-struct Side {
-    name: String,
-    disks: Vec<DiskConfig>,
-    peer: Option<Endpoint>,
-    state_dir: PathBuf,
-    control: Option<PathBuf>,
-    peer_timeout: Duration,
-    start: bool,
-    allow_plaintext: bool,
+/// An address to listen at.
+fn listening(option: &str, uri: NbdUri, config: &SideConfig) -> Result<Endpoint, Failure> {
+    let endpoint = endpoint_without_export(option, uri)?;
+    check_plaintext(option, &endpoint, config.allow_plaintext)?;
+    Ok(endpoint)
+}
+
+fn check_addresses(config: &SideConfig) -> Result<(), Failure> {
+    if config.listen.is_some() && config.listen == config.guest_listen {
+        return Err(Failure::usage("--listen and --guest-listen must differ"));
+    }
+    if config.peer.is_none() && config.peer_kind == PeerKind::Plain {
+        return Err(Failure::usage("--peer-kind plain: --peer is missing"));
+    }
+    Ok(())
+}
+
+impl ReplicateArgs {
+    fn apply(self, config: &mut SideConfig) -> Result<(), Failure> {
+        if self.on_peer_lost == OnPeerLost::Suspend {
+            return Err(Failure::usage(
+                "--on-peer-lost suspend is not available in this version; degrade is: the guest \
+                 goes on, and what the secondary lacks is counted",
+            ));
+        }
+        if self.window_bytes < 1 << 20 {
+            return Err(Failure::usage("--window-bytes: at least 1M"));
+        }
+        if let Some(uri) = self.peer {
+            config.peer = Some(endpoint_without_export("--peer", uri)?);
+        }
+        config.peer_kind = match self.peer_kind {
+            PeerKindArg::Brep => PeerKind::Brep,
+            PeerKindArg::Plain => PeerKind::Plain,
+        };
+        config.ack = match self.ack {
+            AckArg::Sync => Ack::Sync,
+            AckArg::Async => Ack::Async,
+        };
+        config.window_bytes = self.window_bytes;
+        config.window_requests = self.window_requests as usize;
+        config.checkpoint_interval = self.checkpoint_interval.0;
+        config.seeded = match self.seeded {
+            None => Seeded::No,
+            Some(SeededArg::Compare) => Seeded::Compare,
+            Some(SeededArg::Trust) => Seeded::Trust,
+        };
+        config.resync_limits =
+            ResyncLimits { rate: self.resync_rate.0, latency_factor: self.resync_latency_factor.0 };
+        config.resync_compare = self.resync_compare;
+        config.force_lonely = self.force_lonely;
+        Ok(())
+    }
 }
 
 impl SideArgs {
     /// `drives` understands the options that --drive was given.
     fn resolve(
         self,
+        role: Role,
         drives: impl FnOnce(&[String], Option<PathBuf>) -> Result<Drives, Failure>,
-    ) -> Result<Side, Failure> {
+    ) -> Result<SideConfig, Failure> {
         if self.durability == Durability::Power {
             return Err(Failure::usage(
                 "--durability power is not available in this version: a checkpoint survives the \
@@ -361,15 +359,14 @@ impl SideArgs {
             }
             state_dir => drives(&self.drives, state_dir)?,
         };
-        Ok(Side {
-            name,
-            disks,
+        let state_dir = std::path::absolute(state_dir)?;
+        Ok(SideConfig {
             peer,
-            state_dir: std::path::absolute(state_dir)?,
+            start: !self.no_start,
             control: self.control.map(std::path::absolute).transpose()?,
             peer_timeout: self.peer_timeout,
-            start: !self.no_start,
             allow_plaintext: self.allow_plaintext,
+            ..SideConfig::new(role, &name, state_dir, disks)
         })
     }
 }

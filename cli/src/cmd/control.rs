@@ -2,12 +2,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use brep_nbd::{Endpoint, NbdUri};
 use brep_replication::control::{ClientError, ControlClient};
 use brep_replication::status::{DiskState, LinkState, ResyncStatus, Status};
 use serde_json::{Value, json};
 
 use crate::args::{
-    CheckpointArgs, ControlArgs, FailoverArgs, ResyncArgs, StartArgs, StopArgs, Target, Wait,
+    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResyncArgs, StartArgs,
+    StopArgs, Target, Wait, endpoint_without_export,
 };
 use crate::exit::{Failure, OK, Outcome};
 use crate::instances::Registry;
@@ -185,6 +187,26 @@ pub(crate) fn discard_text(answer: &Value) -> String {
         }
     }
     text
+}
+
+pub(crate) fn peer(args: &PeerArgs) -> Outcome {
+    match &args.command {
+        PeerCommand::Set { control, uri } => {
+            let endpoint = endpoint_without_export("peer set", uri.clone())?;
+            // As this process understands it: the instance may run in another directory.
+            let endpoint = match endpoint {
+                Endpoint::Unix { path } => Endpoint::Unix { path: std::path::absolute(path)? },
+                endpoint => endpoint,
+            };
+            let uri = NbdUri { endpoint: endpoint.clone(), ..uri.clone() }.to_string();
+            let answer = ask(control, "peer-set", json!({ "uri": uri }))?;
+            report(control, &answer, || format!("the peer is {endpoint}"))
+        }
+        PeerCommand::Clear { control } => {
+            let answer = ask(control, "peer-clear", Value::Null)?;
+            report(control, &answer, || "there is no peer any more".into())
+        }
+    }
 }
 
 /// Waits for the end of a resync, and shows its progress on a terminal. It has to begin within

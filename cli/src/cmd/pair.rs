@@ -1,7 +1,7 @@
 //! `brep primary` and `brep secondary`.
 use std::path::{Path, PathBuf};
 
-use brep_replication::config::{PrimaryConfig, SecondaryConfig};
+use brep_replication::config::{Role, SideConfig};
 
 use super::control::discard_text;
 use super::runtime::until_signal;
@@ -10,18 +10,11 @@ use crate::exit::{Failure, OK, Outcome};
 use crate::instances::{Entry, Registry};
 use crate::output;
 
-/// Serves the guest and replicates until told to stop.
-pub(crate) fn primary(config: PrimaryConfig) -> Outcome {
+/// Runs a side until it is told to stop; or only says what a secondary would give up.
+pub(crate) fn run(config: SideConfig, dry_run: Option<DryRun>) -> Outcome {
     let control = control_socket(config.control.as_deref(), &config.state_dir);
-    let _entry = register("primary", &config.name, &control);
-    until_signal("data", |shutdown| brep_replication::primary::run(config, shutdown))?;
-    Ok(OK)
-}
-
-/// Receives a primary's writes until told to stop; or only says what it would give up.
-pub(crate) fn secondary(config: SecondaryConfig, dry_run: Option<DryRun>) -> Outcome {
     if config.discard_local {
-        let discard = serde_json::to_value(brep_replication::secondary::would_discard(&config)?)
+        let discard = serde_json::to_value(brep_replication::would_discard(&config)?)
             .map_err(Failure::failed)?;
         match dry_run {
             Some(DryRun { json: true }) => output::json(&discard)?,
@@ -31,9 +24,12 @@ pub(crate) fn secondary(config: SecondaryConfig, dry_run: Option<DryRun>) -> Out
             return Ok(OK);
         }
     }
-    let control = control_socket(config.control.as_deref(), &config.state_dir);
-    let _entry = register("secondary", &config.name, &control);
-    until_signal("data", |shutdown| brep_replication::secondary::run(config, shutdown))?;
+    let role = match config.role {
+        Role::Primary => "primary",
+        Role::Secondary => "secondary",
+    };
+    let _entry = register(role, &config.name, &control);
+    until_signal("data", |shutdown| brep_replication::run(config, shutdown))?;
     Ok(OK)
 }
 

@@ -226,6 +226,7 @@ mod tests {
 
     fn disk() -> DiskStatus {
         DiskStatus {
+            merging: None,
             name: "vda".into(),
             file: "/d/vda.raw".into(),
             size: 10 << 30,

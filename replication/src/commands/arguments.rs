@@ -2,6 +2,8 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use crate::state::Target;
+
 /// How long a checkpoint command waits unless it says otherwise.
 const CHECKPOINT_LIMIT: Duration = Duration::from_secs(60);
 
@@ -40,6 +42,14 @@ impl<'a> Arguments<'a> {
     pub(crate) fn objects(self, name: &str) -> impl Iterator<Item = Arguments<'a>> {
         let list = self.0.get(name).and_then(Value::as_array).into_iter().flatten();
         list.filter_map(Value::as_object).map(Arguments)
+    }
+
+    /// What a failover makes of the disks.
+    pub(crate) fn target(self) -> Target {
+        match self.text("to") {
+            Some("latest") => Target::Latest,
+            _ => Target::Checkpoint,
+        }
     }
 
     /// The time that a checkpoint command may take.

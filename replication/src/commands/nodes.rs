@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{Arguments, CommandResult};
 use crate::control::{CommandError, ErrorClass};
-use crate::status::{DiskState, Status};
+use crate::status::{DiskState, DiskStatus, Progress, Status};
 
 /// One layer of a disk.
 #[derive(Debug, Clone)]
@@ -121,18 +121,20 @@ impl Job {
 
 /// The jobs of a side.
 pub(crate) fn jobs(status: &Status) -> Vec<Job> {
-    let of = |disk: &crate::status::DiskStatus| {
-        let progress = disk.progress?;
-        let kind = match disk.state {
-            DiskState::Promoting => JobKind::Commit,
-            _ => JobKind::Mirror,
+    let of = |disk: &DiskStatus| {
+        let job = |kind, progress: Progress| Job {
+            kind,
+            device: disk.name.clone(),
+            len: progress.total,
+            offset: progress.done,
+            speed: match kind {
+                JobKind::Mirror => status.resync.and_then(|r| r.rate_limit).unwrap_or(0),
+                JobKind::Commit => 0,
+            },
         };
-        let speed = match kind {
-            JobKind::Mirror => status.resync.and_then(|r| r.rate_limit).unwrap_or(0),
-            JobKind::Commit => 0,
-        };
-        let device = disk.name.clone();
-        Some(Job { kind, device, len: progress.total, offset: progress.done, speed })
+        let copying = disk.progress.filter(|_| disk.state == DiskState::Resyncing);
+        let merge = disk.merging.map(|progress| job(JobKind::Commit, progress));
+        merge.or_else(|| copying.map(|progress| job(JobKind::Mirror, progress)))
     };
     status.disks.iter().filter_map(of).collect()
 }

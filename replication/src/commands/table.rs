@@ -60,6 +60,8 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
         ],
     )
     .returning("ResyncReport"),
+    command("peer-set", &[required("uri", Kind::String)]),
+    command("peer-clear", &[]),
     // Replication, as a manager of the original knows it.
     command(
         "xen-set-replication",

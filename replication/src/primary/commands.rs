@@ -5,109 +5,83 @@ use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
 use tokio::sync::{mpsc, oneshot};
 
-use super::group::Group;
+use super::group::{Group, no_peer};
 use super::session::CheckpointRequest;
-use crate::commands::{self, Arguments, COMMANDS, CommandResult, Service};
+use crate::commands::{self, Arguments, CommandResult, Service};
 use crate::config::ResyncLimits;
-use crate::control::{CommandError, CommandSpec, Handler};
-use crate::daemon::on_data_thread;
+use crate::control::CommandError;
 use crate::node::Stage;
-use crate::status::LinkState;
-use crate::{Error, Result};
+use crate::side::{RoleCommands, peer_argument};
+use crate::status::{LinkState, Status};
+use crate::{Error, Result, secondary};
 
 /// The name by which a quorum knows the child that forwards.
 const PEER_CHILD: &str = "children.1";
 
-/// Commands of the control socket.
-pub(super) struct PrimaryHandler {
-    pub(super) group: Arc<Group>,
-    pub(super) data: tokio::runtime::Handle,
-    pub(super) requests: mpsc::Sender<CheckpointRequest>,
-    pub(super) service: Arc<Service>,
-    /// The disks whose forwarding child was removed.
-    pub(super) detached: Arc<Mutex<Vec<usize>>>,
-}
-
-impl Handler for PrimaryHandler {
-    fn commands(&self) -> &'static [CommandSpec] {
-        COMMANDS
-    }
-
-    fn execute(
-        &self,
-        command: &str,
-        arguments: Map<String, Value>,
-    ) -> BoxFuture<'_, CommandResult<Value>> {
-        let command = command.to_owned();
-        Box::pin(async move {
-            match self.answer(&command, Arguments(&arguments)) {
-                Some(outcome) => outcome,
-                None => self.work(command, arguments).await,
-            }
-        })
-    }
-}
-
-impl PrimaryHandler {
-    /// What can be answered at once, whatever the data path does.
-    fn answer(&self, command: &str, arguments: Arguments<'_>) -> Option<CommandResult<Value>> {
-        let group = &self.group;
-        Some(match command {
-            "query-status" => Ok(json!(group.status())),
-            "query-xen-replication-status" => Ok(commands::replication_status(group.get_error())),
-            "query-colo-status" => Ok(group.colo.to_value()),
-            "query-block-exports" => Ok(self.service.to_value()),
-            "query-named-block-nodes" => Ok(group.nodes(arguments.flag("flat"))),
-            "query-block-jobs" => Ok(commands::jobs_value(&group.status())),
-            "query-yank" => Ok(group.yank_instances()),
-            "yank" => group.yank(arguments).map(|()| json!({})),
-            "failover" => Err(Error::refused(
-                "this is the primary: it is the disk already; run brep failover on the secondary",
-            )
-            .into()),
-            "replication-stop" => {
-                group.stopping.cancel();
-                Ok(json!({}))
-            }
-            "quit" => {
-                commands::announce_quit(&group.events);
-                group.stopping.cancel();
-                Ok(json!({}))
-            }
-            "block-job-cancel"
-            | "block-job-set-speed"
-            | "block-job-pause"
-            | "block-job-resume"
-            | "block-job-complete"
-            | "block-job-finalize"
-            | "block-job-dismiss" => Err(commands::check_job(&group.status(), arguments)),
-            _ => return None,
-        })
-    }
-
-    /// What is done on the thread of the disks.
-    async fn work(&self, command: String, arguments: Map<String, Value>) -> CommandResult<Value> {
-        let side = Side {
-            group: Arc::clone(&self.group),
-            requests: self.requests.clone(),
-            service: Arc::clone(&self.service),
-            detached: Arc::clone(&self.detached),
-        };
-        let work = async move { side.work(&command, Arguments(&arguments)).await };
-        on_data_thread(&self.data, work).await
-    }
-}
-
-/// What a command works on.
-struct Side {
+/// The commands of the control socket, on a primary.
+pub(super) struct PrimaryCommands {
     group: Arc<Group>,
     requests: mpsc::Sender<CheckpointRequest>,
     service: Arc<Service>,
-    detached: Arc<Mutex<Vec<usize>>>,
+    /// The disks whose forwarding child was removed.
+    detached: Mutex<Vec<usize>>,
 }
 
-impl Side {
-    async fn work(&self, command: &str, arguments: Arguments<'_>) -> CommandResult<Value> {
+impl RoleCommands for PrimaryCommands {
+    fn service(&self) -> &Service {
+        &self.service
+    }
+
+    fn status(&self) -> Status {
+        self.group.status()
+    }
+
+    fn get_error(&self) -> Option<String> {
+        self.group.get_error()
+    }
+
+    fn nodes(&self, flat: bool) -> Value {
+        self.group.nodes(flat)
+    }
+
+    fn yank_instances(&self) -> Value {
+        self.group.yank_instances()
+    }
+
+    fn drop_peer(&self) {
+        self.group.drop_peer("dropped by command (yank)");
+    }
+
+    fn answer(&self, command: &str, _: Arguments<'_>) -> Option<CommandResult<Value>> {
+        match command {
+            "replication-stop" => {
+                self.group.stopping.cancel();
+                Some(Ok(json!({})))
+            }
+            _ => None,
+        }
+    }
+
+    fn work(
+        self: Arc<Self>,
+        command: String,
+        arguments: Map<String, Value>,
+    ) -> BoxFuture<'static, CommandResult<Value>> {
+        Box::pin(async move { self.carry_out(&command, Arguments(&arguments)).await })
+    }
+}
+
+impl PrimaryCommands {
+    pub(super) fn new(
+        group: &Arc<Group>,
+        requests: mpsc::Sender<CheckpointRequest>,
+        service: &Arc<Service>,
+    ) -> Self {
+        let (group, service) = (Arc::clone(group), Arc::clone(service));
+        PrimaryCommands { group, requests, service, detached: Mutex::default() }
+    }
+
+    async fn carry_out(&self, command: &str, arguments: Arguments<'_>) -> CommandResult<Value> {
         let group = &self.group;
         let done = |()| json!({});
         match command {
@@ -118,7 +92,19 @@ impl Side {
             "xen-colo-do-checkpoint" => {
                 self.checkpoint(false, arguments.checkpoint_limit()).await.map(|_| json!({}))
             }
+            "failover" => {
+                let last = group.promoted.as_ref().and_then(|s| s.last_contact_ms());
+                let report = secondary::repeated(&group.record(), arguments.target(), last);
+                Ok(json!(report.unwrap_or_else(|| {
+                    Err(Error::refused(
+                        "this is the primary: it is the disk already; run brep failover on the \
+                         secondary",
+                    ))
+                })?))
+            }
             "resync" => Ok(resync(group, arguments)?),
+            "peer-set" => Ok(group.change_peer(peer_argument(arguments)?).map(done)?),
+            "peer-clear" => Ok(group.forget_peer().await.map(done)?),
             "replication-start" => Ok(group.start_replication().map(done)?),
             "xen-set-replication" => self.set_replication(arguments).await.map(done),
             "x-colo-lost-heartbeat" => self.lost_heartbeat().await.map(done),
@@ -151,6 +137,11 @@ impl Side {
 
     /// `xen-set-replication`: what it stops goes on alone; nothing is lost by that.
     async fn set_replication(&self, arguments: Arguments<'_>) -> CommandResult<()> {
+        let promoted = self.group.record().secondary.promotion.is_some();
+        if promoted && self.group.stage() == Stage::None && !arguments.has("failover") {
+            // As one of the original is after its failover: the primary, and nothing to stop.
+            return Ok(());
+        }
         if arguments.flag("enable") {
             commands::check_start(arguments, true)?;
             return Ok(self.group.start_replication()?);
@@ -205,7 +196,7 @@ impl Side {
     async fn remove_child(&self, disk: usize, parent: &str, child: &str) -> CommandResult<()> {
         let group = &self.group;
         let is_there =
-            child == PEER_CHILD && group.config.peer.is_some() && !self.detached().contains(&disk);
+            child == PEER_CHILD && group.peer().is_some() && !self.detached().contains(&disk);
         if !is_there {
             let text = format!("Node '{parent}' does not have child '{child}'");
             return Err(CommandError::refused(text));
@@ -220,7 +211,7 @@ impl Side {
 
     fn add_child(&self, disk: usize, parent: &str, node: &str) -> CommandResult<()> {
         let peer = peer_node(parent);
-        if node != peer || self.group.config.peer.is_none() {
+        if node != peer || self.group.peer().is_none() {
             return Err(CommandError::refused(format!("Node '{node}' not found")));
         }
         let mut detached = self.detached();
@@ -291,8 +282,8 @@ fn changed_limits(old: ResyncLimits, arguments: Arguments<'_>) -> Result<Option<
 }
 
 fn request_copy(group: &Group, compare: bool) -> Result<()> {
-    if group.config.peer.is_none() {
-        return Err(Error::refused("no --peer was given: there is nothing to copy to"));
+    if group.peer().is_none() {
+        return Err(no_peer());
     }
     let mut core = group.core();
     if let Some(refusal) = &core.refusal

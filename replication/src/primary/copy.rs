@@ -83,7 +83,7 @@ struct Piece {
 impl Piece {
     /// The piece that begins there: data of the length that was found, or a long run of zeroes.
     async fn at(group: &Group, disk: usize, range: Range<u64>) -> Self {
-        let device = group.disks()[disk].image.device();
+        let device = &group.disks()[disk].device;
         // An error shows again when the range is read.
         match device.block_status(range.start, device.size() - range.start).await {
             Ok(status) if status.flags.zero && status.len >= range.end - range.start => {
@@ -135,7 +135,7 @@ async fn skip_zeroes(
     let mut assumed = {
         let part = &group.disks()[disk];
         let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
-        if !is_zero(&**part.image.device(), range).await {
+        if !is_zero(&*part.device, range).await {
             return range.start;
         }
         group.assume_equal(disk, range.clone())
@@ -155,7 +155,7 @@ async fn skip_zeroes(
 /// Reads a range under its lock and sends it in its place among the guest's writes.
 async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Result<()> {
     let part = &group.disks()[disk];
-    let device = part.image.device();
+    let device = &part.device;
     let len = range.end - range.start;
     // A run of zeroes is long, and its request is short.
     let admission = group.admit(len.min(PIECE_BYTES)).await;
@@ -218,7 +218,7 @@ async fn different_on_peer(
     let (assumed, data) = {
         let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
         let assumed = group.assume_equal(disk, range.clone());
-        (assumed, part.image.device().read(range.start, len as usize).await)
+        (assumed, part.device.read(range.start, len as usize).await)
     };
     let data = data.inspect_err(|error| group.report(disk, error))?;
     let mine: Vec<String> = data.chunks(HASH_CHUNK_BYTES as usize).map(hash_hex).collect();

@@ -21,12 +21,18 @@ use crate::door::Door;
 /// where possible, so that both read the same.
 #[derive(Debug, Clone)]
 pub(crate) struct PrimaryDisk {
-    pub(crate) group: Arc<Group>,
-    pub(crate) index: usize,
-    pub(crate) device: Arc<dyn BlockDevice>,
+    group: Arc<Group>,
+    index: usize,
+    device: Arc<dyn BlockDevice>,
 }
 
 impl PrimaryDisk {
+    /// A disk of the group, by its number.
+    pub(crate) fn new(group: &Arc<Group>, index: usize) -> Self {
+        let device = Arc::clone(&group.disks()[index].device);
+        PrimaryDisk { group: Arc::clone(group), index, device }
+    }
+
     fn start_change(&self, offset: u64, change: Change) -> Io<'_, ()> {
         if let Err(error) = self.device.check_range(change.operation(), offset, change.len()) {
             return Io::err(error);

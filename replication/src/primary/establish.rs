@@ -65,7 +65,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         Err(error) => return Err(Error::failed(error.to_string())),
     };
     let (mut reader, mut writer) = split(link.stream, &link.rest);
-    let me = group.side();
+    let me = group.introduce();
     let hello = Hello { version: LINK_VERSION, timeout_ms: timeout_ms(limit), side: me.clone() };
     writer.send(&Message::Hello(Box::new(hello)), limit).await?;
     let answer = match reader.receive_within(limit).await? {
@@ -264,7 +264,7 @@ async fn connect_disks(
         };
         let connection =
             Connection::connect(&options).await.map_err(|e| Error::failed(e.to_string()))?;
-        let size = disk.image.device().size();
+        let size = disk.size();
         if connection.export().size != size {
             return Err(Error::failed(format!(
                 "disk {}: {} bytes here, {} on the secondary",

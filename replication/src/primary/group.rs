@@ -1,12 +1,14 @@
 mod maps;
 mod resync;
 mod role;
+mod stage;
 mod window;
 
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use brep_block::{Error as BlockError, RangeLock, storage};
+use brep_block::{BlockDevice, Error as BlockError, RangeLock, storage};
 use brep_hbitmap::{MapSet, Role as MapRole};
 use brep_nbd::client::Connection;
 use serde_json::json;
@@ -17,37 +19,35 @@ use uuid::Uuid;
 
 pub(crate) use self::maps::{MapsOf, Since};
 use self::maps::{begin_copy, trust};
-use self::role::check_role;
+pub(crate) use self::role::check_role;
+pub(crate) use self::stage::no_peer;
 use self::window::HeldWrite;
 use super::ages::{Ages, Due};
 use super::epochs::{Drained, Epochs};
 use super::hello::{Refusal, Wish};
 use super::pace::Pace;
 use super::progress::CopyProgress;
-use crate::commands::{Colo, ColoMode};
-use crate::config::PrimaryConfig;
-use crate::control::EventBus;
+use crate::commands::ColoMode;
+use crate::config::DiskConfig;
 use crate::door::Door;
-use crate::errors::ErrorLog;
 use crate::guest::Guest;
 use crate::image::Image;
-use crate::link::{CopyMode, DiskInfo, RefusalKind, Side};
+use crate::link::{self, CopyMode, DiskInfo, RefusalKind};
 use crate::node::Stage;
-use crate::state::{Record, RecordStore, Role, SharedRecord};
+use crate::side::Side;
+use crate::state::Record;
 use crate::status::LinkState;
 use crate::written::describe;
-use crate::{Commit, Epoch, Error, Generation, Result, SetId};
+use crate::{Commit, Epoch, Error, Generation, Result, secondary};
 
 /// The disks of a primary, and everything that concerns all of them: epochs, window, record.
 pub(crate) struct Group {
-    pub(crate) config: PrimaryConfig,
-    pub(crate) run: Uuid,
-    pub(crate) events: EventBus,
-    pub(crate) errors: ErrorLog,
-    pub(crate) stopping: CancellationToken,
+    side: Arc<Side>,
     disks: Vec<DiskPart>,
-    /// Changed by the data thread alone, and never while the core is locked: queries need that.
-    record: SharedRecord,
+    /// What the disks are, if they are images and nothing else.
+    images: Vec<Image>,
+    /// What is left of the secondary that was promoted in this process.
+    pub(super) promoted: Option<Arc<secondary::Group>>,
     core: Mutex<Core>,
     window_bytes: Arc<Semaphore>,
     window_requests: Arc<Semaphore>,
@@ -63,13 +63,20 @@ pub(crate) struct Group {
     pub(crate) guest_allowed: CancellationToken,
     /// What the guest's requests pass, on all disks.
     pub(crate) door: Arc<Door>,
-    pub(crate) guest: Guest,
-    pub(crate) colo: Colo,
+    pub(crate) guest: Arc<Guest>,
     pub(crate) counters: Counters,
     pace: Mutex<Pace>,
     pace_changed: Notify,
     /// The guest's writes are timed.
     measuring: AtomicBool,
+}
+
+impl Deref for Group {
+    type Target = Side;
+
+    fn deref(&self) -> &Side {
+        &self.side
+    }
 }
 
 /// On which terms a session begins.
@@ -93,9 +100,26 @@ pub(crate) struct Terms<'a> {
 pub(crate) struct DiskPart {
     pub(crate) name: String,
     pub(crate) file: String,
-    pub(crate) image: Image,
+    /// What the guest's requests are carried out on, here.
+    pub(crate) device: Arc<dyn BlockDevice>,
     /// Serialises what overlaps, over the local leg of a write.
     pub(crate) locks: RangeLock,
+}
+
+impl DiskPart {
+    /// In bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.device.size()
+    }
+
+    fn new(config: &DiskConfig, device: Arc<dyn BlockDevice>) -> Self {
+        DiskPart {
+            name: config.name.clone(),
+            file: config.path.display().to_string(),
+            device,
+            locks: RangeLock::new(),
+        }
+    }
 }
 
 pub(crate) struct Core {
@@ -146,57 +170,65 @@ impl std::fmt::Debug for Group {
 }
 
 impl Group {
-    /// Opens record and disks.
-    pub(crate) async fn open(
-        config: PrimaryConfig,
-        events: EventBus,
-        stopping: CancellationToken,
-    ) -> Result<Arc<Self>> {
-        let blank = || Record {
-            set: Some(SetId::random()),
-            cur: Some(Generation::random()),
-            ..Record::blank(&config.name, Role::Primary)
-        };
-        let mut store = RecordStore::open(&config.state_dir, blank)?;
-        let record = store.record();
-        check_role(record).map_err(|e| e.context(config.state_dir.display()))?;
-        let mut disks = Vec::new();
-        for disk in &config.disks {
-            disks.push(DiskPart {
-                name: disk.name.clone(),
-                file: disk.path.display().to_string(),
-                image: Image::open(disk).await?,
-                locks: RangeLock::new(),
-            });
+    /// Opens the disks and their maps.
+    pub(crate) async fn open(side: &Arc<Side>) -> Result<Arc<Self>> {
+        let mut images = Vec::new();
+        for disk in &side.config.disks {
+            images.push(Image::open(disk).await?);
         }
-        store.update(|record| {
-            record.begin_run(storage::boot_id(&config.state_dir));
-            record.become_primary();
-            let size = |d: &DiskPart| (d.name.clone(), d.image.device().size());
-            record.primary.disks = disks.iter().map(size).collect();
+        let parts = side.config.disks.iter().zip(&images);
+        let disks = parts.map(|(d, image)| DiskPart::new(d, Arc::clone(image.device())));
+        let disks: Vec<_> = disks.collect();
+        side.record.update(|record| {
+            record.begin_run(storage::boot_id(&side.config.state_dir));
+            record.primary.disks = disks.iter().map(|d| (d.name.clone(), d.size())).collect();
         })?;
-        let set = store.record().set;
-        let maps = disks
-            .iter()
-            .map(|d| {
-                let size = d.image.device().size();
-                MapsOf { state_dir: &config.state_dir, set, disk: &d.name, size }.open()
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let open = |d: &DiskPart| MapsOf::new(side, &d.name, d.size()).open();
+        let maps = disks.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let door = Door::new(&side.config.name);
+        let guest = Arc::new(Guest::new(vec![Arc::clone(&door)]));
+        Ok(Self::new(side, disks, images, maps, door, guest, None))
+    }
+
+    /// The primary that a promoted secondary is. Its guest stays with the doors that it passes.
+    pub(crate) fn of_promoted(
+        side: &Arc<Side>,
+        secondary: &Arc<secondary::Group>,
+        devices: Vec<Arc<dyn BlockDevice>>,
+        maps: Vec<MapSet>,
+    ) -> Arc<Self> {
+        let parts = side.config.disks.iter().zip(devices);
+        let disks = parts.map(|(d, device)| DiskPart::new(d, device)).collect();
+        let guest = Arc::clone(&secondary.guest);
+        let door = Door::new(&side.config.name);
+        Self::new(side, disks, Vec::new(), maps, door, guest, Some(Arc::clone(secondary)))
+    }
+
+    fn new(
+        side: &Arc<Side>,
+        disks: Vec<DiskPart>,
+        images: Vec<Image>,
+        maps: Vec<MapSet>,
+        door: Arc<Door>,
+        guest: Arc<Guest>,
+        promoted: Option<Arc<secondary::Group>>,
+    ) -> Arc<Self> {
+        let config = &side.config;
+        let peer = side.peer();
         let window_bytes = u32::try_from(config.window_bytes).unwrap_or(u32::MAX >> 4);
         let core = Core {
-            epochs: Epochs::new(store.record().epoch),
+            epochs: Epochs::new(side.record.get().epoch),
             connections: Vec::new(),
             maps,
             ages: Ages::default(),
             fatal: None,
             again: None,
             wish: Wish { seeded: config.seeded, ..Wish::default() },
-            link: if config.peer.is_some() { LinkState::Disconnected } else { LinkState::None },
+            link: if peer.is_some() { LinkState::Disconnected } else { LinkState::None },
             refusal: None,
             reason: None,
             dropped: None,
-            peer: config.peer.as_ref().map(ToString::to_string),
+            peer: peer.as_ref().map(ToString::to_string),
             copying: false,
             progress: None,
             checkpoints_for_peer: Vec::new(),
@@ -204,25 +236,20 @@ impl Group {
             last_commit: None,
             dirty: false,
         };
-        let stage = match config.start && config.peer.is_some() {
+        let stage = match config.start && peer.is_some() {
             true => Stage::Running,
             false => Stage::None,
         };
-        let door = Door::new(&config.name);
         let pace = Pace::new(config.resync_limits);
-        Ok(Arc::new(Group {
-            guest: Guest::new(vec![Arc::clone(&door)]),
+        Arc::new(Group {
+            guest,
             door,
-            colo: Colo::default(),
             window_bytes: Arc::new(Semaphore::new(window_bytes as usize)),
             window_requests: Arc::new(Semaphore::new(config.window_requests)),
-            config,
-            run: crate::random::uuid(),
-            events,
-            errors: ErrorLog::default(),
-            stopping,
+            side: Arc::clone(side),
             disks,
-            record: SharedRecord::new(store),
+            images,
+            promoted,
             core: Mutex::new(core),
             ended: Notify::new(),
             stage: watch::Sender::new(stage),
@@ -233,7 +260,27 @@ impl Group {
             pace: Mutex::new(pace),
             pace_changed: Notify::new(),
             measuring: AtomicBool::new(false),
-        }))
+        })
+    }
+
+    /// Ends the use of the disks, after the last request: flushed, if they are images. `flushed`:
+    /// what is below them has been written out without an error.
+    ///
+    /// # Errors
+    /// Something could not be written; then the record does not say that this was a clean end.
+    pub(crate) async fn close(&self, flushed: Result<()>) -> Result<()> {
+        let mut result = flushed;
+        for image in &self.images {
+            result = result.and(image.close().await);
+        }
+        if result.is_err() {
+            (0..self.disks.len()).for_each(|disk| self.distrust_maps(disk));
+        }
+        result = result.and(self.close_maps());
+        if result.is_ok() {
+            self.update_record(|record| record.clean = true)?;
+        }
+        result
     }
 
     pub(crate) fn core(&self) -> MutexGuard<'_, Core> {
@@ -244,32 +291,15 @@ impl Group {
         &self.disks
     }
 
-    pub(crate) fn record(&self) -> Record {
-        Record::clone(&self.record.get())
+    pub(crate) fn record(&self) -> Arc<Record> {
+        self.side.record.get()
     }
 
     /// What hello tells of this side.
-    pub(crate) fn side(&self) -> Side {
-        let (record, maps) = (self.record(), describe(self.core().maps.iter()));
-        let size = |d: &DiskPart| d.image.device().size();
-        Side {
-            name: self.config.name.clone(),
-            run: self.run,
-            set: record.set,
-            cur: record.cur,
-            fork: record.fork,
-            com: record.com,
-            epoch: record.epoch,
-            session: record.session,
-            history: record.history,
-            primary: true,
-            disks: self
-                .disks
-                .iter()
-                .map(|d| DiskInfo { name: d.name.clone(), size: size(d) })
-                .collect(),
-            maps,
-        }
+    pub(crate) fn introduce(&self) -> link::Side {
+        let maps = describe(self.core().maps.iter());
+        let disks = self.disks.iter().map(|d| DiskInfo { name: d.name.clone(), size: d.size() });
+        self.side.introduce(disks.collect(), maps)
     }
 
     /// A failure that no guest is told of, or not only.
@@ -337,11 +367,10 @@ impl Group {
                 return Err(Error::failed("the session was agreed on before the last command"));
             }
             for (maps, disk) in core.maps.iter_mut().zip(&self.disks) {
-                let size = disk.image.device().size();
                 if trusted {
-                    trust(maps, size);
+                    trust(maps, disk.size());
                 }
-                begin_copy(maps, copy, size);
+                begin_copy(maps, copy, disk.size());
             }
             core.progress = Some(CopyProgress::begin(core.all_bytes_behind(), Instant::now()));
         }
@@ -376,7 +405,7 @@ impl Group {
         {
             let mut core = self.core();
             for (maps, disk) in core.maps.iter_mut().zip(&self.disks) {
-                maps.set(MapRole::Differs, 0, disk.image.device().size());
+                maps.set(MapRole::Differs, 0, disk.size());
             }
             core.copying = true;
             core.progress = Some(CopyProgress::begin(core.all_bytes_behind(), Instant::now()));
@@ -532,52 +561,6 @@ impl Group {
     /// The peer has given a sign of life.
     pub(crate) fn heard(&self) {
         self.core().last_contact = Some(Instant::now());
-    }
-
-    pub(crate) fn stage(&self) -> Stage {
-        *self.stage.borrow()
-    }
-
-    /// Resolves when replication is to run, or is not to run any more.
-    pub(crate) async fn until_stage(&self, running: bool) {
-        let mut stage = self.stage.subscribe();
-        // The sender lives as long as this.
-        let _ = stage.wait_for(|s| (*s == Stage::Running) == running).await;
-    }
-
-    /// Begins to replicate: the peer is connected to, now and whenever it is lost.
-    ///
-    /// # Errors
-    /// It runs already, or there is no peer.
-    pub(crate) fn start_replication(&self) -> Result<()> {
-        if self.config.peer.is_none() {
-            return Err(Error::refused("no --peer was given: there is nothing to replicate to"));
-        }
-        if self.stage.send_replace(Stage::Running) == Stage::Running {
-            return Err(Error::refused("Block replication is running or done"));
-        }
-        self.errors.clear_latch();
-        Ok(())
-    }
-
-    /// Ends replication; the guest goes on alone. Returns when the peer gets nothing more.
-    ///
-    /// # Errors
-    /// It does not run.
-    pub(crate) async fn stop_replication(&self) -> Result<()> {
-        if self.stage() != Stage::Running {
-            return Err(Error::refused("Block replication is not running"));
-        }
-        self.stage.send_replace(Stage::Done);
-        loop {
-            let ended = self.ended.notified();
-            let mut ended = std::pin::pin!(ended);
-            ended.as_mut().enable();
-            if !self.is_attached() {
-                return Ok(());
-            }
-            ended.await;
-        }
     }
 
     pub(crate) fn is_attached(&self) -> bool {

@@ -5,26 +5,29 @@ use serde_json::{Value, json};
 
 use super::commands::peer_node;
 use super::group::Group;
-use crate::commands::{self, Arguments, CommandResult, Node};
+use crate::commands::Node;
 use crate::config::DiskFormat;
 use crate::node::Stage;
 
 impl Group {
     /// The answer to get_error: none, or its text.
     pub(super) fn get_error(&self) -> Option<String> {
-        match self.stage() {
+        match self.overall_stage() {
             Stage::None => Some("Block replication is not running".to_owned()),
-            Stage::Running => self.errors.latched(),
+            Stage::Running | Stage::Failover => self.errors.latched(),
             _ => None,
         }
     }
 
     /// The answer to `query-named-block-nodes`.
     pub(super) fn nodes(&self, flat: bool) -> Value {
+        if let Some(secondary) = &self.promoted {
+            return secondary.nodes(flat);
+        }
         let attached = self.is_attached();
         let mut nodes = Vec::new();
         for (disk, config) in self.disks().iter().zip(&self.config.disks) {
-            let size = disk.image.device().size();
+            let size = disk.size();
             let node = |name: String, driver, file: String| Node {
                 name,
                 driver,
@@ -38,7 +41,7 @@ impl Group {
             };
             nodes.push(node(disk.name.clone(), "quorum", disk.file.clone()));
             nodes.push(node(disk_node(&disk.name), driver, disk.file.clone()));
-            if let Some(peer) = self.config.peer.as_ref().filter(|_| attached) {
+            if let Some(peer) = self.peer().filter(|_| attached) {
                 let file = format!("{peer} {}", disk.name);
                 nodes.push(node(peer_node(&disk.name), "nbd", file));
             }
@@ -54,15 +57,6 @@ impl Group {
         let node = |name: &str| json!({ "type": "block-node", "node-name": peer_node(name) });
         let nodes = self.disks().iter().map(|disk| node(&disk.name));
         nodes.chain([json!({ "type": "migration" })]).collect()
-    }
-
-    /// Drops the peer, whatever is on its way: the guest goes on alone.
-    pub(super) fn yank(&self, arguments: Arguments<'_>) -> CommandResult<()> {
-        commands::check_yank(&self.yank_instances(), arguments)?;
-        if arguments.objects("instances").next().is_some() {
-            self.drop_peer("dropped by command (yank)");
-        }
-        Ok(())
     }
 
     /// A write of the guest has failed on the local disk, and fails to the guest.

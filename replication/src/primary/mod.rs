@@ -18,26 +18,23 @@ mod status;
 use std::sync::Arc;
 use std::time::Duration;
 
+use brep_hbitmap::MapSet;
 use brep_nbd::Endpoint;
 use brep_nbd::server::{
     Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode,
 };
 use serde_json::json;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 
-use self::commands::PrimaryHandler;
-use self::disk::PrimaryDisk;
+use self::commands::PrimaryCommands;
+pub(crate) use self::disk::PrimaryDisk;
 use self::establish::{Attempt, establish};
-use self::group::Group;
-pub(crate) use self::group::{MapsOf, Since};
+pub(crate) use self::group::{Group, MapsOf, Since, check_role};
 use self::session::CheckpointRequest;
 use crate::commands::Service;
-use crate::config::{PeerKind, PrimaryConfig};
-use crate::control::EventBus;
-use crate::daemon;
-use crate::link::StopReason;
-use crate::state::PrimaryRecord;
+use crate::config::PeerKind;
+use crate::link::{Side as Introduction, StopReason};
+use crate::side::Side;
 use crate::status::LinkState;
 use crate::{Error, Result};
 
@@ -51,89 +48,96 @@ const REQUESTS_MAX: usize = 64;
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
-/// Runs a primary until `shutdown` is cancelled or it is told to stop. To be called on a
-/// current-thread runtime of its own thread: that thread is the data path. The control socket is
-/// served on another thread.
-///
-/// # Errors
-/// Whatever keeps it from starting, with the file or address and what to do; and what keeps it
-/// from stopping cleanly.
-pub async fn run(config: PrimaryConfig, shutdown: CancellationToken) -> Result<()> {
-    daemon::prepare(&config.state_dir, &config.disks)?;
-    daemon::check_plaintext(&[&config.guest_listen], config.allow_plaintext)?;
-    let control = daemon::control_path(&config.control, &config.state_dir);
-    let events = EventBus::new();
-    let group = Group::open(config, events.clone(), shutdown.clone()).await?;
-
+/// Runs a primary whose disks are their images, until the side ends.
+pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
+    let address = side.guest_address()?;
+    let group = Group::open(side).await?;
     let exports = Arc::new(GuestExports(Arc::clone(&group)));
     let allowed = group.guest_allowed.clone();
-    let service = Service::new(exports, allowed, group.config.allow_plaintext, events.clone());
+    let service = Service::new(exports, allowed, side.config.allow_plaintext, side.events.clone());
     let disks: Vec<_> = group.disks().iter().map(|d| d.name.as_str()).collect();
-    service.serve(&group.config.guest_listen, &disks).await?;
+    service.serve(address, &disks).await?;
+    let primary = Primary::start(&group, &service);
+    side.serve_control()?;
+    tracing::info!(name = side.config.name, "primary ready");
 
-    let (requests, waiting) = mpsc::channel(REQUESTS_MAX);
-    let replicating = tokio::spawn(replicate(Arc::clone(&group), waiting));
-    let handler = PrimaryHandler {
-        group: Arc::clone(&group),
-        data: tokio::runtime::Handle::current(),
-        requests,
-        service: Arc::clone(&service),
-        detached: Arc::default(),
-    };
-    let control = daemon::ControlThread::spawn(control, Arc::new(handler), events)?;
-    tracing::info!(name = group.config.name, "primary ready");
-
-    shutdown.cancelled().await;
+    side.stopping.cancelled().await;
     group.guest.end();
     // Guests first: what they were told is replicated, if there is a peer.
     service.shut_down().await;
-    // Bounded by the peer timeout, if not by this.
-    let _ = tokio::time::timeout(STOP_GRACE, group.idle()).await;
-    group.quiesced.cancel();
-    let _ = replicating.await;
-    let result = close(&group).await;
-    control.stop();
-    result
+    primary.end().await.close(Ok(())).await
 }
 
-async fn close(group: &Arc<Group>) -> Result<()> {
-    let mut result = Ok(());
-    for (index, disk) in group.disks().iter().enumerate() {
-        let closed = disk.image.close().await;
-        if closed.is_err() {
-            group.distrust_maps(index);
+/// A primary at work: it keeps the pair together, and carries out commands.
+pub(crate) struct Primary {
+    group: Arc<Group>,
+    replicating: tokio::task::JoinHandle<()>,
+}
+
+impl Primary {
+    /// Connects to the peer, if there is one, and takes commands.
+    pub(crate) fn start(group: &Arc<Group>, service: &Arc<Service>) -> Self {
+        let was_connected = {
+            let record = group.record();
+            record.primary.had_peer && !record.primary.alone
+        };
+        if !was_connected {
+            group.allow_guest(false);
+        } else if group.config.force_lonely {
+            tracing::warn!("the guest is served without the secondary, by --force-lonely");
+            group.allow_guest(true);
+        } else if group.config.peer_kind == PeerKind::Plain {
+            // There is no hello to wait for: that nobody was promoted is the manager's to know.
+            group.allow_guest(true);
         }
-        result = result.and(closed);
+        let (requests, waiting) = mpsc::channel(REQUESTS_MAX);
+        let replicating = tokio::spawn(replicate(Arc::clone(group), waiting));
+        group.commands(Some(Arc::new(PrimaryCommands::new(group, requests, service))));
+        Primary { group: Arc::clone(group), replicating }
     }
-    result = result.and(group.close_maps());
-    if result.is_ok() {
-        group.update_record(|record| record.clean = true)?;
+
+    /// What hello tells of this side.
+    pub(crate) fn introduce(&self) -> Introduction {
+        self.group.introduce()
     }
-    result
+
+    /// Looks at the maps of a disk.
+    pub(crate) fn with_maps<T>(&self, disk: usize, look: impl FnOnce(&MapSet) -> T) -> Option<T> {
+        self.group.with_maps(disk, look)
+    }
+
+    /// Whether guests may be served: not before it is known that no other side is the disk now.
+    pub(crate) fn serves_guests(&self) -> bool {
+        self.group.guest_allowed.is_cancelled()
+    }
+
+    /// Ends the session, when everything that guests were told is replicated; they are gone.
+    pub(crate) async fn end(self) -> Arc<Group> {
+        // Bounded by the peer timeout, if not by this.
+        let _ = tokio::time::timeout(STOP_GRACE, self.group.idle()).await;
+        self.group.quiesced.cancel();
+        let _ = self.replicating.await;
+        self.group
+    }
 }
 
 /// Keeps the pair together: connects, runs the session, and tries again when it ends.
 async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointRequest>) {
-    let PrimaryRecord { had_peer, alone, .. } = group.record().primary;
-    let was_connected = had_peer && !alone;
-    if !was_connected {
-        group.allow_guest(false);
-    } else if group.config.force_lonely {
-        tracing::warn!("the guest is served without the secondary, by --force-lonely");
-        group.allow_guest(true);
-    } else if group.config.peer_kind == PeerKind::Plain {
-        // There is no hello to wait for: that nobody was promoted is the manager's to know.
-        group.allow_guest(true);
-    }
-    let Some(peer) = group.config.peer.clone() else {
-        group.allow_guest(true);
-        return refuse_requests(&group, &mut requests, "no --peer was given").await;
-    };
     let mut pause = RETRY_FIRST;
+    let mut peers = group.watch_peer();
     while !group.stopping.is_cancelled() {
+        let Some(peer) = peers.borrow_and_update().clone() else {
+            group.allow_guest(true);
+            tokio::select! {
+                _ = peers.changed() => continue,
+                () = group.stopping.cancelled() => return,
+                () = refuse_requests(&group, &mut requests, "there is no peer") => return,
+            }
+        };
         tokio::select! {
             biased;
             () = group.until_stage(true) => {}
+            _ = peers.changed() => continue,
             () = group.stopping.cancelled() => return,
             () = refuse_requests(&group, &mut requests, "replication has not been started") => {}
         }
@@ -147,6 +151,7 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
             biased;
             () = tokio::time::sleep(pause) => {}
             () = group.wake.notified() => {}
+            _ = peers.changed() => {}
             () = group.until_stage(false) => {}
             () = group.stopping.cancelled() => {}
             () = refuse_requests(&group, &mut requests, "the secondary is not connected") => {}
@@ -234,6 +239,14 @@ async fn refuse_requests(
     }
 }
 
+/// The answer to a guest that comes too early.
+pub(crate) fn not_served() -> OptionError {
+    OptionError::new(
+        OptionErrorCode::Policy,
+        "not served yet: the other side may be the disk now (see brep status)",
+    )
+}
+
 /// What guests find.
 #[derive(Debug)]
 struct GuestExports(Arc<Group>);
@@ -260,8 +273,7 @@ impl Exports for GuestExports {
                 format!("no export {name:?}; there is {}", names.join(", ")),
             ));
         };
-        let device = Arc::clone(disks[index].image.device());
-        let disk = PrimaryDisk { group: Arc::clone(&self.0), index, device };
+        let disk = PrimaryDisk::new(&self.0, index);
         let mut export = Export::new(disks[index].name.clone(), Arc::new(disk));
         // One device behind all connections: a flush covers what any of them was told.
         export.multi_conn = true;

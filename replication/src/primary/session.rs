@@ -209,7 +209,7 @@ impl Session {
         }
         self.group.end_copy();
         for disk in self.group.disks() {
-            let job = Job::ended(JobKind::Mirror, &disk.name, disk.image.device().size());
+            let job = Job::ended(JobKind::Mirror, &disk.name, disk.size());
             self.group.events.emit("BLOCK_JOB_COMPLETED", job.completed());
         }
         loop {

@@ -17,17 +17,20 @@ impl Group {
         let resync = self.resync_status();
         let record = self.record();
         let core = self.core();
-        let state = disk_state(&core, &record);
+        // A promoted side is called so until it has had a peer.
+        let promoted = record.secondary.promotion.is_some() && record.session.is_none();
+        let merges = self.promoted.as_ref().map(|secondary| secondary.merges());
         let disks = self.disks().iter().zip(behind).enumerate();
-        let disks = disks.map(|(index, (disk, bytes_behind))| {
-            let size = disk.image.device().size();
+        let disks = disks.map(|(index, (disk, behind))| {
+            let merging = merges.as_ref().and_then(|merges| merges[index]);
             DiskStatus {
                 name: disk.name.clone(),
                 file: disk.file.clone(),
-                size,
-                state,
-                bytes_behind,
-                progress: core.copy_progress(index, bytes_behind),
+                size: disk.size(),
+                state: disk_state(&core, &record, merging.is_some(), promoted),
+                bytes_behind: if promoted { 0 } else { behind },
+                progress: core.copy_progress(index, behind).or(merging),
+                merging,
                 hidden_bytes: None,
                 guest_wrote: None,
             }
@@ -36,8 +39,8 @@ impl Group {
         let (reason, advice) = self.explain(&core);
         Status {
             name: self.config.name.clone(),
-            role: Role::Primary,
-            replication: self.stage(),
+            role: if promoted { Role::Promoted } else { Role::Primary },
+            replication: self.overall_stage(),
             pid: std::process::id(),
             set: record.set.map(|s| s.to_string()),
             cur: record.cur.map(|c| c.to_string()),
@@ -58,8 +61,8 @@ impl Group {
                 .to_owned(),
             ),
             durability: "process".to_owned(),
-            promotable: None,
-            latest_ok: None,
+            promotable: promoted.then_some(true),
+            latest_ok: promoted.then_some(false),
             lapsed: match self.config.peer_kind {
                 PeerKind::Brep => Vec::new(),
                 PeerKind::Plain => LAPSED.iter().map(|text| (*text).to_owned()).collect(),
@@ -91,10 +94,14 @@ impl Group {
             }
             return (Some(reason), refusal.advice.clone());
         }
+        if let Some(reason) = self.promoted.as_ref().and_then(|s| s.core().reason.clone()) {
+            return (Some(reason), None);
+        }
         match core.link {
-            LinkState::None => {
-                (Some("no --peer was given: writes are not replicated".to_owned()), None)
-            }
+            LinkState::None => (
+                Some("there is no peer: writes are not replicated".to_owned()),
+                Some("brep peer set URI, when a secondary listens there".to_owned()),
+            ),
             LinkState::Disconnected if !self.guest_allowed.is_cancelled() => (
                 Some(format!(
                     "the guest is not served: this side was connected when it stopped, and the \
@@ -123,13 +130,15 @@ impl Group {
     }
 }
 
-fn disk_state(core: &Core, record: &Record) -> DiskState {
+fn disk_state(core: &Core, record: &Record, merging: bool, promoted: bool) -> DiskState {
     match core.link {
         _ if core.fatal().is_some() => DiskState::Failed,
         LinkState::Connected if core.copying => DiskState::Resyncing,
         LinkState::Connected => DiskState::InSync,
+        _ if merging => DiskState::Promoting,
         _ if core.is_refused(RefusalKind::SplitBrain) => DiskState::SplitBrain,
         _ if core.is_refused(RefusalKind::StalePrimary) => DiskState::Outdated,
+        _ if promoted => DiskState::Promoted,
         _ if record.primary.had_peer => DiskState::Disconnected,
         _ => DiskState::Alone,
     }

@@ -3,97 +3,80 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
 
-use super::failover::Report;
 use super::group::Group;
-use crate::commands::{self, Arguments, COMMANDS, CommandResult, Service};
-use crate::control::{CommandError, CommandSpec, Handler};
-use crate::daemon::on_data_thread;
+use crate::commands::{self, Arguments, CommandResult, Service};
+use crate::control::CommandError;
 use crate::link::StopReason;
 use crate::node::Stage;
+use crate::side::{RoleCommands, peer_argument};
 use crate::state::Target;
+use crate::status::Status;
 use crate::{Error, Result};
 
-/// Commands of the control socket.
-pub(super) struct SecondaryHandler {
-    pub(super) group: Arc<Group>,
-    pub(super) data: tokio::runtime::Handle,
-    /// Where the primary connects.
-    pub(super) service: Arc<Service>,
-}
-
-impl Handler for SecondaryHandler {
-    fn commands(&self) -> &'static [CommandSpec] {
-        COMMANDS
-    }
-
-    fn execute(
-        &self,
-        command: &str,
-        arguments: Map<String, Value>,
-    ) -> BoxFuture<'_, CommandResult<Value>> {
-        let command = command.to_owned();
-        Box::pin(async move {
-            if let Some(outcome) = self.answer(&command, Arguments(&arguments)) {
-                return outcome;
-            }
-            let side = Side { group: Arc::clone(&self.group), service: Arc::clone(&self.service) };
-            let work = async move { side.work(&command, Arguments(&arguments)).await };
-            on_data_thread(&self.data, work).await
-        })
-    }
-}
-
-impl SecondaryHandler {
-    /// What can be answered at once, whatever the data path does.
-    fn answer(&self, command: &str, arguments: Arguments<'_>) -> Option<CommandResult<Value>> {
-        let group = &self.group;
-        Some(match command {
-            "query-status" => Ok(json!(group.status())),
-            "query-xen-replication-status" => Ok(commands::replication_status(group.get_error())),
-            "query-colo-status" => Ok(group.colo.to_value()),
-            "query-block-exports" => Ok(self.service.to_value()),
-            "query-named-block-nodes" => Ok(group.nodes(arguments.flag("flat"))),
-            "query-block-jobs" => Ok(commands::jobs_value(&group.status())),
-            "query-yank" => Ok(group.yank_instances()),
-            "yank" => group.yank(arguments).map(|()| json!({})),
-            "x-blockdev-change" => Err(group.refuse_change(arguments)),
-            "quit" => {
-                commands::announce_quit(&group.events);
-                group.stopping.cancel();
-                Ok(json!({}))
-            }
-            "block-job-cancel"
-            | "block-job-set-speed"
-            | "block-job-pause"
-            | "block-job-resume"
-            | "block-job-complete"
-            | "block-job-finalize"
-            | "block-job-dismiss" => Err(commands::check_job(&group.status(), arguments)),
-            _ => return None,
-        })
-    }
-}
-
-/// What a command works on, on the thread of the disks.
-struct Side {
+/// The commands of the control socket, on a secondary.
+pub(super) struct SecondaryCommands {
     group: Arc<Group>,
+    /// Where the primary connects.
     service: Arc<Service>,
 }
 
-impl Side {
-    async fn work(&self, command: &str, arguments: Arguments<'_>) -> CommandResult<Value> {
+impl RoleCommands for SecondaryCommands {
+    fn service(&self) -> &Service {
+        &self.service
+    }
+
+    fn status(&self) -> Status {
+        self.group.status()
+    }
+
+    fn get_error(&self) -> Option<String> {
+        self.group.get_error()
+    }
+
+    fn nodes(&self, flat: bool) -> Value {
+        self.group.nodes(flat)
+    }
+
+    fn yank_instances(&self) -> Value {
+        self.group.yank_instances()
+    }
+
+    fn drop_peer(&self) {
+        if let Some(session) = self.group.session() {
+            session.drop_now();
+        }
+    }
+
+    fn answer(&self, command: &str, arguments: Arguments<'_>) -> Option<CommandResult<Value>> {
+        Some(match command {
+            "x-blockdev-change" => Err(self.group.refuse_change(arguments)),
+            _ => return None,
+        })
+    }
+
+    fn work(
+        self: Arc<Self>,
+        command: String,
+        arguments: Map<String, Value>,
+    ) -> BoxFuture<'static, CommandResult<Value>> {
+        Box::pin(async move { self.carry_out(&command, Arguments(&arguments)).await })
+    }
+}
+
+impl SecondaryCommands {
+    pub(super) fn new(group: &Arc<Group>, service: &Arc<Service>) -> Self {
+        SecondaryCommands { group: Arc::clone(group), service: Arc::clone(service) }
+    }
+
+    async fn carry_out(&self, command: &str, arguments: Arguments<'_>) -> CommandResult<Value> {
         let group = &self.group;
         let done = |()| json!({});
         match command {
             "checkpoint" => Ok(self.checkpoint(arguments).await?),
             "xen-colo-do-checkpoint" => Ok(self.checkpoint(arguments).await.map(|_| json!({}))?),
-            "failover" => {
-                let target = match arguments.text("to") {
-                    Some("latest") => Target::Latest,
-                    _ => Target::Checkpoint,
-                };
-                Ok(json!(self.failover(target).await?))
-            }
+            "failover" => Ok(json!(group.failover(arguments.target()).await?)),
+            "peer-set" => Ok(group.set_peer(Some(peer_argument(arguments)?)).map(done)?),
+            "peer-clear" => Ok(group.set_peer(None).map(done)?),
             "resync" if arguments.flag("discard-local") => {
                 let transition = group.transition.lock().await;
                 let discard = group.discard_local(arguments.flag("dry-run"))?;
@@ -114,7 +97,7 @@ impl Side {
             "xen-set-replication" => self.set_replication(arguments).await.map(done),
             "x-colo-lost-heartbeat" => {
                 group.colo.check()?;
-                Ok(self.failover(Target::Checkpoint).await.map(|_| json!({}))?)
+                Ok(group.failover(Target::Checkpoint).await.map(|_| json!({}))?)
             }
             "stop" => {
                 Ok(group.guest.stop(std::future::ready(()), &group.events).await.map(done)?)
@@ -148,34 +131,15 @@ impl Side {
         Ok(json!({ "epoch": epoch }))
     }
 
-    /// Makes this side the disk. Where guests have no address of their own, they are served where
-    /// the primary was: also if that door was closed before the failover.
-    async fn failover(&self, target: Target) -> Result<Report> {
-        let report = self.group.failover(target).await?;
-        if self.group.serves_guests_here() {
-            let disks = self.group.disk_names();
-            if let Err(error) = self.service.serve(&self.group.config.listen, &disks).await {
-                let reason = format!("promoted, but guests are not served: {error}");
-                tracing::error!("{reason}");
-                self.group.core().reason = Some(reason);
-            }
-        }
-        Ok(report)
-    }
-
     /// `xen-set-replication`.
     async fn set_replication(&self, arguments: Arguments<'_>) -> CommandResult<()> {
         let group = &self.group;
         if arguments.flag("enable") {
-            if group.is_promoted() && arguments.flag("primary") && !arguments.has("failover") {
-                // It is the primary already, as one of the original is after its failover.
-                return Ok(());
-            }
             commands::check_start(arguments, false)?;
             return Ok(group.start_replication().await?);
         }
         if arguments.flag("failover") {
-            if let Err(error) = self.failover(Target::Checkpoint).await {
+            if let Err(error) = group.failover(Target::Checkpoint).await {
                 tracing::error!(%error, "no failover");
             }
             return Ok(());

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use brep_backup::{CbwOptions, Copied, CopyBeforeWrite};
 use brep_block::BlockDevice;
+use brep_hbitmap::MapSet;
 use brep_qcow2::Qcow2;
 
 use super::buffers::{Buffer, BufferPool};
@@ -12,7 +13,7 @@ use crate::config::DiskConfig;
 use crate::gate::Gate;
 use crate::image::Image;
 use crate::merge::MergedDisk;
-use crate::state::DiskRecord;
+use crate::state::{DiskRecord, Target};
 use crate::unavailable::Unavailable;
 use crate::view::ChainView;
 use crate::{Error, Result, SetId};
@@ -393,6 +394,32 @@ impl ReplicaDisk {
         self.state().promoted = Some(Arc::clone(&promoted));
         self.gate.replace(Arc::clone(&promoted) as Arc<dyn BlockDevice>);
         Ok(promoted)
+    }
+
+    /// Marks where the disk differs from its last checkpoint once it has been promoted to `target`.
+    pub(crate) async fn mark_beyond_checkpoint(
+        &self,
+        target: Target,
+        maps: &mut MapSet,
+    ) -> Result<()> {
+        let layers: Vec<Buffer> = {
+            let state = self.state();
+            match target {
+                Target::Checkpoint => state.active.iter().cloned().collect(),
+                Target::Latest => state.chain.clone(),
+            }
+        };
+        for layer in layers {
+            let mut at = 0;
+            while at < self.size {
+                let status = layer.image.layer_status(at, self.size - at).await?;
+                if status.flags.allocated {
+                    maps.set(brep_hbitmap::Role::Differs, at, status.len);
+                }
+                at += status.len;
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn promoted(&self) -> Option<Arc<MergedDisk>> {

@@ -15,6 +15,7 @@ use super::plain::PlainDevice;
 use super::session::Session;
 use crate::gate::Gated;
 use crate::link::{LINK_VERSION, OPTION_BIND, OPTION_LINK};
+use crate::primary::not_served;
 
 /// The exports of the address where the primary connects: replicas, for bound connections of the
 /// session; after a failover the promoted disks, if guests have no address of their own.
@@ -38,7 +39,7 @@ impl Exports for PeerExports {
     ) -> std::result::Result<Export, OptionError> {
         let disk = self.0.find_disk(name)?;
         if self.0.serves_guests_here() {
-            return Ok(guest_export(&disk));
+            return guest_export(&self.0, &disk);
         }
         if self.0.plain.is_some() {
             return self.plain_export(&disk, connection);
@@ -155,7 +156,7 @@ impl Exports for GuestExports {
     }
 
     fn open(&self, name: &str, _: &Arc<Connection>) -> std::result::Result<Export, OptionError> {
-        self.0.find_disk(name).map(|disk| guest_export(&disk))
+        guest_export(&self.0, &*self.0.find_disk(name)?)
     }
 }
 
@@ -171,12 +172,15 @@ fn describe(group: &Group, what: &str) -> Vec<ExportDescription> {
     group.disks().iter().map(describe).collect()
 }
 
-fn guest_export(disk: &ReplicaDisk) -> Export {
+fn guest_export(group: &Group, disk: &ReplicaDisk) -> std::result::Result<Export, OptionError> {
+    if group.primary().as_ref().is_some_and(|primary| !primary.serves_guests()) {
+        return Err(not_served());
+    }
     let device = Gated(Arc::clone(disk.gate()));
     // All connections use one device, and its flush covers all of them.
     let mut export = Export::new(disk.name.clone(), Arc::new(device));
     export.multi_conn = true;
-    export
+    Ok(export)
 }
 
 /// What the primary writes to: a write that fails here is known to the record before the primary

@@ -1,17 +1,22 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use brep_block::BlockDevice;
+use brep_hbitmap::MapSet;
 use serde::Serialize;
 use serde_json::json;
 use tokio::time::Instant;
 
 use super::buffers::Buffer;
+use super::disk::ReplicaDisk;
 use super::group::Group;
 use super::plain::Claim;
 use crate::commands::{Job, JobKind};
 use crate::link::StopReason;
-use crate::state::{BufferRef, DiskRecord, Promotion, Role, Target};
-use crate::{Epoch, Error, Generation, Result};
+use crate::primary::{MapsOf, Primary, PrimaryDisk, Since};
+use crate::state::{BufferRef, DiskRecord, PrimaryRecord, Promotion, Record, Role, Target};
+use crate::status::Progress;
+use crate::{Epoch, Error, Generation, Result, primary};
 
 /// Pause before a merge that failed is tried again.
 const MERGE_RETRY: Duration = Duration::from_secs(5);
@@ -73,28 +78,46 @@ impl Group {
         self.core().reason = None;
         self.events.emit("BREP_PROMOTED", json!(report));
         self.spawn_merge();
+        self.serve_guests().await;
         Ok(report)
+    }
+
+    /// Where guests have no address of their own, they are served where the primary was: also if
+    /// that door was closed before the failover.
+    async fn serve_guests(&self) {
+        if !self.serves_guests_here() {
+            return;
+        }
+        let served =
+            async { self.service()?.serve(self.listen_address()?, &self.disk_names()).await };
+        if let Err(error) = served.await {
+            let reason = format!("promoted, but guests are not served: {error}");
+            tracing::error!("{reason}");
+            self.core().reason = Some(reason);
+        }
+    }
+
+    /// From now on this side is a primary: guests' writes are counted in its maps, and go to its
+    /// peer, if it has one.
+    fn become_primary(self: &Arc<Self>, maps: Vec<MapSet>) -> Result<()> {
+        let mut devices: Vec<Arc<dyn BlockDevice>> = Vec::new();
+        for disk in self.disks() {
+            devices.push(disk.promoted().ok_or_else(|| Error::failed("not promoted"))?);
+        }
+        let group = primary::Group::of_promoted(&self.side, self, devices, maps);
+        for (index, disk) in self.disks().iter().enumerate() {
+            disk.gate().replace(Arc::new(PrimaryDisk::new(&group, index)));
+        }
+        *self.primary() = Some(Primary::start(&group, &self.service()?));
+        Ok(())
     }
 
     /// Whether it can be done; a report if it has been done already.
     fn check_failover(&self, target: Target) -> Result<Option<Report>> {
         let record = self.record();
         let secondary = &record.secondary;
-        if let Some(done) = &secondary.promotion {
-            if done.target != target {
-                return Err(Error::refused(format!(
-                    "this side has already been promoted to its {} state; that cannot be changed",
-                    done.target.as_str()
-                )));
-            }
-            return Ok(Some(Report {
-                target,
-                epoch: record.com.map(|c| c.epoch),
-                differing_bytes: done.dropped_bytes,
-                last_contact_ms: self.last_contact_ms(),
-                took_us: 0,
-                repeated: true,
-            }));
+        if let Some(report) = repeated(&record, target, self.last_contact_ms()) {
+            return report.map(Some);
         }
         if secondary.outdated {
             return Err(Error::refused(match secondary.inconsistent {
@@ -143,26 +166,30 @@ impl Group {
         let set = record.set.ok_or_else(|| Error::failed("no set"))?;
         let differing_bytes = self.disks().iter().map(|d| d.hidden_bytes()).sum();
         let mut tops: Vec<Option<Buffer>> = Vec::new();
+        let mut maps = Vec::new();
         for disk in self.disks() {
             tops.push(match target {
                 Target::Checkpoint => Some(disk.pool.take(set).await?),
                 Target::Latest => None,
             });
+            // Before the record: once this side is a primary, its maps count from the fork.
+            let since = record.com.map_or(Since::Ever, Since::Commit);
+            let mut map = MapsOf::new(&self.side, &disk.name, disk.size).create(since)?;
+            disk.mark_beyond_checkpoint(target, &mut map).await?;
+            maps.push(map);
         }
         let references: Vec<_> = tops.iter().map(|t| t.as_ref().map(Buffer::reference)).collect();
-        // What these would tell is older than what was received since.
-        self.remove_maps()?;
         self.update_record(|record| {
             record.begin_line_at_checkpoint(Generation::random());
-            // Nobody else can be the disk: a restart serves the guest at once.
-            record.primary.had_peer = true;
-            record.primary.alone = true;
             let mut references = references.iter();
             self.record_disks(record, |disk| {
                 promoted_record(disk.record(), references.next().copied().flatten())
             });
             record.role = Role::Primary;
             record.session = None;
+            let disks = self.disks().iter().map(|d| (d.name.clone(), d.size)).collect();
+            // Nobody else can be the disk: a restart serves the guest at once.
+            record.primary = PrimaryRecord { had_peer: true, alone: true, disks };
             record.secondary.latest_ok = false;
             record.secondary.promotion = Some(Promotion {
                 target,
@@ -177,7 +204,13 @@ impl Group {
         for (disk, top) in self.disks().iter().zip(tops) {
             disk.promote_onto(top).await?;
         }
+        self.become_primary(maps)?;
         Ok(differing_bytes)
+    }
+
+    /// How far the merge of each disk has come; none when it has ended.
+    pub(crate) fn merges(&self) -> Vec<Option<Progress>> {
+        self.disks().iter().map(|d| d.promoted().and_then(|p| p.progress())).collect()
     }
 
     /// Merges in the background, until it has ended or the process does.
@@ -230,15 +263,10 @@ impl Group {
 
     /// Goes on with a failover that an earlier run began.
     pub(crate) async fn resume_promotion(self: &Arc<Self>) -> Result<()> {
-        let record = self.record();
-        let Some(promotion) = record.secondary.promotion.clone() else {
-            return Ok(());
-        };
-        if promotion.merged {
-            for disk in self.disks() {
-                disk.promote_onto(None).await?;
-            }
-        } else {
+        if self.is_promoted() {
+            let open = |d: &Arc<ReplicaDisk>| MapsOf::new(&self.side, &d.name, d.size).open();
+            let maps = self.disks().iter().map(open).collect::<Result<Vec<_>>>()?;
+            self.become_primary(maps)?;
             self.spawn_merge();
         }
         Ok(())
@@ -287,6 +315,29 @@ impl Group {
         }
         Ok(())
     }
+}
+
+/// The answer to a failover on a side that has been promoted already; none if it has not.
+pub(crate) fn repeated(
+    record: &Record,
+    target: Target,
+    last_contact_ms: Option<u64>,
+) -> Option<Result<Report>> {
+    let done = record.secondary.promotion.as_ref()?;
+    if done.target != target {
+        return Some(Err(Error::refused(format!(
+            "this side has already been promoted to its {} state; that cannot be changed",
+            done.target.as_str()
+        ))));
+    }
+    Some(Ok(Report {
+        target,
+        epoch: record.com.map(|c| c.epoch),
+        differing_bytes: done.dropped_bytes,
+        last_contact_ms,
+        took_us: 0,
+        repeated: true,
+    }))
 }
 
 /// A promoted disk's record: the buffers that make the checkpoint, and the new top; for the

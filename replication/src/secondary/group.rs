@@ -1,5 +1,6 @@
+use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use brep_block::storage;
@@ -7,8 +8,6 @@ use brep_hbitmap::MapSet;
 use brep_nbd::server::{OptionError, OptionErrorCode};
 use serde_json::json;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use super::buffers::Buffer;
 use super::disk::{Fresh, ReplicaDisk};
@@ -16,14 +15,13 @@ use super::opening::{check_known_disks, open_disk};
 use super::plain::{Claim, Plain};
 use super::rejoin::{self, Refused};
 use super::session::Session;
-use crate::commands::{Colo, ColoMode};
-use crate::config::SecondaryConfig;
-use crate::control::EventBus;
-use crate::errors::ErrorLog;
+use crate::commands::{ColoMode, Service};
 use crate::guest::Guest;
-use crate::link::{DiskInfo, Side, StopReason};
+use crate::link::{self, DiskInfo, StopReason};
 use crate::node::Stage;
-use crate::state::{DiskRecord, Record, RecordStore, Role, SharedRecord};
+use crate::primary::Primary;
+use crate::side::Side;
+use crate::state::{DiskRecord, Record};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Result};
 
@@ -32,24 +30,29 @@ const GUEST_HOLD_LIMIT: Duration = Duration::from_secs(30);
 
 /// The disks of a secondary, and everything that concerns all of them: record, session, commits.
 pub(crate) struct Group {
-    pub(crate) config: SecondaryConfig,
-    pub(crate) run: Uuid,
-    pub(crate) events: EventBus,
-    pub(crate) errors: ErrorLog,
-    pub(crate) stopping: CancellationToken,
+    pub(super) side: Arc<Side>,
     /// What is known of a plain primary; none if primaries are brep's.
     pub(super) plain: Option<Plain>,
     disks: Vec<Arc<ReplicaDisk>>,
-    /// Changed by the data thread alone, and never while the core is locked: queries need that.
-    record: SharedRecord,
     core: Mutex<Core>,
     /// Held while a hello is decided, a failover runs, or replication is stopped.
     pub(crate) transition: tokio::sync::Mutex<()>,
     /// Whoever holds the guest has this: one opens the door only for himself.
     guest_hold: Arc<tokio::sync::Mutex<()>>,
-    pub(crate) guest: Guest,
-    pub(crate) colo: Colo,
+    pub(crate) guest: Arc<Guest>,
     pub(crate) counters: Counters,
+    /// The NBD server at the address where the primary connects.
+    service: OnceLock<Weak<Service>>,
+    /// What this side is since it was promoted.
+    primary: Mutex<Option<Primary>>,
+}
+
+impl Deref for Group {
+    type Target = Side;
+
+    fn deref(&self) -> &Side {
+        &self.side
+    }
 }
 
 pub(crate) struct Core {
@@ -123,44 +126,33 @@ impl Core {
 }
 
 impl Group {
-    /// Opens record, disks and buffers. Changes nothing but the record's first version.
-    pub(crate) async fn open(
-        config: SecondaryConfig,
-        events: EventBus,
-        stopping: CancellationToken,
-    ) -> Result<Arc<Self>> {
-        let blank = || Record::blank(&config.name, Role::Secondary);
-        let mut store = RecordStore::open(&config.state_dir, blank)?;
-        let secondary = store.record().secondary.clone();
-        let returns = rejoin::check(store.record(), &config)
-            .map_err(|e| e.context(config.state_dir.display()))?;
+    /// Opens disks and buffers. Changes nothing.
+    pub(crate) async fn open(side: &Arc<Side>) -> Result<Arc<Self>> {
+        let (config, store) = (&side.config, &side.record);
+        let record = store.get();
+        let secondary = &record.secondary;
         let mut disks = Vec::new();
         for disk in &config.disks {
             let known = secondary.disks.iter().find(|d| d.name == disk.name);
-            disks.push(Arc::new(open_disk(&config, disk, known, store.record()).await?));
+            disks.push(Arc::new(open_disk(config, disk, known, &record).await?));
         }
-        check_known_disks(&secondary, &config)?;
+        check_known_disks(secondary, config)?;
         let mut power_lost = false;
         store.update(|record| {
             power_lost = record.begin_run(storage::boot_id(&config.state_dir));
-            if returns {
-                record.return_as_secondary();
-            }
-            record.secondary.discard_local |= config.discard_local;
         })?;
         let sizes: Vec<_> = disks.iter().map(|d: &Arc<ReplicaDisk>| (&*d.name, d.size)).collect();
-        let own_maps = rejoin::open_own_maps(store.record(), &config, &sizes)?;
+        let own_maps = rejoin::open_own_maps(&store.get(), config, &sizes)?;
         // Else a power loss could bring the clean stop before this run back.
         store.sync()?;
-        let had_checkpoint = secondary.promotion.is_none() && !store.record().secondary.outdated;
-        let reason = (power_lost && had_checkpoint).then(|| {
+        let reason = (power_lost && !record.is_primary() && !secondary.outdated).then(|| {
             tracing::error!("power was lost under the last run: the checkpoint cannot be trusted");
             "power was lost under the last run, and what was not on stable storage with it: the \
              checkpoint cannot be trusted"
                 .to_owned()
         });
         let core = Core {
-            receiving: store.record().epoch,
+            receiving: store.get().epoch,
             started: config.start,
             stopped: false,
             copying: false,
@@ -174,28 +166,38 @@ impl Group {
             last_contact: None,
             last_commit: None,
         };
-        let colo = Colo::default();
-        if !store.record().is_primary() && store.record().has_checkpoint() {
+        if !record.is_primary() && record.has_checkpoint() {
             // Its manager may want the failover that this process was ended before.
-            colo.enter(ColoMode::Secondary);
+            side.colo.enter(ColoMode::Secondary);
         }
         let doors = disks.iter().map(|disk| Arc::clone(disk.gate().door())).collect();
         Ok(Arc::new(Group {
-            guest: Guest::new(doors),
-            colo,
+            guest: Arc::new(Guest::new(doors)),
             plain: config.plain_primary.then(Plain::default),
-            config,
-            run: crate::random::uuid(),
-            events,
-            errors: ErrorLog::default(),
-            stopping,
+            side: Arc::clone(side),
             disks,
-            record: SharedRecord::new(store),
             core: Mutex::new(core),
             transition: tokio::sync::Mutex::new(()),
             guest_hold: Arc::default(),
             counters: Counters::default(),
+            service: OnceLock::new(),
+            primary: Mutex::default(),
         }))
+    }
+
+    /// The NBD server where the primary connects; guests too, after a promotion, if they have no
+    /// address of their own.
+    pub(super) fn serve_with(&self, service: &Arc<Service>) {
+        let _ = self.service.set(Arc::downgrade(service));
+    }
+
+    pub(super) fn service(&self) -> Result<Arc<Service>> {
+        self.service.get().and_then(Weak::upgrade).ok_or_else(|| Error::failed("nothing is served"))
+    }
+
+    /// What this side is since it was promoted.
+    pub(super) fn primary(&self) -> MutexGuard<'_, Option<Primary>> {
+        self.primary.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn core(&self) -> MutexGuard<'_, Core> {
@@ -207,7 +209,7 @@ impl Group {
     }
 
     pub(crate) fn has_guest(&self) -> bool {
-        self.config.guest_listen.is_some()
+        self.side.has_second_guest()
     }
 
     /// The disk of an export name; the empty name is the only disk's.
@@ -225,12 +227,12 @@ impl Group {
         })
     }
 
-    pub(crate) fn record(&self) -> Record {
-        Record::clone(&self.record.get())
+    pub(crate) fn record(&self) -> Arc<Record> {
+        self.side.record.get()
     }
 
     pub(crate) fn update_record(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
-        self.record.update(change)
+        self.side.record.update(change)
     }
 
     /// How far replication has come.
@@ -254,7 +256,7 @@ impl Group {
     }
 
     pub(crate) fn is_promoted(&self) -> bool {
-        self.record.get().is_primary()
+        self.record().is_primary()
     }
 
     /// Promoted, and guests have no address of their own.
@@ -267,26 +269,9 @@ impl Group {
     }
 
     /// What hello tells of this side.
-    pub(crate) fn side(&self) -> Side {
-        let record = self.record();
-        Side {
-            name: self.config.name.clone(),
-            run: self.run,
-            set: record.set,
-            cur: record.cur,
-            fork: record.fork,
-            com: record.com,
-            epoch: record.epoch,
-            primary: record.is_primary(),
-            session: record.session,
-            history: record.history,
-            disks: self
-                .disks
-                .iter()
-                .map(|d| DiskInfo { name: d.name.clone(), size: d.size })
-                .collect(),
-            maps: self.own_writes(),
-        }
+    pub(crate) fn introduce(&self) -> link::Side {
+        let disks = self.disks.iter().map(|d| DiskInfo { name: d.name.clone(), size: d.size });
+        self.side.introduce(disks.collect(), self.own_writes())
     }
 
     /// Ends the present session, if any: afterwards nothing that it, or one before it, started
@@ -415,7 +400,7 @@ impl Group {
         session: &Session,
         epoch: Epoch,
     ) -> Result<Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>> {
-        let Some(set) = self.record.get().set else {
+        let Some(set) = self.record().set else {
             return Err(Error::failed("no set: the session was never begun"));
         };
         let fresh = self.fresh(set).await?;
@@ -530,6 +515,11 @@ impl Group {
 
     /// Writes everything out. Buffers keep what they hold.
     pub(crate) async fn close(&self) -> Result<()> {
+        let primary = self.primary().take();
+        let primary = match primary {
+            Some(primary) => Some(primary.end().await),
+            None => None,
+        };
         let mut result = Ok(());
         for disk in &self.disks {
             result = result.and(disk.close().await);
@@ -537,16 +527,19 @@ impl Group {
         for maps in std::mem::take(&mut self.core().own_maps) {
             result = result.and(maps.close().map_err(|e| Error::failed(e.to_string())));
         }
-        if result.is_ok() {
-            self.update_record(|r| r.clean = true)?;
-            self.sync_record()?;
+        match primary {
+            Some(primary) => primary.close(result).await?,
+            None => {
+                result?;
+                self.update_record(|r| r.clean = true)?;
+            }
         }
-        result
+        self.sync_record()
     }
 
     /// Puts the record on stable storage.
     pub(crate) fn sync_record(&self) -> Result<()> {
-        self.record.sync()
+        self.side.record.sync()
     }
 }
 

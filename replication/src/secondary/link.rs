@@ -66,7 +66,7 @@ impl Group {
         let answer = HelloAnswer {
             version: LINK_VERSION,
             timeout_ms: timeout_ms(limit),
-            side: self.side(),
+            side: self.introduce(),
             guest: self.has_guest(),
             inconsistent: record.secondary.inconsistent,
             power_lost: record.secondary.power_lost,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::group::Group;
-use crate::commands::{self, Arguments, CommandResult, Node};
+use crate::commands::{Arguments, Node};
 use crate::config::DiskFormat;
 use crate::control::CommandError;
 use crate::node::Stage;
@@ -25,7 +25,7 @@ impl Group {
     }
 
     /// The answer to `query-named-block-nodes`.
-    pub(super) fn nodes(&self, flat: bool) -> Value {
+    pub(crate) fn nodes(&self, flat: bool) -> Value {
         let mut nodes = Vec::new();
         for (disk, config) in self.disks().iter().zip(&self.config.disks) {
             let name = |layer: &str| format!("{}-{layer}", disk.name);
@@ -57,17 +57,6 @@ impl Group {
             Some(_) => json!([{ "type": "migration" }]),
             None => json!([]),
         }
-    }
-
-    /// Drops the primary, whatever it has on its way.
-    pub(super) fn yank(&self, arguments: Arguments<'_>) -> CommandResult<()> {
-        commands::check_yank(&self.yank_instances(), arguments)?;
-        if arguments.objects("instances").next().is_some()
-            && let Some(session) = self.session()
-        {
-            session.drop_now();
-        }
-        Ok(())
     }
 
     /// `x-blockdev-change`: a secondary has nothing whose children change.

@@ -23,14 +23,14 @@ use brep_nbd::Endpoint;
 use brep_nbd::server::{Exports, Server, ServerConfig};
 use tokio_util::sync::CancellationToken;
 
-use self::commands::SecondaryHandler;
+use self::commands::SecondaryCommands;
 use self::exports::{GuestExports, PeerExports};
-use self::group::Group;
+pub(crate) use self::failover::repeated;
+pub(crate) use self::group::Group;
+pub(crate) use self::rejoin::check as check_return;
 use crate::commands::Service;
-use crate::config::SecondaryConfig;
-use crate::control::EventBus;
-use crate::daemon;
 use crate::link::StopReason;
+use crate::side::Side;
 use crate::{Error, Result};
 
 pub(crate) use link::{hash_hex, write_link};
@@ -39,52 +39,37 @@ pub use rejoin::{Discard, would_discard};
 /// The time in which requests in flight have to end at a clean stop.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 
-/// Runs a secondary until `shutdown` is cancelled or it is told to stop. To be called on a
-/// current-thread runtime of its own thread: that thread is the data path. The control socket is
-/// served on another thread.
-///
-/// # Errors
-/// Whatever keeps it from starting, with the file or address and what to do; and what keeps it
-/// from stopping cleanly.
-pub async fn run(config: SecondaryConfig, shutdown: CancellationToken) -> Result<()> {
-    daemon::prepare(&config.state_dir, &config.disks)?;
-    let mut addresses = vec![&config.listen];
-    addresses.extend(&config.guest_listen);
-    daemon::check_plaintext(&addresses, config.allow_plaintext)?;
-    let control = daemon::control_path(&config.control, &config.state_dir);
-    let events = EventBus::new();
-    let group = Group::open(config, events.clone(), shutdown.clone()).await?;
+/// Runs a secondary, or one that was promoted and whose merge has not ended, until the side ends.
+pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
+    let listen = side.listen_address()?;
+    let group = Group::open(side).await?;
 
     let allowed = CancellationToken::new();
     allowed.cancel();
-    let mut servers = Vec::new();
-    let listen = group.config.listen.clone();
     let exports = Arc::new(PeerExports(Arc::clone(&group)));
-    let service = Service::new(exports, allowed, group.config.allow_plaintext, events.clone());
-    service.serve(&listen, &group.disk_names()).await?;
-    if let Some(guest) = group.config.guest_listen.clone() {
-        servers.push(serve(&guest, Arc::new(GuestExports(Arc::clone(&group)))).await?);
-    }
+    let (plaintext, events) = (side.config.allow_plaintext, side.events.clone());
+    let service = Service::new(exports, allowed, plaintext, events);
+    group.serve_with(&service);
+    side.commands(Some(Arc::new(SecondaryCommands::new(&group, &service))));
+    // Before a guest can connect: its writes are to be counted.
     group.resume_promotion().await?;
-    group.prepare_plain().await?;
-    let handler = SecondaryHandler {
-        group: Arc::clone(&group),
-        data: tokio::runtime::Handle::current(),
-        service: Arc::clone(&service),
+    service.serve(listen, &group.disk_names()).await?;
+    let guests = match &side.config.guest_listen {
+        Some(address) => Some(serve(address, Arc::new(GuestExports(Arc::clone(&group)))).await?),
+        None => None,
     };
-    let control = daemon::ControlThread::spawn(control, Arc::new(handler), events)?;
-    tracing::info!(name = group.config.name, "secondary ready");
+    group.prepare_plain().await?;
+    side.serve_control()?;
+    tracing::info!(name = side.config.name, "secondary ready");
 
-    shutdown.cancelled().await;
+    side.stopping.cancelled().await;
     group.guest.end();
-    let mut result = group.end_session(StopReason::Shutdown).await;
+    let result = group.end_session(StopReason::Shutdown).await;
     service.shut_down().await;
-    for server in servers {
+    if let Some(server) = guests {
         server.shutdown(STOP_GRACE).await;
     }
-    result = result.and(group.close().await);
-    control.stop();
-    result
+    result.and(group.close().await)
 }
 
 async fn serve(endpoint: &Endpoint, exports: Arc<dyn Exports>) -> Result<Arc<Server>> {

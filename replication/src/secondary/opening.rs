@@ -1,13 +1,13 @@
 use super::buffers::BufferPool;
 use super::disk::ReplicaDisk;
-use crate::config::{DiskConfig, SecondaryConfig};
+use crate::config::{DiskConfig, SideConfig};
 use crate::image::Image;
 use crate::state::{DiskRecord, Record, SecondaryRecord};
 use crate::{Error, Result};
 
 /// Opens a disk and the buffers that the record names for it.
 pub(super) async fn open_disk(
-    config: &SecondaryConfig,
+    config: &SideConfig,
     disk: &DiskConfig,
     known: Option<&DiskRecord>,
     record: &Record,
@@ -31,10 +31,7 @@ pub(super) async fn open_disk(
 }
 
 /// Every disk of the record must be given, and no other: a group is promoted as a whole.
-pub(super) fn check_known_disks(
-    secondary: &SecondaryRecord,
-    config: &SecondaryConfig,
-) -> Result<()> {
+pub(super) fn check_known_disks(secondary: &SecondaryRecord, config: &SideConfig) -> Result<()> {
     for known in &secondary.disks {
         if !config.disks.iter().any(|d| d.name == known.name) {
             return Err(Error::refused(format!(

@@ -17,6 +17,7 @@ use super::exports::ReplicaDevice;
 use super::group::{Group, Terms};
 use super::session::Session;
 use crate::link::StopReason;
+use crate::state::Record;
 use crate::status::LinkState;
 use crate::{Epoch, Error, Generation, Result, SetId};
 
@@ -93,7 +94,7 @@ impl Group {
         if let Some(session) = self.session() {
             return Ok(session);
         }
-        let mut record = self.record();
+        let mut record = Record::clone(&self.record());
         // A line of its own: no brep primary knows what is written on it.
         record.begin_line(Generation::random(), record.epoch);
         let terms = Terms {

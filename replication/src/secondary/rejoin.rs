@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::disk::ReplicaDisk;
 use super::group::Group;
-use crate::config::SecondaryConfig;
+use crate::config::SideConfig;
 use crate::link::{MapsInfo, Message, RANGES_MAX, RefusalKind};
 use crate::primary::MapsOf;
 use crate::state::{Record, RecordStore, Role};
@@ -42,7 +42,7 @@ pub(crate) struct Refused {
 ///
 /// # Errors
 /// It cannot be run as one, or there is nothing to be discarded.
-pub(super) fn check(record: &Record, config: &SecondaryConfig) -> Result<bool> {
+pub(crate) fn check(record: &Record, config: &SideConfig) -> Result<bool> {
     let secondary = &record.secondary;
     let returns = record.role == Role::Primary
         && match &secondary.promotion {
@@ -75,7 +75,7 @@ pub(super) fn check(record: &Record, config: &SecondaryConfig) -> Result<bool> {
 /// left behind are removed.
 pub(super) fn open_own_maps(
     record: &Record,
-    config: &SecondaryConfig,
+    config: &SideConfig,
     disks: &[(&str, u64)],
 ) -> Result<Vec<MapSet>> {
     let state_dir = &config.state_dir;
@@ -100,7 +100,7 @@ pub(super) fn open_own_maps(
 ///
 /// # Errors
 /// There is nothing to give up, or a file cannot be read.
-pub fn would_discard(config: &SecondaryConfig) -> Result<Discard> {
+pub fn would_discard(config: &SideConfig) -> Result<Discard> {
     let state = config.state_dir.join("state");
     if !storage::exists(&state) {
         let text = format!("{}: no such file; nothing was ever written here", state.display());
@@ -136,16 +136,22 @@ pub fn would_discard(config: &SecondaryConfig) -> Result<Discard> {
 impl Group {
     /// What hello tells of the ranges that this side wrote itself.
     pub(super) fn own_writes(&self) -> Option<MapsInfo> {
+        if let Some(primary) = &*self.primary() {
+            return primary.introduce().maps;
+        }
         let core = self.core();
         describe(core.own_maps.iter()).filter(|_| !core.own_maps.is_empty())
     }
 
     /// The ranges of a disk, from `offset` on, that this side wrote itself.
     pub(super) fn own_ranges(&self, disk: u32, offset: u64) -> Message {
-        let core = self.core();
-        let maps = usize::try_from(disk).ok().and_then(|disk| core.own_maps.get(disk));
-        let (ranges, next) =
-            maps.map_or_else(Default::default, |maps| written_ranges(maps, offset, RANGES_MAX));
+        let index = usize::try_from(disk).unwrap_or(usize::MAX);
+        let ranges = |maps: &MapSet| written_ranges(maps, offset, RANGES_MAX);
+        let found = match &*self.primary() {
+            Some(primary) => primary.with_maps(index, ranges),
+            None => self.core().own_maps.get(index).map(ranges),
+        };
+        let (ranges, next) = found.unwrap_or_default();
         Message::Ranges { disk, ranges, next }
     }
 
@@ -204,7 +210,7 @@ impl Group {
 impl Group {
     /// Why a primary may not overwrite this side's disks, if it may not.
     pub(super) fn wants_consent(&self) -> Option<String> {
-        let secondary = self.record().secondary;
+        let secondary = &self.record().secondary;
         let wrote_nothing = self.own_writes().is_some_and(|i| i.bytes.iter().all(|b| *b == 0));
         let asks = secondary.outdated && !secondary.discard_local && !wrote_nothing;
         asks.then(|| "this side was a primary, and its writes have not been given up".to_owned())

@@ -19,9 +19,8 @@ impl Group {
         let secondary = record.secondary.clone();
         let replication = self.stage();
         let core = self.core();
-        let promoted = secondary.promotion.is_some();
         let has_checkpoint = record.has_checkpoint();
-        let (reason, advice) = match self.explain_plain(has_checkpoint).filter(|_| !promoted) {
+        let (reason, advice) = match self.explain_plain(has_checkpoint) {
             Some((reason, advice)) => (Some(reason), Some(advice)),
             None => explain(&record, &core, replication),
         };
@@ -32,7 +31,7 @@ impl Group {
         });
         Status {
             name: self.config.name.clone(),
-            role: if promoted { Role::Promoted } else { Role::Secondary },
+            role: Role::Secondary,
             replication,
             pid: std::process::id(),
             set: record.set.map(|s| s.to_string()),
@@ -48,9 +47,9 @@ impl Group {
             differences,
             ack: core.session_is_sync().map(|s| if s { "sync" } else { "async" }.to_owned()),
             durability: "process".to_owned(),
-            promotable: Some(promoted || has_checkpoint),
+            promotable: Some(has_checkpoint),
             latest_ok: Some(secondary.latest_ok),
-            lapsed: match self.config.plain_primary && !promoted {
+            lapsed: match self.config.plain_primary {
                 true => LAPSED.iter().map(|text| (*text).to_owned()).collect(),
                 false => Vec::new(),
             },
@@ -75,19 +74,16 @@ fn elapsed_ms(since: Instant) -> u64 {
 }
 
 fn disk_status(disk: &ReplicaDisk, secondary: &SecondaryRecord, core: &Core) -> DiskStatus {
-    let progress = disk.promoted().and_then(|p| p.progress());
     let split = core.refused.as_ref().is_some_and(|r| r.kind == RefusalKind::SplitBrain);
     let incomplete = secondary.inconsistent || secondary.outdated;
-    let state = match (&secondary.promotion, incomplete, core.link) {
-        (Some(_), ..) if progress.is_some() => DiskState::Promoting,
-        (_, _, LinkState::Refused) if split => DiskState::SplitBrain,
-        (Some(_), ..) => DiskState::Promoted,
-        (None, true, LinkState::Connected) => DiskState::Resyncing,
-        (None, true, _) if secondary.outdated => DiskState::Outdated,
-        (None, true, _) => DiskState::Inconsistent,
-        (None, false, LinkState::Connected) if core.copying => DiskState::Resyncing,
-        (None, false, LinkState::Connected) => DiskState::InSync,
-        (None, false, _) => DiskState::Disconnected,
+    let state = match (incomplete, core.link) {
+        (_, LinkState::Refused) if split => DiskState::SplitBrain,
+        (true, LinkState::Connected) => DiskState::Resyncing,
+        (true, _) if secondary.outdated => DiskState::Outdated,
+        (true, _) => DiskState::Inconsistent,
+        (false, LinkState::Connected) if core.copying => DiskState::Resyncing,
+        (false, LinkState::Connected) => DiskState::InSync,
+        (false, _) => DiskState::Disconnected,
     };
     DiskStatus {
         name: disk.name.clone(),
@@ -95,7 +91,8 @@ fn disk_status(disk: &ReplicaDisk, secondary: &SecondaryRecord, core: &Core) -> 
         size: disk.size,
         state,
         bytes_behind: 0,
-        progress,
+        progress: None,
+        merging: None,
         hidden_bytes: Some(disk.hidden_bytes()),
         guest_wrote: Some(disk.guest_wrote()),
     }
@@ -110,7 +107,7 @@ fn explain(record: &Record, core: &Core, stage: Stage) -> (Option<String>, Optio
         return explain_refusal(record, refused);
     }
     let reason = core.reason.clone();
-    if secondary.promotion.is_some() || core.link == LinkState::Connected {
+    if core.link == LinkState::Connected {
         return (reason, None);
     }
     let held = record.com.filter(|_| record.has_checkpoint());

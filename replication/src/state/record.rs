@@ -25,6 +25,8 @@ pub struct Record {
     pub role: Role,
     /// The last session that this side has begun in its role, by its token.
     pub session: Option<Uuid>,
+    /// Where the other side listens, as a URI, if that was set by command.
+    pub peer: Option<String>,
     /// What it remembers as a primary.
     pub primary: PrimaryRecord,
     /// What it remembers as a secondary. A promoted one keeps its buffers until they are merged.
@@ -163,6 +165,7 @@ impl Record {
             history: Vec::new(),
             role,
             session: None,
+            peer: None,
             primary: PrimaryRecord::default(),
             // Nothing to be promoted to before the first commit.
             secondary: SecondaryRecord {
@@ -267,6 +270,16 @@ impl Record {
     #[must_use]
     pub fn is_primary(&self) -> bool {
         self.role == Role::Primary
+    }
+
+    /// Whether the disks are more than their files: a secondary's checkpoint, or a promotion that
+    /// is not merged yet, needs the buffers.
+    #[must_use]
+    pub fn needs_buffers(&self) -> bool {
+        match self.role {
+            Role::Secondary => true,
+            Role::Primary => self.secondary.promotion.as_ref().is_some_and(|p| !p.merged),
+        }
     }
 }
 

@@ -6,7 +6,6 @@ use tokio_util::sync::CancellationToken;
 use super::common::{MIB, Scratch, connect, fill};
 use crate::control::ControlClient;
 use crate::state::stuck::Stuck;
-use crate::{primary, secondary};
 
 /// A side in a thread of its own, as a process has it: what hangs in there hangs nobody else.
 fn thread<F>(run: impl FnOnce(CancellationToken) -> F + Send + 'static) -> Thread
@@ -63,11 +62,11 @@ async fn queries_are_answered_while_a_state_record_cannot_be_written() {
     scratch.raw("p.raw", MIB, 1);
     scratch.raw("s.raw", MIB, 2);
     let config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
-    let there = thread(|shutdown| secondary::run(config, shutdown));
+    let there = thread(|shutdown| crate::run(config, shutdown));
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.checkpoint_interval = Some(Duration::from_millis(50));
     let control = config.state_dir.join("control.sock");
-    let here = thread(|shutdown| primary::run(config, shutdown));
+    let here = thread(|shutdown| crate::run(config, shutdown));
     let wait = async |what: &str, fits: fn(&Value) -> bool| {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {

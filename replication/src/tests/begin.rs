@@ -8,12 +8,12 @@ async fn a_session_that_cannot_take_its_buffers_has_put_its_set_into_the_record_
     let scratch = Scratch::new();
     scratch.raw("p.raw", MIB, 1);
     scratch.raw("s.raw", MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     secondary.wait("up", |s| s["role"] == "secondary").await;
     // In the way of the first buffer.
     let buffer = scratch.path("s.state").join("vda.0.qcow2.new");
     std::fs::create_dir(&buffer).unwrap();
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     let says_why = |s: &serde_json::Value| {
         s["reason"].as_str().is_some_and(|reason| reason.contains("vda.0.qcow2.new"))
     };
@@ -27,8 +27,8 @@ async fn a_session_that_cannot_take_its_buffers_has_put_its_set_into_the_record_
 
     // Out of the way, the pair comes together by itself.
     std::fs::remove_dir(&buffer).unwrap();
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     primary.stop().await;
     secondary.stop().await;

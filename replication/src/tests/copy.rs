@@ -13,8 +13,8 @@ async fn a_piece_that_cannot_be_read_does_not_take_its_neighbours_with_it() {
     let scratch = Scratch::new();
     scratch.raw("p.raw", 2 * MIB, 1);
     scratch.raw("s.raw", 2 * MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     let here = faults::of(&scratch.path("p.raw"));
@@ -49,8 +49,8 @@ async fn a_secondary_gets_what_was_sent_to_another_one_in_its_place() {
     let scratch = Scratch::new();
     scratch.raw("p.raw", 4 * MIB, 1);
     scratch.raw("s.raw", 4 * MIB, 2);
-    let first = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    let primary = Side::primary(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    let first = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
     primary.wait_state("in-sync").await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     first.stop().await;
@@ -59,7 +59,7 @@ async fn a_secondary_gets_what_was_sent_to_another_one_in_its_place() {
     let mut config = scratch.secondary(vec![scratch.disk("vda", "other.raw")]);
     config.state_dir = scratch.path("other.state");
     config.start = false;
-    let other = Side::secondary(config);
+    let other = Side::run(config);
     other.wait("up", |_| true).await;
     let disk = faults::of(&scratch.path("other.raw"));
     // Its first copy never ends: one range is refused.
@@ -71,7 +71,7 @@ async fn a_secondary_gets_what_was_sent_to_another_one_in_its_place() {
     fill(&*guest, 2 * MIB, 4096, 0x77).await;
     other.stop().await;
     primary.wait_state("disconnected").await;
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     primary.wait_state("in-sync").await;
     guest.close();
     primary.stop().await;

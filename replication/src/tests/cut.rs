@@ -20,7 +20,7 @@ async fn i02_all_disks_are_cut_or_none_is() {
     });
     let mut config = scratch.secondary(disks.to_vec());
     config.plain_primary = true;
-    let secondary = Side::secondary(config);
+    let secondary = Side::run(config);
     secondary.wait("started", |s| s["replication"] == "running").await;
     let b = connect(scratch.endpoint("s.sock"), "vdb").await;
     let c = connect(scratch.endpoint("s.sock"), "vdc").await;

@@ -9,11 +9,11 @@ use crate::image::faults;
 fn primary(scratch: &Scratch) -> Side {
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.peer_timeout = Duration::from_secs(1);
-    Side::primary(config)
+    Side::run(config)
 }
 
 fn secondary(scratch: &Scratch) -> Side {
-    Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]))
+    Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]))
 }
 
 /// A primary whose secondary was in sync, went away, and lacks the second of four MiB.
@@ -35,7 +35,7 @@ async fn behind() -> (Scratch, Side) {
 async fn hanging_secondary(scratch: &Scratch) -> (Side, Hang) {
     let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
     config.start = false;
-    let secondary = Side::secondary(config);
+    let secondary = Side::run(config);
     secondary.wait("up", |_| true).await;
     let hang = faults::of(&scratch.path("s.raw")).upper.hang(Rule::new(Operation::Write));
     secondary.command("replication-start", json!({})).await.unwrap();

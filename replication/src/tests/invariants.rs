@@ -156,7 +156,7 @@ async fn i10_the_last_checkpoint_stays_promotable_during_a_resync() {
     secondary.stop().await;
     primary.wait_state("disconnected").await;
     guest.write(0, Bytes::from(vec![0x22; 1 << 20]), WriteFlags::default()).await.unwrap();
-    let secondary = super::Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = super::Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     secondary.wait("up", |s| s["promotable"] == true).await;
     let disk = crate::image::faults::of(&scratch.path("s.raw"));
     let hang = disk.upper.hang(Rule::new(Operation::Write).range(524_288..528_384).forever());
@@ -207,7 +207,7 @@ async fn i03_a_cut_without_a_commit_leaves_the_checkpoint_before_it() {
     guest.close();
     primary.stop().await;
 
-    let secondary = super::Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = super::Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let status = secondary.wait("up", |s| s["promotable"] == true).await;
     assert_eq!(status["checkpoint"], epoch);
     secondary.command("failover", json!({})).await.unwrap();
@@ -224,7 +224,7 @@ async fn a_range_that_cannot_be_read_keeps_a_resync_from_ending_and_the_session_
     primary.wait_state("disconnected").await;
     primary.command("resync", json!({ "full": true })).await.unwrap();
     local.upper.fail(Rule::new(Operation::Read).range(524_288..528_384).forever());
-    let secondary = super::Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = super::Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let copied = |s: &serde_json::Value| s["errors"][0]["operation"] == "read";
     let status = primary.wait("reported", copied).await;
     assert_eq!(status["link"], "connected", "{status}");

@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 
 use super::common::{MIB, Scratch, Side, connect, file, fill};
 use super::{Pair, write};
-use crate::config::{PrimaryConfig, Seeded};
+use crate::config::{Seeded, SideConfig};
 use crate::image::faults;
 
 /// What one bit of a map stands for.
 const GRANULE: u64 = 64 << 10;
 
-fn config(scratch: &Scratch) -> PrimaryConfig {
+fn config(scratch: &Scratch) -> SideConfig {
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.peer_timeout = Duration::from_secs(1);
     config
@@ -25,8 +25,8 @@ async fn sent(primary: &Side) -> u64 {
 
 /// Starts the primary on what was left of the one that was killed, and returns what it sends until
 /// both are equal.
-async fn resynced_bytes(scratch: &Scratch, killed: PrimaryConfig, secondary: Side) -> u64 {
-    let primary = Side::primary(killed);
+async fn resynced_bytes(scratch: &Scratch, killed: SideConfig, secondary: Side) -> u64 {
+    let primary = Side::run(killed);
     primary.wait_state("in-sync").await;
     let bytes = sent(&primary).await;
     primary.stop().await;
@@ -42,14 +42,14 @@ async fn i10_a_resync_goes_on_where_the_kill_of_the_primary_found_it() {
     scratch.raw("p.raw", 8 * MIB, 1);
     scratch.raw("s.raw", 8 * MIB, 2);
     let disk = || vec![scratch.disk("vda", "s.raw")];
-    let first = Side::secondary(scratch.secondary(disk()));
-    let primary = Side::primary(config(&scratch));
+    let first = Side::run(scratch.secondary(disk()));
+    let primary = Side::run(config(&scratch));
     primary.wait_state("in-sync").await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     first.stop().await;
     primary.wait_state("disconnected").await;
     fill(&*guest, 2 * MIB, 4 * MIB as usize, 0x77).await;
-    let secondary = Side::secondary({
+    let secondary = Side::run({
         let mut config = scratch.secondary(disk());
         config.start = false;
         config
@@ -63,7 +63,7 @@ async fn i10_a_resync_goes_on_where_the_kill_of_the_primary_found_it() {
     while sent(&primary).await < before + 3 * MIB {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let killed = PrimaryConfig { state_dir: scratch.killed(), ..config(&scratch) };
+    let killed = SideConfig { state_dir: scratch.killed(), ..config(&scratch) };
     guest.close();
     primary.stop().await;
     hang.release();
@@ -84,7 +84,7 @@ async fn i09_a_write_that_only_the_secondary_had_at_the_kill_is_taken_back() {
     while sent(&primary).await == replicated {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let killed = PrimaryConfig { state_dir: scratch.killed(), ..config(&scratch) };
+    let killed = SideConfig { state_dir: scratch.killed(), ..config(&scratch) };
     hang.release();
     late.await.unwrap().unwrap();
     guest.close();
@@ -103,15 +103,15 @@ async fn i09_what_was_being_compared_at_the_kill_is_sent() {
     scratch.raw("s.raw", 2 * MIB, 2);
     let mut seeded = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
     seeded.start = false;
-    let secondary = Side::secondary(seeded);
+    let secondary = Side::run(seeded);
     secondary.wait("up", |_| true).await;
     let hang = faults::of(&scratch.path("s.raw")).upper.hang(Rule::new(Operation::Read));
-    let primary = Side::primary(PrimaryConfig { seeded: Seeded::Compare, ..config(&scratch) });
+    let primary = Side::run(SideConfig { seeded: Seeded::Compare, ..config(&scratch) });
     secondary.command("replication-start", json!({})).await.unwrap();
     hang.reached(1).await;
     let behind = |s: &Value| s["disks"][0]["bytes-behind"].as_u64() < Some(2 * MIB);
     primary.wait("a comparison", behind).await;
-    let killed = PrimaryConfig { state_dir: scratch.killed(), ..config(&scratch) };
+    let killed = SideConfig { state_dir: scratch.killed(), ..config(&scratch) };
     primary.stop().await;
     hang.release();
     assert_eq!(resynced_bytes(&scratch, killed, secondary).await, 2 * MIB);

@@ -50,10 +50,10 @@ impl Pair {
         scratch.raw("s.raw", MIB, 2);
         let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
         config.guest_listen = guest.then(|| scratch.endpoint("s-guest.sock"));
-        let secondary = Side::secondary(config);
+        let secondary = Side::run(config);
         let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
         config.peer_timeout = Duration::from_secs(2);
-        let primary = Side::primary(config);
+        let primary = Side::run(config);
         primary.wait_state("in-sync").await;
         let local = faults::of(&scratch.path("p.raw"));
         let disk = faults::of(&scratch.path("s.raw"));

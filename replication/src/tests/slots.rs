@@ -49,7 +49,7 @@ fn bound(scratch: &Scratch, token: Uuid, slot: u32) -> ConnectOptions {
 async fn i15_a_slot_changes_hands_only_when_its_old_holder_has_nothing_in_flight() {
     let scratch = Scratch::new();
     scratch.raw("s.raw", MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     secondary.wait("up", |s| s["role"] == "secondary").await;
 
     let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());

@@ -54,11 +54,11 @@ async fn a_checkpoint_that_waits_for_the_local_disk_does_not_lose_the_peer() {
     let scratch = Scratch::new();
     scratch.raw("p.raw", MIB, 1);
     scratch.raw("s.raw", MIB, 2);
-    let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
     config.peer_timeout = Duration::from_secs(2);
     config.checkpoint_interval = Some(Duration::from_millis(100));
-    let primary = Side::primary(config);
+    let primary = Side::run(config);
     let line = primary.wait_state("in-sync").await["cur"].clone();
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     let hang = faults::of(&scratch.path("p.raw")).upper.hang(Rule::new(Operation::Write));
@@ -90,12 +90,12 @@ async fn i17_no_more_is_on_its_way_to_the_peer_than_the_window_holds() {
         let scratch = Scratch::new();
         scratch.raw("p.raw", MIB, 1);
         scratch.raw("s.raw", MIB, 2);
-        let secondary = Side::secondary(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+        let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
         let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
         config.ack = Ack::Async;
         config.window_requests = requests;
         config.window_bytes = bytes;
-        let primary = Side::primary(config);
+        let primary = Side::run(config);
         primary.wait_state("in-sync").await;
         let disk = faults::of(&scratch.path("s.raw"));
         let hang = disk.upper.hang(Rule::new(Operation::Write).forever());

@@ -8,9 +8,7 @@ use std::time::Duration;
 use brep_block::{BlockDevice, CacheMode, WriteFlags};
 use brep_nbd::Endpoint;
 use brep_nbd::client::{ConnectOptions, Connection};
-use brep_replication::config::{
-    Ack, DiskConfig, DiskFormat, PeerKind, PrimaryConfig, ResyncLimits, SecondaryConfig, Seeded,
-};
+use brep_replication::config::{DiskConfig, DiskFormat, Role, SideConfig};
 use brep_replication::control::{ClientError, ControlClient};
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -60,42 +58,20 @@ impl Scratch {
         }
     }
 
-    pub fn primary(&self, disks: Vec<DiskConfig>) -> PrimaryConfig {
-        PrimaryConfig {
-            name: "p".into(),
-            disks,
-            state_dir: self.path("p.state"),
+    pub fn primary(&self, disks: Vec<DiskConfig>) -> SideConfig {
+        SideConfig {
             peer: Some(self.endpoint("s.sock")),
-            peer_kind: PeerKind::Brep,
-            start: true,
-            guest_listen: self.endpoint("p-guest.sock"),
-            control: None,
-            ack: Ack::Sync,
-            peer_timeout: Duration::from_secs(5),
-            window_bytes: 64 << 20,
-            window_requests: 4096,
+            guest_listen: Some(self.endpoint("p-guest.sock")),
             checkpoint_interval: None,
-            seeded: Seeded::No,
-            resync_limits: ResyncLimits::default(),
-            resync_compare: false,
-            force_lonely: false,
-            allow_plaintext: false,
+            ..SideConfig::new(Role::Primary, "p", self.path("p.state"), disks)
         }
     }
 
-    pub fn secondary(&self, disks: Vec<DiskConfig>) -> SecondaryConfig {
-        SecondaryConfig {
-            name: "s".into(),
-            disks,
-            state_dir: self.path("s.state"),
-            listen: self.endpoint("s.sock"),
-            guest_listen: None,
-            plain_primary: false,
-            discard_local: false,
-            start: true,
-            control: None,
-            peer_timeout: Duration::from_secs(5),
-            allow_plaintext: false,
+    pub fn secondary(&self, disks: Vec<DiskConfig>) -> SideConfig {
+        SideConfig {
+            listen: Some(self.endpoint("s.sock")),
+            checkpoint_interval: None,
+            ..SideConfig::new(Role::Secondary, "s", self.path("s.state"), disks)
         }
     }
 }
@@ -108,21 +84,12 @@ pub struct Side {
 }
 
 impl Side {
-    pub fn primary(config: PrimaryConfig) -> Self {
+    pub fn run(config: SideConfig) -> Self {
         let control = config.state_dir.join("control.sock");
-        let shutdown = CancellationToken::new();
-        let running = brep_replication::primary::run(config, shutdown.clone());
-        let task = tokio::spawn(async { running.await.inspect_err(|e| eprintln!("primary: {e}")) });
-        Side { control, shutdown, task }
-    }
-
-    pub fn secondary(config: SecondaryConfig) -> Self {
-        let control = config.state_dir.join("control.sock");
-        let shutdown = CancellationToken::new();
-        let running = brep_replication::secondary::run(config, shutdown.clone());
-        let task =
-            tokio::spawn(async { running.await.inspect_err(|e| eprintln!("secondary: {e}")) });
-        Side { control, shutdown, task }
+        let (shutdown, name) = (CancellationToken::new(), config.name.clone());
+        let running = brep_replication::run(config, shutdown.clone());
+        let task = async move { running.await.inspect_err(|e| eprintln!("{name}: {e}")) };
+        Side { control, shutdown, task: tokio::spawn(task) }
     }
 
     /// A clean stop.

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::{Core, Group};
 use crate::link::CopyMode;
+use crate::side::Side;
 use crate::status::Written;
 use crate::written::show_written;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
@@ -63,7 +64,12 @@ pub(crate) struct MapsOf<'a> {
     pub(crate) size: u64,
 }
 
-impl MapsOf<'_> {
+impl<'a> MapsOf<'a> {
+    pub(crate) fn new(side: &'a Side, disk: &'a str, size: u64) -> Self {
+        let state_dir = &side.config.state_dir;
+        MapsOf { state_dir, set: side.record.get().set, disk, size }
+    }
+
     pub(crate) fn path(&self) -> PathBuf {
         self.state_dir.join(format!("{}.maps", self.disk))
     }
@@ -160,6 +166,11 @@ pub(super) fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
 }
 
 impl Group {
+    /// Looks at the maps of a disk.
+    pub(crate) fn with_maps<T>(&self, disk: usize, look: impl FnOnce(&MapSet) -> T) -> Option<T> {
+        self.core().maps.get(disk).map(look)
+    }
+
     /// A flush of a disk has failed: it may have lost what the peer has, and nobody knows what.
     pub(crate) fn distrust_maps(&self, disk: usize) {
         if let Some(maps) = self.core().maps.get_mut(disk) {

@@ -2,13 +2,9 @@ use crate::state::{Record, Role};
 use crate::{Error, Result};
 
 /// Whether a side with this record can be run as a primary.
-pub(super) fn check_role(record: &Record) -> Result<()> {
+pub(crate) fn check_role(record: &Record) -> Result<()> {
     let secondary = &record.secondary;
     let reason = match record.role {
-        Role::Primary if secondary.promotion.as_ref().is_some_and(|p| !p.merged) => {
-            "this side has been promoted, and the merge has not ended: start it with brep \
-             secondary, and wait until brep status says `promoted`"
-        }
         Role::Primary => return Ok(()),
         // It was a primary, and nothing has been changed since.
         Role::Secondary if secondary.outdated && !secondary.inconsistent => return Ok(()),

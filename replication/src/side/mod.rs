@@ -1,0 +1,185 @@
+//! One process of a pair: what stays while it is a secondary, is promoted, and is a primary.
+mod handler;
+mod peer;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use brep_nbd::Endpoint;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use self::handler::SideHandler;
+pub(crate) use self::handler::{RoleCommands, peer_argument};
+use crate::commands::Colo;
+use crate::config::SideConfig;
+use crate::control::EventBus;
+use crate::daemon::{self, ControlThread};
+use crate::errors::ErrorLog;
+use crate::link::{self, DiskInfo, MapsInfo};
+use crate::state::{Record, RecordStore, Role, SharedRecord};
+use crate::{Error, Generation, Result, SetId, primary, secondary};
+
+/// Runs a side until `shutdown` is cancelled or it is told to stop. To be called on a
+/// current-thread runtime of its own thread: that thread is the data path. The control socket is
+/// served on another thread.
+///
+/// # Errors
+/// Whatever keeps it from starting, with the file or address and what to do; and what keeps it
+/// from stopping cleanly.
+pub async fn run(config: SideConfig, shutdown: CancellationToken) -> Result<()> {
+    let side = Side::open(config, shutdown)?;
+    let result = match side.record.get().needs_buffers() {
+        true => secondary::run(&side).await,
+        false => primary::run(&side).await,
+    };
+    // What the commands work on would keep the side, and with it the locks of its files.
+    side.commands(None);
+    if let Some(control) = side.control().take() {
+        control.stop();
+    }
+    result
+}
+
+/// What a side has in any role.
+pub(crate) struct Side {
+    pub(crate) config: SideConfig,
+    pub(crate) run: Uuid,
+    pub(crate) events: EventBus,
+    pub(crate) errors: ErrorLog,
+    /// The process is to end.
+    pub(crate) stopping: CancellationToken,
+    pub(crate) record: SharedRecord,
+    pub(crate) colo: Colo,
+    /// Where the other side listens.
+    peer: watch::Sender<Option<Endpoint>>,
+    /// Carries out commands in the present role.
+    role: Mutex<Option<Arc<dyn RoleCommands>>>,
+    control: Mutex<Option<ControlThread>>,
+}
+
+impl std::fmt::Debug for Side {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Side").field("name", &self.config.name).finish_non_exhaustive()
+    }
+}
+
+impl Side {
+    /// Opens the state record, or makes a first one.
+    fn open(config: SideConfig, stopping: CancellationToken) -> Result<Arc<Self>> {
+        daemon::prepare(&config.state_dir, &config.disks)?;
+        let addresses: Vec<_> = config.listen.iter().chain(&config.guest_listen).collect();
+        daemon::check_plaintext(&addresses, config.allow_plaintext)?;
+        let record = SharedRecord::new(RecordStore::open(&config.state_dir, || blank(&config))?);
+        take_role(&config, &record).map_err(|e| e.context(config.state_dir.display()))?;
+        let peer = peer::at_start(&config, &record.get())?;
+        Ok(Arc::new(Side {
+            config,
+            run: crate::random::uuid(),
+            events: EventBus::new(),
+            errors: ErrorLog::default(),
+            stopping,
+            record,
+            colo: Colo::default(),
+            peer: watch::Sender::new(peer),
+            role: Mutex::default(),
+            control: Mutex::default(),
+        }))
+    }
+
+    fn control(&self) -> std::sync::MutexGuard<'_, Option<ControlThread>> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on commands are carried out by `role`.
+    pub(crate) fn commands(&self, role: Option<Arc<dyn RoleCommands>>) {
+        *self.role.lock().unwrap_or_else(PoisonError::into_inner) = role;
+    }
+
+    fn role(&self) -> Option<Arc<dyn RoleCommands>> {
+        self.role.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Serves the control socket: this side is ready.
+    ///
+    /// # Errors
+    /// The socket cannot be used.
+    pub(crate) fn serve_control(self: &Arc<Self>) -> Result<()> {
+        let path = daemon::control_path(&self.config.control, &self.config.state_dir);
+        let handler = SideHandler::new(self);
+        let control = ControlThread::spawn(path, Arc::new(handler), self.events.clone())?;
+        *self.control() = Some(control);
+        Ok(())
+    }
+
+    /// What hello tells of this side.
+    pub(crate) fn introduce(&self, disks: Vec<DiskInfo>, maps: Option<MapsInfo>) -> link::Side {
+        let record = self.record.get();
+        link::Side {
+            name: self.config.name.clone(),
+            run: self.run,
+            set: record.set,
+            cur: record.cur,
+            fork: record.fork,
+            com: record.com,
+            epoch: record.epoch,
+            session: record.session,
+            history: record.history.clone(),
+            primary: record.is_primary(),
+            disks,
+            maps,
+        }
+    }
+
+    /// Where guests are served by a primary.
+    pub(crate) fn guest_address(&self) -> Result<&Endpoint> {
+        let given = self.config.guest_listen.as_ref().or(self.config.listen.as_ref());
+        given.ok_or_else(|| Error::usage("where guests connect is missing: --guest-listen URI"))
+    }
+
+    /// Where the other side connects; a secondary has to have it.
+    pub(crate) fn listen_address(&self) -> Result<&Endpoint> {
+        let given = self.config.listen.as_ref();
+        given.ok_or_else(|| Error::usage("where the primary connects is missing: --listen URI"))
+    }
+
+    /// A guest of its own is served while this side is a secondary.
+    pub(crate) fn has_second_guest(&self) -> bool {
+        self.config.role == Role::Secondary && self.config.guest_listen.is_some()
+    }
+}
+
+fn blank(config: &SideConfig) -> Record {
+    let blank = Record::blank(&config.name, config.role);
+    match config.role {
+        Role::Primary => {
+            Record { set: Some(SetId::random()), cur: Some(Generation::random()), ..blank }
+        }
+        Role::Secondary => blank,
+    }
+}
+
+/// Takes the role that the command line asks for, as far as the record has another: a primary may
+/// return as a secondary, and one that did and was not changed may be the primary again.
+fn take_role(config: &SideConfig, record: &SharedRecord) -> Result<()> {
+    let now = record.get();
+    match config.role {
+        Role::Primary => {
+            primary::check_role(&now)?;
+            record.update(|record| {
+                if !now.needs_buffers() || now.role == Role::Secondary {
+                    record.become_primary();
+                }
+            })
+        }
+        Role::Secondary => {
+            let returns = secondary::check_return(&now, config)?;
+            record.update(|record| {
+                if returns {
+                    record.return_as_secondary();
+                }
+                record.secondary.discard_local |= config.discard_local;
+            })
+        }
+    }
+}
