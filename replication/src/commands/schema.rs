@@ -33,6 +33,7 @@ const EVENTS: &[(&str, &[&str])] = &[
     ),
     ("BREP_MERGE_FAILED", &["error"]),
     ("BREP_MERGED", &[]),
+    ("BREP_SUPERSEDED", &["reason"]),
     ("EVENTS_LOST", &["count"]),
     ("QUORUM_REPORT_BAD", &["type", "error", "node-name", "sector-num", "sectors-count"]),
     ("QUORUM_FAILURE", &["reference", "sector-num", "sectors-count"]),

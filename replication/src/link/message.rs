@@ -128,6 +128,12 @@ pub enum Message {
         /// Why none was.
         error: Option<String>,
     },
+    /// Secondary: I am about to be promoted; acknowledge nothing more for the moment.
+    Promoting,
+    /// Primary: nothing more is acknowledged for the moment.
+    Holding,
+    /// Secondary: I was not promoted; go on.
+    NotPromoted,
     /// Either: I am alive.
     Heartbeat,
     /// Either: I am going away.

@@ -49,6 +49,9 @@ impl PrimaryDisk {
         operation: Operation,
         start: impl FnOnce(&'a dyn BlockDevice) -> Io<'a, T> + Send + 'a,
     ) -> Io<'a, T> {
+        if let Err(error) = self.group.check_superseded(self.index, operation) {
+            return Io::err(error);
+        }
         let Some(inside) = Door::try_enter(&self.group.door) else {
             return Io::future(async move {
                 let _inside = Door::enter(&self.group.door, operation).await?;
@@ -103,7 +106,8 @@ impl PrimaryDisk {
             }
         };
         self.group.note_write(timed);
-        result
+        let told = self.group.may_acknowledge(self.index, operation).await;
+        result.and(told.map_err(|e| e.at(offset, len)))
     }
 
     async fn apply(&self, offset: u64, change: Change) -> Result<()> {

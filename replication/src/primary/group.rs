@@ -2,6 +2,7 @@ mod maps;
 mod resync;
 mod role;
 mod stage;
+mod takeover;
 mod window;
 
 use std::ops::Deref;
@@ -21,6 +22,7 @@ pub(crate) use self::maps::{MapsOf, Since};
 use self::maps::{begin_copy, trust};
 pub(crate) use self::role::check_role;
 pub(crate) use self::stage::no_peer;
+use self::takeover::Takeover;
 use self::window::HeldWrite;
 use super::ages::{Ages, Due};
 use super::epochs::{Drained, Epochs};
@@ -38,7 +40,7 @@ use crate::side::Side;
 use crate::state::Record;
 use crate::status::LinkState;
 use crate::written::describe;
-use crate::{Commit, Epoch, Error, Generation, Result, secondary};
+use crate::{Commit, Epoch, Error, Result, secondary};
 
 /// The disks of a primary, and everything that concerns all of them: epochs, window, record.
 pub(crate) struct Group {
@@ -69,6 +71,8 @@ pub(crate) struct Group {
     pace_changed: Notify,
     /// The guest's writes are timed.
     measuring: AtomicBool,
+    /// What the secondary has said of taking over.
+    takeover: watch::Sender<Takeover>,
 }
 
 impl Deref for Group {
@@ -260,6 +264,7 @@ impl Group {
             pace: Mutex::new(pace),
             pace_changed: Notify::new(),
             measuring: AtomicBool::new(false),
+            takeover: watch::Sender::new(Takeover::None),
         })
     }
 
@@ -308,51 +313,6 @@ impl Group {
         let entry = self.errors.add(name, error);
         tracing::warn!(disk = name, %error, count = entry.count, "replication error");
         self.events.emit("BREP_ERROR", json!(entry));
-    }
-
-    /// The peer is lost: from here on this side writes alone, on a new line that is recorded
-    /// before anything more is acknowledged.
-    pub(crate) fn lose_peer(&self, reason: &str) {
-        let reason = {
-            let mut core = self.core();
-            if !core.epochs.is_attached() {
-                return;
-            }
-            core.connections.iter().for_each(|c| c.kill());
-            core.dropped.take().unwrap_or_else(|| reason.to_owned())
-        };
-        // At the end of the process the guest is gone already.
-        if !self.quiesced.is_cancelled() {
-            self.go_alone();
-        }
-        let held = {
-            let mut core = self.core();
-            core.connections.clear();
-            core.copying = false;
-            core.link = LinkState::Disconnected;
-            core.reason = Some(reason.clone());
-            // What was on its way marks itself as different when its owner learns of the loss.
-            core.maps.iter_mut().for_each(MapSet::void_pending);
-            core.epochs.detach()
-        };
-        // Dropped outside the lock: each held write wakes its owner, who marks its range.
-        drop(held);
-        self.ended.notify_waiters();
-        tracing::warn!(reason, "the secondary is lost; going on alone");
-        self.events.emit("BREP_PEER_LOST", json!({ "reason": reason }));
-        if self.stage() == Stage::Running {
-            self.errors.latch(&reason);
-            self.colo.broken(&self.events);
-        }
-    }
-
-    /// Cuts the peer off, from any thread and without waiting; the data thread then loses it.
-    pub(crate) fn drop_peer(&self, reason: &str) {
-        let mut core = self.core();
-        if core.epochs.is_attached() {
-            core.dropped = Some(reason.to_owned());
-            core.connections.iter().for_each(|c| c.kill());
-        }
     }
 
     /// A session begins. What differs from the peer now is in the maps before the first write.
@@ -565,26 +525,6 @@ impl Group {
 
     pub(crate) fn is_attached(&self) -> bool {
         self.core().epochs.is_attached()
-    }
-
-    /// Records that this side writes alone, on a new line if it was not alone before.
-    fn go_alone(&self) {
-        let before = self.record.get();
-        let last = self.core().epochs.current().max(before.epoch);
-        let new_line = before.primary.had_peer && !before.primary.alone;
-        let saved = self.record.update(|record| {
-            record.primary.alone = record.primary.had_peer;
-            record.epoch = record.epoch.max(last);
-            if new_line {
-                record.begin_line(Generation::random(), last);
-            }
-        });
-        // A power loss must not make this side forget that both may have written.
-        let saved = saved.and_then(|()| if new_line { self.record.sync() } else { Ok(()) });
-        if let Err(error) = saved {
-            tracing::error!(%error, "cannot record that this side goes on alone");
-            self.core().fatal = Some(format!("no write can be acknowledged: {error}"));
-        }
     }
 
     pub(crate) fn update_record(&self, change: impl FnOnce(&mut Record)) -> Result<()> {

@@ -149,8 +149,21 @@ impl Link {
                 self.group.wake.notify_one();
                 Ok(())
             }
+            Message::Promoting => {
+                self.group.takeover_begins();
+                // A link that takes no more is as good as broken: the answer is not waited for long.
+                let _ = self.outbox.try_send(Message::Holding);
+                Ok(())
+            }
+            Message::NotPromoted => {
+                self.group.takeover_ends(false);
+                Ok(())
+            }
             Message::Stop { reason } => Err(Error::failed(match reason {
-                StopReason::Promoted => "the secondary has been promoted",
+                StopReason::Promoted => {
+                    self.group.takeover_ends(true);
+                    "the secondary has been promoted"
+                }
                 StopReason::Replaced => "another session has replaced this one",
                 StopReason::Shutdown => "the secondary went away",
                 StopReason::Stopped => "the secondary stopped replication",

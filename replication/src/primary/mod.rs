@@ -266,6 +266,12 @@ impl Exports for GuestExports {
             "" if disks.len() == 1 => Some(0),
             name => disks.iter().position(|d| d.name == name),
         };
+        if self.0.is_superseded() {
+            return Err(OptionError::new(
+                OptionErrorCode::Policy,
+                "the other side has been promoted: it is the disk now (see brep status)",
+            ));
+        }
         let Some(index) = index else {
             let names: Vec<_> = disks.iter().map(|d| d.name.as_str()).collect();
             return Err(OptionError::new(

@@ -88,14 +88,17 @@ impl Session {
             }
             "replication was stopped here".to_owned()
         };
-        tokio::select! {
+        let mut peer = std::pin::pin!(peer);
+        let (reason, link) = tokio::select! {
             biased;
-            reason = peer => reason,
-            reason = self.watch_connections() => reason,
-            reason = self.watch_ages() => reason,
-            error = self.work(requests) => error.to_string(),
-            reason = stopped => reason,
-        }
+            reason = &mut peer => (reason, None),
+            reason = self.watch_connections() => (reason, Some(peer)),
+            reason = self.watch_ages() => (reason, Some(peer)),
+            error = self.work(requests) => (error.to_string(), Some(peer)),
+            reason = stopped => (reason, Some(peer)),
+        };
+        self.group.takeover_decided(link).await;
+        reason
     }
 
     async fn watch_connections(&self) -> String {

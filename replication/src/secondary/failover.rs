@@ -59,14 +59,16 @@ impl Group {
     }
 
     async fn take_over(self: &Arc<Self>, target: Target, begun: Instant) -> Result<Report> {
-        self.end_session(StopReason::Promoted).await?;
-        let differing_bytes = {
-            let _held = self.hold_guest().await?;
-            // Again, now that nothing moves: a write that was drained may have failed, and the
-            // guest may have written.
-            self.check_failover(target)?;
-            self.promote(target).await?
-        };
+        // A primary that is alive stops for good, or goes on: it is never left to guess.
+        let session = self.session();
+        if let Some(session) = &session {
+            session.announce_promotion().await;
+        }
+        let promoted = self.promote_drained(target).await;
+        if let Some(session) = &session {
+            session.conclude_promotion(promoted.is_ok());
+        }
+        let differing_bytes = promoted?;
         let report = Report {
             target,
             epoch: self.record().com.map(|c| c.epoch),
@@ -80,6 +82,16 @@ impl Group {
         self.spawn_merge();
         self.serve_guests().await;
         Ok(report)
+    }
+
+    /// Ends what the primary has begun here, and promotes. Returns the bytes that differ.
+    async fn promote_drained(self: &Arc<Self>, target: Target) -> Result<u64> {
+        self.end_session(StopReason::Promoted).await?;
+        let _held = self.hold_guest().await?;
+        // Again, now that nothing moves: a write that was drained may have failed, and the guest
+        // may have written.
+        self.check_failover(target)?;
+        self.promote(target).await
     }
 
     /// Where guests have no address of their own, they are served where the primary was: also if

@@ -181,6 +181,7 @@ impl Group {
                     };
                     session.answer(id, result);
                 }
+                Message::Holding => session.note_held(),
                 Message::Stop { reason } => return Ok(reason),
                 other => return Err(Error::failed(format!("unexpected message {other:?}"))),
             }

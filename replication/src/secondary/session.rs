@@ -20,6 +20,9 @@ const REQUESTS_MAX: usize = 64;
 /// Data connections of a session: one a disk now, and room for several.
 const SLOTS_MAX: u32 = 1024;
 
+/// How long a promotion waits for the primary's word that it holds back what it would acknowledge.
+const HOLDING_LIMIT: Duration = Duration::from_secs(1);
+
 /// The time in which the writes of a session that ends have to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
@@ -38,6 +41,10 @@ pub(crate) struct Session {
     write_failed: AtomicBool,
     requests: Mutex<HashMap<u64, oneshot::Sender<Result<Epoch>>>>,
     request_id: AtomicU64,
+    /// This side is about to be promoted: the link stays until the primary has been told.
+    promoting: AtomicBool,
+    /// The primary acknowledges nothing for the moment.
+    held: CancellationToken,
 }
 
 /// The data connections. None are bound once the session is closed.
@@ -63,6 +70,8 @@ impl Session {
             write_failed: AtomicBool::new(false),
             requests: Mutex::new(HashMap::new()),
             request_id: AtomicU64::new(0),
+            promoting: AtomicBool::new(false),
+            held: CancellationToken::new(),
         };
         (Arc::new(session), messages)
     }
@@ -105,12 +114,45 @@ impl Session {
         self.slots().bound.values().any(|c| Arc::ptr_eq(c, connection))
     }
 
+    /// Tells the primary that this side is about to be promoted, and waits a moment for its word
+    /// that it holds back what it would acknowledge. A primary that is gone says nothing.
+    pub(crate) async fn announce_promotion(&self) {
+        self.promoting.store(true, Ordering::Release);
+        if self.outbox.try_send(Message::Promoting).is_err() {
+            return;
+        }
+        let held = async {
+            tokio::select! {
+                () = self.held.cancelled() => {}
+                () = self.ending.cancelled() => {}
+            }
+        };
+        let _ = tokio::time::timeout(HOLDING_LIMIT, held).await;
+    }
+
+    /// The primary acknowledges nothing for the moment.
+    pub(crate) fn note_held(&self) {
+        self.held.cancel();
+    }
+
+    /// Tells the primary what became of the promotion; the link ends then.
+    pub(crate) fn conclude_promotion(&self, promoted: bool) {
+        if !promoted {
+            let _ = self.outbox.try_send(Message::NotPromoted);
+        }
+        let reason = if promoted { StopReason::Promoted } else { StopReason::Replaced };
+        let _ = self.outbox.try_send(Message::Stop { reason });
+        self.ending.cancel();
+    }
+
     /// Closes every data connection and waits until nothing that they started goes on. May be
-    /// called again, by several at a time: success always means that all has ended.
+    /// called again, by several at a time: success always means that all has ended. The link stays
+    /// while the primary is to be told of a promotion.
     pub(crate) async fn close(&self, reason: StopReason) -> Result<()> {
+        let promoting = self.promoting.load(Ordering::Acquire);
         let bound: Vec<_> = {
             let mut slots = self.slots();
-            if !std::mem::replace(&mut slots.closed, true) {
+            if !std::mem::replace(&mut slots.closed, true) && !promoting {
                 // Best effort: the primary may be gone.
                 let _ = self.outbox.try_send(Message::Stop { reason });
             }
@@ -123,7 +165,9 @@ impl Session {
         for connection in &bound {
             result = result.and(close_and_drain(connection).await);
         }
-        self.ending.cancel();
+        if !promoting {
+            self.ending.cancel();
+        }
         self.requests.lock().unwrap_or_else(PoisonError::into_inner).clear();
         result
     }

@@ -125,6 +125,7 @@ impl Group {
         change: &Change,
     ) -> brep_block::Result<Begun> {
         self.check_fatal(disk, change.operation()).map_err(|e| e.at(offset, change.len()))?;
+        self.check_superseded(disk, change.operation()).map_err(|e| e.at(offset, change.len()))?;
         Ok(self.core().begin(disk, offset, change))
     }
 

@@ -1,0 +1,182 @@
+//! The loss of the secondary: it is gone, or takes over.
+
+use brep_block::{Error as BlockError, ErrorKind, Operation};
+use brep_hbitmap::MapSet;
+use serde_json::json;
+use tokio::time::{Instant, timeout_at};
+
+use super::Group;
+use crate::Generation;
+use crate::node::Stage;
+use crate::status::LinkState;
+
+/// What the secondary has said of taking over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Takeover {
+    /// Nothing, or that it does not.
+    None,
+    /// It is about to: nothing is acknowledged before it says what became of that, or until this
+    /// time has come.
+    Pending(Instant),
+    /// It is the disk now. This side serves nobody any more.
+    Done,
+}
+
+impl Group {
+    /// The secondary is about to take over.
+    pub(crate) fn takeover_begins(&self) {
+        tracing::warn!("the secondary is about to be promoted: the guest's writes wait");
+        let until = Instant::now() + self.config.peer_timeout;
+        self.takeover.send_replace(Takeover::Pending(until));
+    }
+
+    /// The secondary has taken over, or has said that it does not, or nothing in time.
+    pub(crate) fn takeover_ends(&self, promoted: bool) {
+        if promoted {
+            self.takeover.send_replace(Takeover::Done);
+            let reason = "the secondary has been promoted: this side serves nobody any more";
+            tracing::warn!("{reason}");
+            self.events.emit("BREP_SUPERSEDED", json!({ "reason": reason }));
+            return;
+        }
+        if !matches!(*self.takeover.borrow(), Takeover::Pending(_)) {
+            return;
+        }
+        // Before anything more is acknowledged.
+        if !self.is_attached() {
+            self.go_alone();
+        }
+        self.takeover.send_replace(Takeover::None);
+    }
+
+    /// Waits while the secondary may be taking over, and `link` may still tell; `link` has ended
+    /// already if there is none.
+    pub(crate) async fn takeover_decided(&self, link: Option<impl Future<Output = String>>) {
+        let Takeover::Pending(until) = *self.takeover.borrow() else { return };
+        let mut takeover = self.takeover.subscribe();
+        let decided = takeover.wait_for(|t| !matches!(t, Takeover::Pending(_)));
+        let link = async {
+            if let Some(link) = link {
+                link.await;
+            }
+            std::future::pending::<()>().await;
+        };
+        let told = timeout_at(until, async {
+            tokio::select! {
+                biased;
+                () = link => {}
+                _ = decided => {}
+            }
+        });
+        if told.await.is_err() {
+            tracing::warn!(
+                "the secondary does not say whether it was promoted; going on without it"
+            );
+            self.takeover_ends(false);
+        }
+    }
+
+    /// Waits until a change may be acknowledged.
+    ///
+    /// # Errors
+    /// The secondary has taken over.
+    pub(crate) async fn may_acknowledge(
+        &self,
+        disk: usize,
+        operation: Operation,
+    ) -> brep_block::Result<()> {
+        if *self.takeover.borrow() == Takeover::None {
+            return Ok(());
+        }
+        let mut takeover = self.takeover.subscribe();
+        // The sender lives as long as this.
+        let _ = takeover.wait_for(|t| !matches!(t, Takeover::Pending(_))).await;
+        self.check_superseded(disk, operation)
+    }
+
+    /// Whether this side is still the disk, as far as it knows.
+    pub(crate) fn check_superseded(
+        &self,
+        disk: usize,
+        operation: Operation,
+    ) -> brep_block::Result<()> {
+        match self.is_superseded() {
+            false => Ok(()),
+            true => {
+                let text = "the other side has been promoted: it is the disk now";
+                Err(BlockError::new(operation, ErrorKind::Shutdown, &self.disks[disk].name, text))
+            }
+        }
+    }
+
+    /// The secondary has taken over.
+    pub(crate) fn is_superseded(&self) -> bool {
+        *self.takeover.borrow() == Takeover::Done
+    }
+
+    /// The peer is lost: from here on this side writes alone, on a new line that is recorded
+    /// before anything more is acknowledged.
+    pub(crate) fn lose_peer(&self, reason: &str) {
+        let reason = {
+            let mut core = self.core();
+            if !core.epochs.is_attached() {
+                return;
+            }
+            core.connections.iter().for_each(|c| c.kill());
+            core.dropped.take().unwrap_or_else(|| reason.to_owned())
+        };
+        // At the end of the process the guest is gone already; and while the secondary may be taking
+        // over, nothing is acknowledged.
+        if !self.quiesced.is_cancelled() && *self.takeover.borrow() == Takeover::None {
+            self.go_alone();
+        }
+        let held = {
+            let mut core = self.core();
+            core.connections.clear();
+            core.copying = false;
+            core.link = LinkState::Disconnected;
+            core.reason = Some(reason.clone());
+            // What was on its way marks itself as different when its owner learns of the loss.
+            core.maps.iter_mut().for_each(MapSet::void_pending);
+            core.epochs.detach()
+        };
+        // Dropped outside the lock: each held write wakes its owner, who marks its range.
+        drop(held);
+        self.ended.notify_waiters();
+        tracing::warn!(reason, "the secondary is lost");
+        self.events.emit("BREP_PEER_LOST", json!({ "reason": reason }));
+        if self.stage() == Stage::Running {
+            self.errors.latch(&reason);
+            self.colo.broken(&self.events);
+        }
+    }
+
+    /// Cuts the peer off, from any thread and without waiting; the data thread then loses it.
+    pub(crate) fn drop_peer(&self, reason: &str) {
+        let mut core = self.core();
+        if core.epochs.is_attached() {
+            core.dropped = Some(reason.to_owned());
+            core.connections.iter().for_each(|c| c.kill());
+        }
+    }
+
+    /// Records that this side writes alone, on a new line if it was not alone before.
+    pub(super) fn go_alone(&self) {
+        let before = self.record.get();
+        let last = self.core().epochs.current().max(before.epoch);
+        let new_line = before.primary.had_peer && !before.primary.alone;
+        let saved = self.record.update(|record| {
+            record.primary.alone = record.primary.had_peer;
+            record.epoch = record.epoch.max(last);
+            if new_line {
+                record.begin_line(Generation::random(), last);
+            }
+        });
+        // A power loss must not make this side forget that both may have written.
+        let saved = saved.and_then(|()| if new_line { self.record.sync() } else { Ok(()) });
+        if let Err(error) = saved {
+            tracing::error!(%error, "cannot record that this side goes on alone");
+            self.core().fatal = Some(format!("no write can be acknowledged: {error}"));
+        }
+    }
+}
