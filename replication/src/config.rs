@@ -7,6 +7,8 @@ use brep_block::CacheMode;
 use brep_nbd::Endpoint;
 
 pub use crate::state::Role;
+use crate::tls::Exposure;
+pub use crate::tls::TlsConfig;
 
 /// The format of a disk image. Never guessed from contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,9 +144,15 @@ pub struct SideConfig {
     pub force_lonely: bool,
     /// Guests and peers beyond loopback may be served in clear text.
     pub allow_plaintext: bool,
+    /// TLS with guests and with the other side.
+    pub tls: Option<TlsConfig>,
 }
 
 impl SideConfig {
+    pub(crate) fn exposure(&self) -> Exposure {
+        Exposure { allow_plaintext: self.allow_plaintext, tls: self.tls.clone() }
+    }
+
     /// Everything at its default. A primary needs `guest_listen` or `listen`, a secondary `listen`.
     #[must_use]
     pub fn new(role: Role, name: &str, state_dir: PathBuf, disks: Vec<DiskConfig>) -> Self {
@@ -171,6 +179,7 @@ impl SideConfig {
             force_lonely: false,
             discard_local: false,
             allow_plaintext: false,
+            tls: None,
         }
     }
 }

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use brep_block::storage;
-use brep_nbd::Endpoint;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
@@ -33,17 +32,6 @@ pub(crate) fn prepare(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {
     let fail =
         |e: std::io::Error| Error::failed(format!("state directory {}: {e}", state_dir.display()));
     storage::create_dir(state_dir).map_err(fail)
-}
-
-/// Clear text beyond loopback has to be asked for.
-pub(crate) fn check_plaintext(endpoints: &[&Endpoint], allowed: bool) -> Result<()> {
-    match endpoints.iter().find(|e| !allowed && !e.is_loopback()) {
-        Some(endpoint) => Err(Error::usage(format!(
-            "{endpoint}: listening beyond this host in clear text, without authentication, needs \
-             --allow-plaintext"
-        ))),
-        None => Ok(()),
-    }
 }
 
 pub(crate) fn control_path(given: &Option<PathBuf>, state_dir: &Path) -> PathBuf {

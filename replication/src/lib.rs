@@ -25,6 +25,7 @@ mod state;
 pub mod status;
 #[cfg(test)]
 mod tests;
+mod tls;
 // The tests of the crate's inside share a harness with those of its outside.
 #[cfg(test)]
 extern crate self as brep_replication;

@@ -1,5 +1,6 @@
 //! What `query-status` answers: the state of a side, for people and programs.
 
+use brep_nbd::tls::TlsPeer;
 use serde::{Deserialize, Serialize};
 
 use crate::node::Stage;
@@ -30,6 +31,9 @@ pub struct Status {
     pub peer: Option<String>,
     /// What the connection to the other side is doing.
     pub link: LinkState,
+    /// How the connection to the other side is encrypted; absent if it is not, or there is none.
+    #[serde(default)]
+    pub tls: Option<TlsStatus>,
     /// Milliseconds since the other side was last heard of.
     pub last_contact_ms: Option<u64>,
     /// Why the state is not healthy; absent if it is.
@@ -60,6 +64,22 @@ pub struct Status {
     pub errors: Vec<ErrorStatus>,
     /// Totals since the process started.
     pub counters: Counters,
+}
+
+/// A connection inside TLS.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TlsStatus {
+    /// Version of the protocol, such as `TLS 1.3`.
+    pub version: String,
+    /// The subject of the other side's certificate, such as `CN=beta`.
+    pub subject: String,
+}
+
+impl From<&TlsPeer> for TlsStatus {
+    fn from(peer: &TlsPeer) -> Self {
+        TlsStatus { version: peer.version.to_owned(), subject: peer.subject.clone() }
+    }
 }
 
 /// What a side is.

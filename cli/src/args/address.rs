@@ -9,22 +9,11 @@ pub(crate) fn endpoint_without_export(option: &str, uri: NbdUri) -> Result<Endpo
             "{option} {uri}: no export name here, the exports are the names of the disks"
         )));
     }
-    without_tls(option, uri).map(|uri| uri.endpoint)
-}
-
-/// Refuses a URI that demands TLS, which this version does not have.
-pub(crate) fn without_tls(option: &str, uri: NbdUri) -> Result<NbdUri, Failure> {
-    if uri.tls.is_some() {
-        return Err(Failure::usage(format!(
-            "{option} {uri}: this version has no TLS yet; use nbd:// inside a trusted network, \
-             or a tunnel"
-        )));
-    }
-    Ok(uri)
+    Ok(uri.endpoint)
 }
 
 /// Refuses to listen where others can read along, unless that was said to be wanted.
-pub(crate) fn check_plaintext(
+pub(super) fn check_plaintext(
     option: &str,
     endpoint: &Endpoint,
     allowed: bool,
@@ -34,7 +23,7 @@ pub(crate) fn check_plaintext(
     }
     Err(Failure::usage(format!(
         "{option} {endpoint}: listening beyond loopback without TLS lets anyone in the network \
-         read and write the disks; --allow-plaintext does it all the same"
+         read and write the disks: --tls-dir gives it TLS, --allow-plaintext does it all the same"
     )))
 }
 
@@ -66,8 +55,8 @@ mod tests {
     }
 
     #[test]
-    fn export_names_and_tls_are_refused_as_usage() {
-        for text in ["nbd://h/vda", "nbds://h", "nbd+unix:///x?socket=/a"] {
+    fn export_names_are_refused_as_usage() {
+        for text in ["nbd://h/vda", "nbds://h/vda", "nbd+unix:///x?socket=/a"] {
             let failure = endpoint_without_export("--listen", uri(text)).unwrap_err();
             assert_eq!(failure.code, exit::USAGE, "{text}");
         }

@@ -6,9 +6,10 @@ mod drive;
 mod image;
 mod nbd;
 mod pair;
+mod security;
 mod tls;
 
-pub(crate) use address::{check_plaintext, endpoint_without_export, without_tls};
+pub(crate) use address::endpoint_without_export;
 pub(crate) use control::{
     CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResyncArgs, StartArgs,
     StatusArgs, StopArgs, Target, Wait,
@@ -19,6 +20,7 @@ pub(crate) use image::{
 };
 pub(crate) use nbd::{NbdArgs, NbdCommand, NbdInfoArgs, ServeArgs};
 pub(crate) use pair::{DryRun, PrimaryArgs, SecondaryArgs};
+pub(crate) use security::{ServerTls, tls_failure};
 pub(crate) use tls::{DEFAULT_DAYS, InitArgs, IssueArgs, TlsArgs, TlsCommand};
 
 use clap::{ArgAction, Args, Parser, Subcommand};

@@ -6,6 +6,7 @@ use brep_replication::config::DiskFormat;
 use clap::{Args, Subcommand};
 
 use super::disk::parse_format;
+use super::security::TlsFlags;
 use crate::units::parse_duration;
 
 /// Serve an image over NBD, or ask a server what it has
@@ -26,7 +27,8 @@ pub(crate) enum NbdCommand {
 #[command(after_help = "\
 Examples:
   brep nbd serve disk.raw --listen 'nbd+unix:///?socket=disk.sock'
-  brep nbd serve disk.qcow2 --listen nbd://127.0.0.1:10809 --export vda --read-only")]
+  brep nbd serve disk.qcow2 --listen nbd://127.0.0.1:10809 --export vda --read-only
+  brep nbd serve disk.raw --listen nbds://0.0.0.0 --tls-dir /etc/brep/tls")]
 pub(crate) struct ServeArgs {
     /// The file
     pub(crate) file: PathBuf,
@@ -47,9 +49,8 @@ pub(crate) struct ServeArgs {
     #[arg(short, long, value_parser = parse_format)]
     pub(crate) format: Option<DiskFormat>,
 
-    /// Listen beyond loopback although nothing is encrypted
-    #[arg(long)]
-    pub(crate) allow_plaintext: bool,
+    #[command(flatten)]
+    pub(crate) tls: TlsFlags,
 }
 
 /// Show what an NBD server offers
@@ -57,6 +58,10 @@ pub(crate) struct ServeArgs {
 pub(crate) struct NbdInfoArgs {
     /// The server, and an export
     pub(crate) uri: NbdUri,
+
+    /// Certificates for TLS, where the URI demands it and names no tls-certificates
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_dir: Option<PathBuf>,
 
     /// How long to wait for the server
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]

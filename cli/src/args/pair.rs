@@ -2,13 +2,16 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use brep_nbd::{Endpoint, NbdUri};
-use brep_replication::config::{Ack, DiskConfig, PeerKind, ResyncLimits, Role, Seeded, SideConfig};
+use brep_nbd::NbdUri;
+use brep_replication::config::{
+    Ack, DiskConfig, PeerKind, ResyncLimits, Role, Seeded, SideConfig, TlsConfig,
+};
 use clap::{Args, ValueEnum};
 
-use super::address::{check_plaintext, endpoint_without_export};
+use super::address::endpoint_without_export;
 use super::disk::DiskArg;
 use super::drive::{self, Drives};
+use super::security::{ServerTls, TlsFlags};
 use crate::exit::Failure;
 use crate::units::{
     Factor, Interval, Rate, parse_duration, parse_factor, parse_interval, parse_rate, parse_size,
@@ -59,9 +62,12 @@ pub(crate) struct SideArgs {
     #[arg(long)]
     no_start: bool,
 
-    /// Listen beyond loopback although nothing is encrypted
-    #[arg(long)]
-    allow_plaintext: bool,
+    #[command(flatten)]
+    tls: TlsFlags,
+
+    /// The subject that the other side's certificate has to have, such as CN=beta
+    #[arg(long, value_name = "SUBJECT", requires = "tls_dir")]
+    tls_peer: Option<String>,
 
     /// End, without a clean stop, when the process ends that has started this one
     #[arg(long, hide = true)]
@@ -241,11 +247,12 @@ pub(crate) struct DryRun {
 impl PrimaryArgs {
     /// What was typed, as what it means.
     pub(crate) fn resolve(self) -> Result<SideConfig, Failure> {
-        let mut config = self.side.resolve(Role::Primary, drive::primary)?;
-        config.guest_listen = Some(listening("--guest-listen", self.guest_listen, &config)?);
+        let (mut config, tls) = self.side.resolve(Role::Primary, drive::primary)?;
+        config.guest_listen = Some(tls.flags.listener("--guest-listen", self.guest_listen)?);
         if let Some(uri) = self.listen {
-            config.listen = Some(listening("--listen", uri, &config)?);
+            config.listen = Some(tls.flags.listener("--listen", uri)?);
         }
+        config.tls = tls.load(self.primary.peer.as_ref())?;
         self.primary.apply(&mut config)?;
         check_addresses(&config)?;
         Ok(config)
@@ -260,11 +267,12 @@ impl SecondaryArgs {
 
     /// What was typed, as what it means.
     pub(crate) fn resolve(self) -> Result<SideConfig, Failure> {
-        let mut config = self.side.resolve(Role::Secondary, drive::secondary)?;
-        config.listen = Some(listening("--listen", self.listen, &config)?);
+        let (mut config, tls) = self.side.resolve(Role::Secondary, drive::secondary)?;
+        config.listen = Some(tls.flags.listener("--listen", self.listen)?);
         if let Some(uri) = self.guest_listen {
-            config.guest_listen = Some(listening("--guest-listen", uri, &config)?);
+            config.guest_listen = Some(tls.flags.listener("--guest-listen", uri)?);
         }
+        config.tls = tls.load(self.primary.peer.as_ref())?;
         config.plain_primary = self.plain_primary;
         config.discard_local = self.discard_local;
         self.primary.apply(&mut config)?;
@@ -273,11 +281,26 @@ impl SecondaryArgs {
     }
 }
 
-/// An address to listen at.
-fn listening(option: &str, uri: NbdUri, config: &SideConfig) -> Result<Endpoint, Failure> {
-    let endpoint = endpoint_without_export(option, uri)?;
-    check_plaintext(option, &endpoint, config.allow_plaintext)?;
-    Ok(endpoint)
+/// What was said about TLS.
+struct SideTls {
+    flags: TlsFlags,
+    peer_subject: Option<String>,
+}
+
+impl SideTls {
+    /// Reads what TLS needs; `peer` is where the other side listens, if that was given as a URI.
+    fn load(self, peer: Option<&NbdUri>) -> Result<Option<TlsConfig>, Failure> {
+        let client = peer.map(|uri| self.flags.client("--peer", uri)).transpose()?.flatten();
+        let Some(ServerTls { server, required, allowed_clients }) = self.flags.server()? else {
+            return Ok(None);
+        };
+        let client = match client {
+            Some(client) => client,
+            None => self.flags.any_client()?,
+        };
+        let peer_subject = self.peer_subject;
+        Ok(Some(TlsConfig { server, client, required, allowed_clients, peer_subject }))
+    }
 }
 
 fn check_addresses(config: &SideConfig) -> Result<(), Failure> {
@@ -334,7 +357,7 @@ impl SideArgs {
         self,
         role: Role,
         drives: impl FnOnce(&[String], Option<PathBuf>) -> Result<Drives, Failure>,
-    ) -> Result<SideConfig, Failure> {
+    ) -> Result<(SideConfig, SideTls), Failure> {
         if self.durability == Durability::Power {
             return Err(Failure::usage(
                 "--durability power is not available in this version: a checkpoint survives the \
@@ -360,14 +383,15 @@ impl SideArgs {
             state_dir => drives(&self.drives, state_dir)?,
         };
         let state_dir = std::path::absolute(state_dir)?;
-        Ok(SideConfig {
+        let config = SideConfig {
             peer,
             start: !self.no_start,
             control: self.control.map(std::path::absolute).transpose()?,
             peer_timeout: self.peer_timeout,
-            allow_plaintext: self.allow_plaintext,
+            allow_plaintext: self.tls.allow_plaintext(),
             ..SideConfig::new(role, &name, state_dir, disks)
-        })
+        };
+        Ok((config, SideTls { flags: self.tls, peer_subject: self.tls_peer }))
     }
 }
 

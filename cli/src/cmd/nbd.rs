@@ -7,13 +7,14 @@ use brep_nbd::client::{describe_export, list_exports};
 use brep_nbd::proto::client::{ExportInfo, Outcome as Handshake};
 use brep_nbd::proto::wire::TransmissionFlags;
 use brep_nbd::server::{Export, Server, ServerConfig, StaticExports};
-use brep_nbd::{Endpoint, NbdUri};
+use brep_nbd::tls::TlsClient;
+use brep_nbd::{Endpoint, NbdUri, TlsParameters};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::image::Source;
 use super::runtime::{current_thread, until_signal};
-use crate::args::{NbdInfoArgs, ServeArgs, check_plaintext, endpoint_without_export, without_tls};
+use crate::args::{NbdInfoArgs, ServeArgs, ServerTls, tls_failure};
 use crate::exit::{Failure, OK, Outcome};
 use crate::{output, units};
 
@@ -23,24 +24,33 @@ const STOP_GRACE: Duration = Duration::from_secs(10);
 const EXPORTS_MAX: usize = 256;
 
 pub(crate) fn serve(args: ServeArgs) -> Outcome {
-    let endpoint = endpoint_without_export("--listen", args.listen.clone())?;
-    check_plaintext("--listen", &endpoint, args.allow_plaintext)?;
-    until_signal("data", move |shutdown| serve_until(args, endpoint, shutdown))?;
+    let endpoint = args.tls.listener("--listen", args.listen.clone())?;
+    let tls = args.tls.server()?;
+    until_signal("data", move |shutdown| serve_until(args, endpoint, tls, shutdown))?;
     Ok(OK)
 }
 
 async fn serve_until(
     args: ServeArgs,
     endpoint: Endpoint,
+    tls: Option<ServerTls>,
     shutdown: CancellationToken,
 ) -> Result<(), Failure> {
     let source = Source::open_file(&args.file, args.format, args.read_only).await?;
     let exports = Arc::new(StaticExports::new());
     let export = Export::new(&args.export, Arc::clone(&source.device));
-    exports.add(export.read_only(args.read_only).multi_conn(true));
-    let server = Server::new(exports, ServerConfig::default());
+    let export = export.read_only(args.read_only).multi_conn(true);
+    let allowed = tls.as_ref().and_then(|tls| tls.allowed_clients.clone());
+    exports.add(export.allowed_subjects(allowed));
+    let required = tls.as_ref().is_some_and(|tls| tls.is_required_at(&endpoint));
+    let config = ServerConfig::default().tls(tls.map(|tls| tls.server), required);
+    let server = Server::new(exports, config);
     let listener = Server::bind(&endpoint).await.map_err(Failure::failed)?;
-    let uri = NbdUri { endpoint: listener.endpoint().clone(), export: args.export, tls: None };
+    let uri = NbdUri {
+        endpoint: listener.endpoint().clone(),
+        export: args.export,
+        tls: required.then(TlsParameters::default),
+    };
     output::line(&format!("serving {} as {uri}", args.file.display()))?;
     tokio::select! {
         () = server.serve(listener) => {}
@@ -51,10 +61,13 @@ async fn serve_until(
 }
 
 pub(crate) fn info(args: NbdInfoArgs) -> Outcome {
-    let uri = without_tls("URI", args.uri)?;
+    let uri = args.uri;
+    let directory = args.tls_dir.as_deref();
+    let tls = TlsClient::for_uri(&uri, directory).map_err(|e| tls_failure("URI", &uri, e))?;
+    let tls = tls.as_ref();
     let exports: Vec<Value> = current_thread()?.block_on(async {
         let names = if uri.export.is_empty() {
-            let listed = list_exports(&uri.endpoint, None, args.timeout).await;
+            let listed = list_exports(&uri.endpoint, tls, args.timeout).await;
             listed.map(|exports| exports.into_iter().map(|export| export.name).collect())
         } else {
             Ok(vec![uri.export.clone()])
@@ -63,7 +76,7 @@ pub(crate) fn info(args: NbdInfoArgs) -> Outcome {
         names.truncate(EXPORTS_MAX);
         let mut exports = Vec::new();
         for name in names {
-            let (info, handshake) = describe_export(&uri.endpoint, None, &name, args.timeout)
+            let (info, handshake) = describe_export(&uri.endpoint, tls, &name, args.timeout)
                 .await
                 .with_context(|| format!("export {name:?}"))?;
             exports.push(describe(&name, &info, &handshake));

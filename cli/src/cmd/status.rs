@@ -92,6 +92,9 @@ fn headline(status: &Status, paint: Paint) -> String {
         LinkState::Connected => paint.apply(Colour::Green, &format!("connected to {peer}")),
     };
     let mut line = format!("{} · {role} · {link}", paint.apply(Colour::Bold, &status.name));
+    if let Some(tls) = &status.tls {
+        let _ = write!(line, ", {} with {}", tls.version, tls.subject);
+    }
     match status.last_contact_ms {
         Some(contact) if status.link != LinkState::Connected => {
             let _ = write!(line, ", last heard of {} ago", units::age(contact));
@@ -222,7 +225,7 @@ fn counters(status: &Status) -> String {
 mod tests {
     use super::*;
     use brep_replication::node::Stage;
-    use brep_replication::status::{Counters, Progress};
+    use brep_replication::status::{Counters, Progress, TlsStatus};
 
     fn disk() -> DiskStatus {
         DiskStatus {
@@ -253,6 +256,7 @@ mod tests {
             checkpoint_age_ms: Some(400),
             peer: Some("127.0.0.1:10809".into()),
             link: LinkState::Connected,
+            tls: None,
             last_contact_ms: Some(3),
             reason: None,
             advice: None,
@@ -282,6 +286,14 @@ mod tests {
         );
         assert!(text.contains("1\u{a0}234 writes"), "{text}");
         assert!(!text.contains("why:") && !text.contains("do:"), "{text}");
+    }
+
+    #[test]
+    fn an_encrypted_link_says_with_whom() {
+        let mut status = status();
+        status.tls = Some(TlsStatus { version: "TLS 1.3".into(), subject: "CN=beta".into() });
+        let text = render(&status, Paint::plain());
+        assert!(text.contains("127.0.0.1:10809, TLS 1.3 with CN=beta\n"), "{text}");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 use std::future::Future;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::{Buf, BytesMut};
@@ -9,6 +10,7 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use super::connection::Connection;
 use crate::Stream;
+use crate::tls::TlsPeer;
 
 /// The byte stream of a connection that no longer speaks NBD. It begins with what the client had
 /// sent after the option that ended the handshake.
@@ -25,6 +27,12 @@ pub struct TakenStream {
 impl TakenStream {
     pub(super) fn new(stream: Stream, early: BytesMut, connection: &Connection) -> Self {
         TakenStream { stream, early, stopping: Box::pin(connection.stopping()) }
+    }
+
+    /// Who is on the other side, if the stream is inside TLS.
+    #[must_use]
+    pub fn tls_peer(&self) -> Option<&Arc<TlsPeer>> {
+        self.stream.tls_peer()
     }
 
     fn is_stopping(&mut self, cx: &mut Context<'_>) -> bool {

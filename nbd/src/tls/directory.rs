@@ -24,7 +24,7 @@ pub enum TlsError {
     Unusable { directory: PathBuf, reason: String },
     #[error("{0:?} is neither a host name nor an IP address that a certificate could be for")]
     ServerName(String),
-    #[error("a server over TLS needs certificates: say which directory they are in")]
+    #[error("TLS needs certificates: add tls-certificates=DIR to the URI, their directory")]
     NoCertificates,
     #[error("{0} is not possible here: TLS is always with certificates, and they are checked")]
     Unsupported(&'static str),

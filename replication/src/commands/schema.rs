@@ -66,6 +66,7 @@ const TYPES: &[Type] = &[
             ("checkpoint-age-ms", "integer or null"),
             ("peer", "string or null"),
             ("link", "string"),
+            ("tls", "object or null"),
             ("last-contact-ms", "integer or null"),
             ("reason", "string or null"),
             ("advice", "string or null"),

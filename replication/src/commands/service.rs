@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Arguments, CommandResult};
 use crate::control::{CommandError, EventBus};
-use crate::daemon::check_plaintext;
+use crate::tls::Exposure;
 use crate::{Error, Result};
 
 /// The time in which the clients' requests have to end when the server is stopped.
@@ -29,7 +29,7 @@ pub(crate) struct Service {
     exports: Arc<Listed>,
     /// Clients are served from then on.
     allowed: CancellationToken,
-    allow_plaintext: bool,
+    exposure: Exposure,
     events: EventBus,
     running: tokio::sync::Mutex<Option<Running>>,
 }
@@ -128,15 +128,18 @@ impl Service {
     pub(crate) fn new(
         exports: Arc<dyn Exports>,
         allowed: CancellationToken,
-        allow_plaintext: bool,
+        exposure: Exposure,
         events: EventBus,
     ) -> Arc<Self> {
-        let exports =
-            Listed { inner: exports, entries: Mutex::default(), multi_conn: Mutex::new(true) };
+        let exports = Listed {
+            inner: exposure.guard(exports),
+            entries: Mutex::default(),
+            multi_conn: Mutex::new(true),
+        };
         Arc::new(Service {
             exports: Arc::new(exports),
             allowed,
-            allow_plaintext,
+            exposure,
             events,
             running: tokio::sync::Mutex::new(None),
         })
@@ -151,7 +154,7 @@ impl Service {
         if running.is_some() {
             return Ok(());
         }
-        *running = Some(self.listen(endpoint, ServerConfig::default()).await?);
+        *running = Some(self.listen(endpoint, self.exposure.server_config(endpoint)).await?);
         *self.exports.multi_conn() = true;
         *self.exports.entries() =
             disks.iter().map(|name| ((*name).to_owned(), Entry::of_disk(name))).collect();
@@ -159,7 +162,7 @@ impl Service {
     }
 
     async fn listen(&self, endpoint: &Endpoint, config: ServerConfig) -> Result<Running> {
-        check_plaintext(&[endpoint], self.allow_plaintext)?;
+        self.exposure.check(endpoint)?;
         let server = Server::new(Arc::clone(&self.exports) as Arc<dyn Exports>, config);
         // Bound at once, so that an address in use is known now; served when it is allowed.
         let listener = Server::bind(endpoint).await.map_err(|e| Error::failed(e.to_string()))?;
@@ -220,7 +223,7 @@ impl Service {
         let clients = usize::try_from(clients).map_err(|_| {
             CommandError::usage("Parameter 'max-connections' expects a value of 0 or more")
         })?;
-        let mut config = ServerConfig::default();
+        let mut config = self.exposure.server_config(&endpoint);
         if clients > 0 {
             config = config.connections_max(clients);
         }
@@ -397,7 +400,8 @@ mod tests {
             exports.add(Export::new("vda", Memory::new("vda", 65_536)).multi_conn(true));
             let (allowed, events) = (CancellationToken::new(), EventBus::new());
             allowed.cancel();
-            let service = Service::new(Arc::new(exports), allowed, false, events.clone());
+            let service =
+                Service::new(Arc::new(exports), allowed, Exposure::default(), events.clone());
             service.serve(&endpoint, &["vda"]).await.unwrap();
             Rig { service, events, endpoint, _folder: folder }
         }

@@ -103,7 +103,9 @@ impl PrimaryCommands {
                 })?))
             }
             "resync" => Ok(resync(group, arguments)?),
-            "peer-set" => Ok(group.change_peer(peer_argument(arguments)?).map(done)?),
+            "peer-set" => Ok(group
+                .change_peer(peer_argument(arguments, group.config.tls.is_some())?)
+                .map(done)?),
             "peer-clear" => Ok(group.forget_peer().await.map(done)?),
             "replication-start" => Ok(group.start_replication().map(done)?),
             "xen-set-replication" => self.set_replication(arguments).await.map(done),

@@ -53,7 +53,9 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     group.settled().await?;
     let limit = group.config.peer_timeout;
     let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
-    let link = match connect_private(peer, None, OPTION_LINK, version, limit).await {
+    let tls = group.config.tls.as_ref();
+    let client = tls.map(|tls| &tls.client);
+    let link = match connect_private(peer, client, OPTION_LINK, version, limit).await {
         Ok(link) => link,
         Err(ClientError::Unsupported { .. }) => {
             return Ok(Attempt::Refused(Refusal::new(
@@ -64,6 +66,9 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         }
         Err(error) => return Err(Error::failed(error.to_string())),
     };
+    if let Some(tls) = tls {
+        tls.check_peer(link.stream.tls_peer())?;
+    }
     let (mut reader, mut writer) = split(link.stream, &link.rest);
     let me = group.introduce();
     let hello = Hello { version: LINK_VERSION, timeout_ms: timeout_ms(limit), side: me.clone() };
@@ -260,10 +265,14 @@ async fn connect_disks(
             in_flight_bytes_max: config.window_bytes,
             queued_max: config.window_requests.max(16_384),
             queued_bytes_max: config.window_bytes.max(256 << 20),
+            tls: config.tls.as_ref().map(|tls| tls.client.clone()),
             ..ConnectOptions::new(peer.clone(), disk.name.clone())
         };
         let connection =
             Connection::connect(&options).await.map_err(|e| Error::failed(e.to_string()))?;
+        if let Some(tls) = &config.tls {
+            tls.check_peer(connection.tls_peer())?;
+        }
         let size = disk.size();
         if connection.export().size != size {
             return Err(Error::failed(format!(

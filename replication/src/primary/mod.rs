@@ -54,7 +54,7 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     let group = Group::open(side).await?;
     let exports = Arc::new(GuestExports(Arc::clone(&group)));
     let allowed = group.guest_allowed.clone();
-    let service = Service::new(exports, allowed, side.config.allow_plaintext, side.events.clone());
+    let service = Service::new(exports, allowed, side.config.exposure(), side.events.clone());
     let disks: Vec<_> = group.disks().iter().map(|d| d.name.as_str()).collect();
     service.serve(address, &disks).await?;
     let primary = Primary::start(&group, &service);

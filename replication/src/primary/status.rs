@@ -49,6 +49,7 @@ impl Group {
             checkpoint_age_ms: core.last_commit.map(elapsed_ms),
             peer: core.peer.clone(),
             link: core.link,
+            tls: core.peer_tls(),
             last_contact_ms: core.last_contact.map(elapsed_ms),
             reason,
             advice,

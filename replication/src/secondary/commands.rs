@@ -75,7 +75,9 @@ impl SecondaryCommands {
             "checkpoint" => Ok(self.checkpoint(arguments).await?),
             "xen-colo-do-checkpoint" => Ok(self.checkpoint(arguments).await.map(|_| json!({}))?),
             "failover" => Ok(json!(group.failover(arguments.target()).await?)),
-            "peer-set" => Ok(group.set_peer(Some(peer_argument(arguments)?)).map(done)?),
+            "peer-set" => Ok(group
+                .set_peer(Some(peer_argument(arguments, group.config.tls.is_some())?))
+                .map(done)?),
             "peer-clear" => Ok(group.set_peer(None).map(done)?),
             "resync" if arguments.flag("discard-local") => {
                 let transition = group.transition.lock().await;

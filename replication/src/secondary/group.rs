@@ -6,6 +6,7 @@ use std::time::Duration;
 use brep_block::storage;
 use brep_hbitmap::MapSet;
 use brep_nbd::server::{OptionError, OptionErrorCode};
+use brep_nbd::tls::TlsPeer;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -22,7 +23,7 @@ use crate::node::Stage;
 use crate::primary::Primary;
 use crate::side::Side;
 use crate::state::{DiskRecord, Record};
-use crate::status::LinkState;
+use crate::status::{LinkState, TlsStatus};
 use crate::{Commit, Epoch, Error, Result};
 
 /// The time in which the guest's requests have to end when it is moved to a new active disk.
@@ -67,6 +68,8 @@ pub(crate) struct Core {
     /// that.
     pub(super) own_maps: Vec<MapSet>,
     pub(crate) peer: Option<String>,
+    /// The last link's TLS.
+    pub(crate) link_tls: Option<Arc<TlsPeer>>,
     pub(crate) last_contact: Option<Instant>,
     pub(crate) last_commit: Option<Instant>,
     pub(crate) receiving: Epoch,
@@ -93,6 +96,12 @@ impl std::fmt::Debug for Group {
 }
 
 impl Core {
+    /// How the link is encrypted, while there is one.
+    pub(crate) fn peer_tls(&self) -> Option<TlsStatus> {
+        let peer = self.link_tls.as_ref().filter(|_| self.link == LinkState::Connected)?;
+        Some(TlsStatus::from(&**peer))
+    }
+
     pub(crate) fn session_is_sync(&self) -> Option<bool> {
         self.session.as_ref().map(|s| s.sync)
     }
@@ -163,6 +172,7 @@ impl Group {
             refused: None,
             own_maps,
             peer: None,
+            link_tls: None,
             last_contact: None,
             last_commit: None,
         };

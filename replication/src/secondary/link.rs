@@ -23,6 +23,7 @@ const HASHES_MAX: u64 = 4096;
 impl Group {
     /// Serves one link from its first byte to its end.
     pub(crate) async fn serve_link(self: Arc<Self>, stream: TakenStream, peer: String) {
+        let tls = stream.tls_peer().cloned();
         let (mut reader, mut writer) = split(stream, &[]);
         let begun = tokio::select! {
             biased;
@@ -31,6 +32,7 @@ impl Group {
         };
         let ended = match begun {
             Ok((session, outbox)) => {
+                self.core().link_tls = tls;
                 let ended = self.run_session(&session, reader, writer, outbox).await;
                 self.session_ended(&session, ended).await
             }

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use brep_nbd::Endpoint;
-use brep_nbd::server::{Exports, Server, ServerConfig};
+use brep_nbd::server::{Exports, Server};
 use tokio_util::sync::CancellationToken;
 
 use self::commands::SecondaryCommands;
@@ -31,6 +31,7 @@ pub(crate) use self::rejoin::check as check_return;
 use crate::commands::Service;
 use crate::link::StopReason;
 use crate::side::Side;
+use crate::tls::Exposure;
 use crate::{Error, Result};
 
 pub(crate) use link::{hash_hex, write_link};
@@ -47,15 +48,18 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     let allowed = CancellationToken::new();
     allowed.cancel();
     let exports = Arc::new(PeerExports(Arc::clone(&group)));
-    let (plaintext, events) = (side.config.allow_plaintext, side.events.clone());
-    let service = Service::new(exports, allowed, plaintext, events);
+    let exposure = side.config.exposure();
+    let service = Service::new(exports, allowed, exposure.clone(), side.events.clone());
     group.serve_with(&service);
     side.commands(Some(Arc::new(SecondaryCommands::new(&group, &service))));
     // Before a guest can connect: its writes are to be counted.
     group.resume_promotion().await?;
     service.serve(listen, &group.disk_names()).await?;
     let guests = match &side.config.guest_listen {
-        Some(address) => Some(serve(address, Arc::new(GuestExports(Arc::clone(&group)))).await?),
+        Some(address) => {
+            let exports = Arc::new(GuestExports(Arc::clone(&group)));
+            Some(serve(address, exports, &exposure).await?)
+        }
         None => None,
     };
     group.prepare_plain().await?;
@@ -72,8 +76,12 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     result.and(group.close().await)
 }
 
-async fn serve(endpoint: &Endpoint, exports: Arc<dyn Exports>) -> Result<Arc<Server>> {
-    let server = Server::new(exports, ServerConfig::default());
+async fn serve(
+    endpoint: &Endpoint,
+    exports: Arc<dyn Exports>,
+    exposure: &Exposure,
+) -> Result<Arc<Server>> {
+    let server = Server::new(exposure.guard(exports), exposure.server_config(endpoint));
     let listener = Server::bind(endpoint).await.map_err(|e| Error::failed(e.to_string()))?;
     let serving = Arc::clone(&server);
     tokio::spawn(async move { serving.serve(listener).await });

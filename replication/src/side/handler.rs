@@ -125,6 +125,9 @@ fn yank(role: &dyn RoleCommands, arguments: Arguments<'_>) -> CommandResult<Valu
 }
 
 /// The address that `peer-set` was given.
-pub(crate) fn peer_argument(arguments: Arguments<'_>) -> CommandResult<brep_nbd::Endpoint> {
-    Ok(peer::parse(arguments.text("uri").unwrap_or_default())?)
+pub(crate) fn peer_argument(
+    arguments: Arguments<'_>,
+    has_tls: bool,
+) -> CommandResult<brep_nbd::Endpoint> {
+    Ok(peer::parse(arguments.text("uri").unwrap_or_default(), has_tls)?)
 }

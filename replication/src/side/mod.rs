@@ -68,8 +68,9 @@ impl Side {
     /// Opens the state record, or makes a first one.
     fn open(config: SideConfig, stopping: CancellationToken) -> Result<Arc<Self>> {
         daemon::prepare(&config.state_dir, &config.disks)?;
-        let addresses: Vec<_> = config.listen.iter().chain(&config.guest_listen).collect();
-        daemon::check_plaintext(&addresses, config.allow_plaintext)?;
+        let exposure = config.exposure();
+        let mut addresses = config.listen.iter().chain(&config.guest_listen);
+        addresses.try_for_each(|address| exposure.check(address))?;
         let record = SharedRecord::new(RecordStore::open(&config.state_dir, || blank(&config))?);
         take_role(&config, &record).map_err(|e| e.context(config.state_dir.display()))?;
         let peer = peer::at_start(&config, &record.get())?;

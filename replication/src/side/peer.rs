@@ -1,6 +1,6 @@
 //! The address of the other side: a flag, or a command whose effect lasts.
 
-use brep_nbd::{Endpoint, NbdUri};
+use brep_nbd::{Endpoint, NbdUri, TlsParameters};
 use tokio::sync::watch;
 
 use super::Side;
@@ -10,7 +10,8 @@ use crate::{Error, Result};
 
 /// The address at the start: the flag, else what was set by command.
 pub(super) fn at_start(config: &SideConfig, record: &Record) -> Result<Option<Endpoint>> {
-    let remembered = record.peer.as_deref().map(parse).transpose()?;
+    let remembered =
+        record.peer.as_deref().map(|uri| parse(uri, config.tls.is_some())).transpose()?;
     if let (Some(given), Some(remembered)) = (&config.peer, &remembered)
         && given != remembered
     {
@@ -19,11 +20,12 @@ pub(super) fn at_start(config: &SideConfig, record: &Record) -> Result<Option<En
     Ok(config.peer.clone().or(remembered))
 }
 
-/// Understands the URI of a peer.
+/// Understands the URI of a peer. Where this side has TLS the peer has to, whatever the scheme.
 ///
 /// # Errors
-/// It is none, or has an export name: the exports are the disks' names.
-pub(crate) fn parse(text: &str) -> Result<Endpoint> {
+/// It is none, or has an export name: the exports are the disks' names. Or it demands TLS of a side
+/// that has none.
+pub(crate) fn parse(text: &str, has_tls: bool) -> Result<Endpoint> {
     let uri: NbdUri = text.parse().map_err(|e| Error::usage(format!("peer {text:?}: {e}")))?;
     if !uri.export.is_empty() {
         return Err(Error::usage(format!(
@@ -31,8 +33,16 @@ pub(crate) fn parse(text: &str) -> Result<Endpoint> {
             uri.export
         )));
     }
-    if uri.tls.is_some() {
-        return Err(Error::usage(format!("peer {text:?}: this version has no TLS yet")));
+    match &uri.tls {
+        Some(_) if !has_tls => {
+            let reason = "this side has no TLS: start it with --tls-dir";
+            return Err(Error::usage(format!("peer {text:?}: {reason}")));
+        }
+        Some(parameters) if *parameters != TlsParameters::default() => {
+            let reason = "what TLS needs is given when the side is started";
+            return Err(Error::usage(format!("peer {text:?}: {reason}")));
+        }
+        _ => {}
     }
     Ok(match uri.endpoint {
         Endpoint::Unix { path } => {

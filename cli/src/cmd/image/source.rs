@@ -9,7 +9,7 @@ use brep_qcow2::{OpenError, OpenOptions, Qcow2};
 use brep_replication::config::DiskFormat;
 
 use super::format_name;
-use crate::args::{format_by_name, unknown_format, without_tls};
+use crate::args::{format_by_name, tls_failure, unknown_format};
 use crate::exit::{self, Failure};
 
 /// An image that is open: a file under a stated format, or an export of an NBD server.
@@ -87,7 +87,7 @@ impl Source {
     }
 
     async fn connect(uri: &NbdUri) -> Result<Self, Failure> {
-        let options = ConnectOptions::from_uri(uri).map_err(Failure::failed)?;
+        let options = ConnectOptions::from_uri(uri).map_err(|e| tls_failure("NBD", uri, e))?;
         let connection = Connection::connect(&options).await.with_context(|| uri.to_string())?;
         Ok(Source { device: connection, kind: Kind::Export })
     }
@@ -155,7 +155,7 @@ fn nbd_uri(image: &str) -> Result<Option<NbdUri>, Failure> {
         return Ok(None);
     }
     let uri = image.parse().map_err(|error| Failure::usage(format!("{image}: {error}")))?;
-    without_tls("NBD", uri).map(Some)
+    Ok(Some(uri))
 }
 
 pub(super) fn refused(path: &Path, error: OpenError) -> Failure {

@@ -21,7 +21,7 @@ pub enum HandshakeError {
     Oldstyle,
     #[error("the server is too old to be asked for {0} (no fixed newstyle handshake)")]
     NotFixedNewstyle(OptionCode),
-    #[error("the server demands TLS for {0}")]
+    #[error("the server demands TLS (asked for {0})")]
     TlsRequired(OptionCode),
     #[error("the server has no TLS, and nothing else is wanted of it ({reply}{}{message})", if message.is_empty() { "" } else { ": " })]
     TlsRefused { reply: ReplyType, message: String },

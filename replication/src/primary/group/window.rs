@@ -19,6 +19,7 @@ use super::super::epochs::Route;
 use super::{Core, Group};
 use crate::Epoch;
 use crate::change::Change;
+use crate::status::TlsStatus;
 
 /// A write of the next epoch, until the cut has been made.
 pub(crate) struct HeldWrite {
@@ -251,6 +252,12 @@ impl Group {
 }
 
 impl Core {
+    /// How the connections to the peer are encrypted, while there are any.
+    pub(crate) fn peer_tls(&self) -> Option<TlsStatus> {
+        let peer = self.connections.first()?.tls_peer()?;
+        Some(TlsStatus::from(&**peer))
+    }
+
     fn begin(&mut self, disk: usize, offset: u64, change: &Change) -> Begun {
         self.dirty = true;
         let (epoch, route) = self.epochs.begin();
