@@ -72,6 +72,21 @@ pub(crate) fn parse_rate(text: &str) -> Result<Rate, String> {
     }
 }
 
+/// A limit in bytes, or none for the word `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limit(pub(crate) Option<u64>);
+
+/// Parses a limit: a size of at least 1M, or `off`.
+pub(crate) fn parse_limit(text: &str) -> Result<Limit, String> {
+    match text {
+        "off" => Ok(Limit(None)),
+        text => match parse_size(text)? {
+            limit if limit >= 1 << 20 => Ok(Limit(Some(limit))),
+            _ => Err("at least 1M, or off".into()),
+        },
+    }
+}
+
 /// A factor, or none for the word `off`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Factor(pub(crate) Option<f64>);
@@ -197,6 +212,9 @@ mod tests {
         for text in ["0", "1", "15E", "fast", "50M/h"] {
             assert!(parse_rate(text).is_err(), "{text}");
         }
+        assert_eq!(parse_limit("off"), Ok(Limit(None)));
+        assert_eq!(parse_limit("1G"), Ok(Limit(Some(1 << 30))));
+        assert!(parse_limit("1000").is_err());
         assert_eq!(parse_factor("off"), Ok(Factor(None)));
         assert_eq!(parse_factor("1.5"), Ok(Factor(Some(1.5))));
         for text in ["0", "0.9", "-2", "inf", "NaN", "1,5"] {

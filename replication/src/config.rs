@@ -77,6 +77,27 @@ pub struct ResyncLimits {
     pub latency_factor: Option<f64>,
 }
 
+/// What a primary does when its secondary is lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnPeerLost {
+    /// The guest goes on, and what the secondary lacks is kept track of.
+    #[default]
+    Degrade,
+    /// The guest's writes are held until the secondary is back, or a command lets them go on.
+    Suspend,
+}
+
+/// What a primary does with a secondary that is slow rather than dead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnSlowPeer {
+    /// It counts as lost.
+    #[default]
+    Lost,
+    /// It is left behind: the guest goes on without it in any case, and it is brought up again
+    /// after a pause, which becomes longer while it stays slow.
+    PullAhead,
+}
+
 /// What is made of a secondary's disks that were brought by other means than the first copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Seeded {
@@ -127,6 +148,15 @@ pub struct SideConfig {
     /// No guest request waits longer for the peer, and a peer that is silent for longer is lost.
     /// Default 5 s.
     pub peer_timeout: Duration,
+    /// Bytes of pre-images that a secondary keeps at most, of all disks together; none: as many as
+    /// the file system of the state directory has room for.
+    pub buffer_limit: Option<u64>,
+    /// What becomes of the guest's writes when the secondary is lost.
+    pub on_peer_lost: OnPeerLost,
+    /// A secondary is too slow if the window has been full for so long; none: it may be.
+    pub slow_peer_limit: Option<Duration>,
+    /// What becomes of one that is too slow.
+    pub on_slow_peer: OnSlowPeer,
     /// Bound of the bytes that are on their way to the secondary. Default 64 MiB.
     pub window_bytes: u64,
     /// Bound of the requests that are on their way to the secondary. Default 4096.
@@ -170,6 +200,10 @@ impl SideConfig {
             control: None,
             ack: Ack::Sync,
             peer_timeout: Duration::from_secs(5),
+            on_peer_lost: OnPeerLost::Degrade,
+            slow_peer_limit: None,
+            on_slow_peer: OnSlowPeer::Lost,
+            buffer_limit: None,
             window_bytes: 64 << 20,
             window_requests: 4096,
             checkpoint_interval: Some(Duration::from_secs(1)),

@@ -2,6 +2,12 @@
 
 use uuid::Uuid;
 
+/// A number from 0 to 1, by chance.
+pub(crate) fn fraction() -> f64 {
+    // Any 32 random bits of it; the version's are elsewhere.
+    f64::from(uuid().as_fields().0) / f64::from(u32::MAX)
+}
+
 /// A new identity: random.
 pub(crate) fn uuid() -> Uuid {
     #[cfg(feature = "simulation")]

@@ -56,6 +56,9 @@ pub struct Status {
     pub lapsed: Vec<String>,
     /// The guest's requests are held: `stop` was said, and not yet `cont`.
     pub guest_stopped: bool,
+    /// Writes of the guest that are held because the secondary is lost; absent: they are not held
+    /// (primary).
+    pub held_writes: Option<u64>,
     /// The copy to the secondary, while one runs (primary).
     pub resync: Option<ResyncStatus>,
     /// One entry a disk.

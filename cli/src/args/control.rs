@@ -82,6 +82,20 @@ pub(crate) struct StartArgs {
     pub(crate) control: ControlArgs,
 }
 
+/// Let the guest's writes go on that `--on-peer-lost suspend` holds
+#[derive(Debug, Args)]
+#[command(after_help = "\
+They go on by themselves when the secondary is back. Before --lonely make sure that nobody promotes
+the secondary, or has done so: this side then writes alone, on a line of its own.")]
+pub(crate) struct ResumeArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+
+    /// Go on without the secondary
+    #[arg(long, required = true)]
+    pub(crate) lonely: bool,
+}
+
 /// Stop an instance; its buffers are kept
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -110,6 +124,12 @@ pub(crate) struct ResyncArgs {
     /// Compare everything by hashes, and copy what differs; with --full the same
     #[arg(long)]
     pub(crate) compare: bool,
+
+    /// Give the secondary's last checkpoint up, and with it the room for its pre-images
+    ///
+    /// Until the copy has ended the secondary is inconsistent: it cannot be promoted.
+    #[arg(long)]
+    pub(crate) discard_checkpoint: bool,
 
     /// Bytes a second that a resync copies at most, or off; changes one that runs, too
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]

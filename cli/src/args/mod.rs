@@ -11,8 +11,8 @@ mod tls;
 
 pub(crate) use address::endpoint_without_export;
 pub(crate) use control::{
-    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResyncArgs, StartArgs,
-    StatusArgs, StopArgs, Target, Wait,
+    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResumeArgs, ResyncArgs,
+    StartArgs, StatusArgs, StopArgs, Target, Wait,
 };
 pub(crate) use disk::{format_by_name, unknown_format};
 pub(crate) use image::{
@@ -64,6 +64,7 @@ pub(crate) enum Command {
     Stop(StopArgs),
     Resync(ResyncArgs),
     Peer(PeerArgs),
+    Resume(ResumeArgs),
     Image(ImageArgs),
     Nbd(NbdArgs),
     Tls(TlsArgs),

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use brep_nbd::NbdUri;
 use brep_replication::config::{
-    Ack, DiskConfig, PeerKind, ResyncLimits, Role, Seeded, SideConfig, TlsConfig,
+    Ack, DiskConfig, OnPeerLost, OnSlowPeer, PeerKind, ResyncLimits, Role, Seeded, SideConfig,
+    TlsConfig,
 };
 use clap::{Args, ValueEnum};
 
@@ -14,7 +15,8 @@ use super::drive::{self, Drives};
 use super::security::{ServerTls, TlsFlags};
 use crate::exit::Failure;
 use crate::units::{
-    Factor, Interval, Rate, parse_duration, parse_factor, parse_interval, parse_rate, parse_size,
+    Factor, Interval, Limit, Rate, parse_duration, parse_factor, parse_interval, parse_limit,
+    parse_rate, parse_size,
 };
 
 /// What both sides of a pair take.
@@ -82,10 +84,19 @@ enum Durability {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum OnPeerLost {
+enum OnPeerLostArg {
+    /// Go on alone, and keep track of what the secondary lacks
     Degrade,
-    #[value(hide = true)]
+    /// Hold the guest's writes until the secondary is back, or `brep resume --lonely`
     Suspend,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnSlowPeerArg {
+    /// As one that is lost
+    Lost,
+    /// Go on without it, and bring it up again after a pause
+    PullAhead,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -141,9 +152,17 @@ pub(crate) struct ReplicateArgs {
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = parse_interval)]
     checkpoint_interval: Interval,
 
-    /// What to do when the secondary is lost: go on alone (degrade)
+    /// What to do when the secondary is lost
     #[arg(long, value_name = "POLICY", default_value = "degrade")]
-    on_peer_lost: OnPeerLost,
+    on_peer_lost: OnPeerLostArg,
+
+    /// A secondary is too slow when the window has been full for so long; off: it may be
+    #[arg(long, value_name = "DURATION", default_value = "off", value_parser = parse_interval)]
+    slow_peer_limit: Interval,
+
+    /// What to do with a secondary that is too slow
+    #[arg(long, value_name = "POLICY", default_value = "lost")]
+    on_slow_peer: OnSlowPeerArg,
 
     /// The secondary's disks are copies already: compare hashes, copy only what differs
     ///
@@ -223,6 +242,13 @@ pub(crate) struct SecondaryArgs {
     #[arg(long)]
     plain_primary: bool,
 
+    /// Bytes of pre-images that are kept at most, or off: as many as there is room for
+    ///
+    /// At half of it an early checkpoint is asked for. When it is reached replication stops, and
+    /// the last checkpoint stays.
+    #[arg(long, value_name = "SIZE", default_value = "off", value_parser = parse_limit)]
+    buffer_limit: Limit,
+
     /// Give up what this side wrote as a primary and its new primary lacks
     ///
     /// Says what that is, and starts. To be given once, not kept in a service's command line.
@@ -274,6 +300,7 @@ impl SecondaryArgs {
         }
         config.tls = tls.load(self.primary.peer.as_ref())?;
         config.plain_primary = self.plain_primary;
+        config.buffer_limit = self.buffer_limit.0;
         config.discard_local = self.discard_local;
         self.primary.apply(&mut config)?;
         check_addresses(&config)?;
@@ -315,12 +342,6 @@ fn check_addresses(config: &SideConfig) -> Result<(), Failure> {
 
 impl ReplicateArgs {
     fn apply(self, config: &mut SideConfig) -> Result<(), Failure> {
-        if self.on_peer_lost == OnPeerLost::Suspend {
-            return Err(Failure::usage(
-                "--on-peer-lost suspend is not available in this version; degrade is: the guest \
-                 goes on, and what the secondary lacks is counted",
-            ));
-        }
         if self.window_bytes < 1 << 20 {
             return Err(Failure::usage("--window-bytes: at least 1M"));
         }
@@ -334,6 +355,15 @@ impl ReplicateArgs {
         config.ack = match self.ack {
             AckArg::Sync => Ack::Sync,
             AckArg::Async => Ack::Async,
+        };
+        config.on_peer_lost = match self.on_peer_lost {
+            OnPeerLostArg::Degrade => OnPeerLost::Degrade,
+            OnPeerLostArg::Suspend => OnPeerLost::Suspend,
+        };
+        config.slow_peer_limit = self.slow_peer_limit.0;
+        config.on_slow_peer = match self.on_slow_peer {
+            OnSlowPeerArg::Lost => OnSlowPeer::Lost,
+            OnSlowPeerArg::PullAhead => OnSlowPeer::PullAhead,
         };
         config.window_bytes = self.window_bytes;
         config.window_requests = self.window_requests as usize;

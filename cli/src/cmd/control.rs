@@ -8,8 +8,8 @@ use brep_replication::status::{DiskState, LinkState, ResyncStatus, Status};
 use serde_json::{Value, json};
 
 use crate::args::{
-    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResyncArgs, StartArgs,
-    StopArgs, Target, Wait, endpoint_without_export,
+    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResumeArgs, ResyncArgs,
+    StartArgs, StopArgs, Target, Wait, endpoint_without_export,
 };
 use crate::exit::{Failure, OK, Outcome};
 use crate::instances::Registry;
@@ -91,6 +91,11 @@ pub(crate) fn start(args: &StartArgs) -> Outcome {
     report(&args.control, &answer, || "replication runs".into())
 }
 
+pub(crate) fn resume(args: &ResumeArgs) -> Outcome {
+    let answer = ask(&args.control, "resume", json!({ "lonely": args.lonely }))?;
+    report(&args.control, &answer, || "the guest goes on without the secondary".into())
+}
+
 pub(crate) fn stop(args: &StopArgs) -> Outcome {
     let arguments = json!({ "discard-checkpoint": args.discard_checkpoint });
     let mut client = connect(&args.control)?;
@@ -129,7 +134,12 @@ pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
         return report(&args.control, &answer, || discard_text(&answer));
     }
     let mut arguments = serde_json::Map::new();
-    for (name, given) in [("full", args.full), ("compare", args.compare)] {
+    let flags = [
+        ("full", args.full),
+        ("compare", args.compare),
+        ("discard-checkpoint", args.discard_checkpoint),
+    ];
+    for (name, given) in flags {
         if given {
             arguments.insert(name.into(), json!(true));
         }
@@ -140,7 +150,7 @@ pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
     if let Some(factor) = args.latency_factor {
         arguments.insert("latency-factor".into(), json!(factor.0.unwrap_or(0.0)));
     }
-    let copies = args.full || args.compare;
+    let copies = args.full || args.compare || args.discard_checkpoint;
     if arguments.is_empty() && !args.wait {
         return Err(Failure::usage(
             "what the secondary lacks is copied by itself when it returns; to copy everything: brep \

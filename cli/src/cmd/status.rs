@@ -62,6 +62,10 @@ fn render(status: &Status, paint: Paint) -> String {
             "\nthe guest is stopped: its requests wait for `cont` on the control socket"
         );
     }
+    if let Some(held) = status.held_writes {
+        let held = units::count(held);
+        let _ = write!(text, "\nheld writes    {held}: the guest waits for the secondary");
+    }
     if let Some(running) = &status.resync {
         let _ = write!(text, "\nresync         {}", resync(running));
     }
@@ -265,6 +269,7 @@ mod tests {
             durability: "process".into(),
             promotable: None,
             latest_ok: None,
+            held_writes: None,
             resync: None,
             disks: vec![disk()],
             errors: Vec::new(),

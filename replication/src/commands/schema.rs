@@ -11,6 +11,8 @@ const EVENTS: &[(&str, &[&str])] = &[
     ("BREP_CONNECTED", &["peer"]),
     ("BREP_REFUSED", &["reason"]),
     ("BREP_PEER_LOST", &["reason"]),
+    ("BREP_SUSPENDED", &["reason"]),
+    ("BREP_RESUMED", &["reason"]),
     ("BREP_DISCONNECTED", &[]),
     ("BREP_CHECKPOINT", &["epoch"]),
     (
@@ -78,6 +80,7 @@ const TYPES: &[Type] = &[
             ("replication", "string"),
             ("lapsed", "array"),
             ("guest-stopped", "boolean"),
+            ("held-writes", "integer or null"),
             ("resync", "object or null"),
             ("disks", "array"),
             ("errors", "array"),

@@ -53,6 +53,7 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
         &[
             optional("full", Kind::Boolean),
             optional("compare", Kind::Boolean),
+            optional("discard-checkpoint", Kind::Boolean),
             optional("rate", Kind::Integer),
             optional("latency-factor", Kind::Number),
             optional("discard-local", Kind::Boolean),
@@ -62,6 +63,7 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
     .returning("ResyncReport"),
     command("peer-set", &[required("uri", Kind::String)]),
     command("peer-clear", &[]),
+    command("resume", &[optional("lonely", Kind::Boolean)]),
     // Replication, as a manager of the original knows it.
     command(
         "xen-set-replication",

@@ -62,6 +62,8 @@ pub enum Message {
         copy: CopyMode,
         /// Guest writes are acknowledged only when the secondary has them.
         sync: bool,
+        /// The secondary gives its last checkpoint up, and keeps no pre-images before the next.
+        discard_checkpoint: bool,
     },
     /// Secondary: ready for data connections that present this token.
     Started {

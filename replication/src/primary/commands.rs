@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::group::{Group, no_peer};
 use super::session::CheckpointRequest;
 use crate::commands::{self, Arguments, CommandResult, Service};
-use crate::config::ResyncLimits;
+use crate::config::{PeerKind, ResyncLimits};
 use crate::control::CommandError;
 use crate::node::Stage;
 use crate::side::{RoleCommands, peer_argument};
@@ -107,6 +107,13 @@ impl PrimaryCommands {
                 .change_peer(peer_argument(arguments, group.config.tls.is_some())?)
                 .map(done)?),
             "peer-clear" => Ok(group.forget_peer().await.map(done)?),
+            "resume" => match arguments.flag("lonely") {
+                true => Ok(group.resume_lonely().map(done)?),
+                false => Err(CommandError::usage(
+                    "writes go on by themselves when the secondary is back; to go on without it: \
+                     brep resume --lonely",
+                )),
+            },
             "replication-start" => Ok(group.start_replication().map(done)?),
             "xen-set-replication" => self.set_replication(arguments).await.map(done),
             "x-colo-lost-heartbeat" => self.lost_heartbeat().await.map(done),
@@ -249,12 +256,16 @@ fn resync(group: &Arc<Group>, arguments: Arguments<'_>) -> Result<Value> {
     }
     let limits = changed_limits(group.resync_limits(), arguments)?;
     let (full, compare) = (arguments.flag("full"), arguments.flag("compare"));
-    if limits.is_none() && !full && !compare {
+    let discard = arguments.flag("discard-checkpoint");
+    if limits.is_none() && !full && !compare && !discard {
         return Err(Error::usage(
             "what the secondary lacks is copied by itself; to copy everything: brep resync --full, \
              or --compare for what differs; to change how fast a copy goes: --rate, \
              --latency-factor",
         ));
+    }
+    if discard {
+        discard_checkpoint(group)?;
     }
     if full || compare {
         request_copy(group, compare)?;
@@ -281,6 +292,27 @@ fn changed_limits(old: ResyncLimits, arguments: Arguments<'_>) -> Result<Option<
     }
     let is_given = arguments.has("rate") || arguments.has("latency-factor");
     Ok(is_given.then_some(limits))
+}
+
+/// The secondary gives its checkpoint up in the next session, which begins at once.
+fn discard_checkpoint(group: &Group) -> Result<()> {
+    if group.peer().is_none() || group.config.peer_kind == PeerKind::Plain {
+        return Err(Error::refused(
+            "there is no brep secondary whose checkpoint could be given up",
+        ));
+    }
+    {
+        let mut core = group.core();
+        if core.link == LinkState::Connected && !core.copying {
+            return Err(Error::refused(
+                "the pair is in sync: the checkpoint is given up by the next one, and needs no room",
+            ));
+        }
+        core.wish.discard_checkpoint = true;
+    }
+    group.drop_peer("the session begins anew without the checkpoint, by command");
+    group.wake.notify_one();
+    Ok(())
 }
 
 fn request_copy(group: &Group, compare: bool) -> Result<()> {

@@ -2,8 +2,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use brep_block::{
-    BlockDevice, BlockStatus, FlushLevel, Io, Limits, Operation, Result, WriteFlags, ZeroFlags,
-    detach,
+    BlockDevice, BlockStatus, Error as BlockError, FlushLevel, Io, Limits, Operation, Result,
+    WriteFlags, ZeroFlags, detach,
 };
 use bytes::Bytes;
 use futures_util::future::join;
@@ -70,6 +70,7 @@ impl PrimaryDisk {
     async fn change(self, offset: u64, change: Change) -> Result<()> {
         let len = change.len();
         let operation = change.operation();
+        self.group.until_writable().await;
         // Before it counts as a request: a guest that is stopped does not wait for the peer.
         let _inside = Door::enter(&self.group.door, operation).await?;
         let counters = &self.group.counters;
@@ -91,23 +92,24 @@ impl PrimaryDisk {
         // Beside the local leg: a local disk that is slow is not to be taken for a lost peer.
         let group = Arc::clone(&self.group);
         let finish = async move { group.finish_remote(begun, offset, len, admission).await };
-        let result = match self.group.config.ack {
-            Ack::Sync => {
-                let (local, ()) = join(local, finish).await;
-                // The peer was lost on the way, and that could not be recorded: whoever starts
-                // this side again must not find that it acknowledged this.
-                let fatal = self.group.check_fatal(self.index, operation);
-                local.and(fatal.map_err(|e| e.at(offset, len)))
-            }
+        let (local, replicated) = match self.group.config.ack {
+            Ack::Sync => join(local, finish).await,
             Ack::Async => {
                 // Bounded by the window: the admission goes with it.
                 tokio::spawn(finish);
-                local.await
+                (local.await, false)
             }
         };
         self.group.note_write(timed);
-        let told = self.group.may_acknowledge(self.index, operation).await;
-        result.and(told.map_err(|e| e.at(offset, len)))
+        let at = |e: BlockError| e.at(offset, len);
+        self.group.may_acknowledge(self.index, operation).await.map_err(at)?;
+        if !replicated {
+            // It was on its way, and that may be known to be in vain now.
+            self.group.until_writable().await;
+        }
+        // The peer was lost on the way, and that could not be recorded: whoever starts this side
+        // again must not find that it acknowledged this.
+        local.and(self.group.check_fatal(self.index, operation).map_err(at))
     }
 
     async fn apply(&self, offset: u64, change: Change) -> Result<()> {

@@ -115,7 +115,9 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     // given it by a newer one.
     group.update_record(|record| record.epoch = record.epoch.max(epoch))?;
     let sync = group.config.ack == Ack::Sync;
-    writer.send(&Message::Start { set, cur, epoch, copy, sync }, limit).await?;
+    let discard_checkpoint = wish.discard_checkpoint;
+    let start = Message::Start { set, cur, epoch, copy, sync, discard_checkpoint };
+    writer.send(&start, limit).await?;
     let token = match reader.receive_within(limit.max(START_LIMIT)).await? {
         Message::Started { token } => token,
         Message::Refuse { reason, advice, .. } => {

@@ -1,3 +1,4 @@
+mod held;
 mod maps;
 mod resync;
 mod role;
@@ -67,6 +68,9 @@ pub(crate) struct Group {
     pub(crate) door: Arc<Door>,
     pub(crate) guest: Arc<Guest>,
     pub(crate) counters: Counters,
+    /// The guest's writes are held, because the peer is lost.
+    held: watch::Sender<bool>,
+    held_writes: AtomicU64,
     pace: Mutex<Pace>,
     pace_changed: Notify,
     /// The guest's writes are timed.
@@ -80,6 +84,32 @@ impl Deref for Group {
 
     fn deref(&self) -> &Side {
         &self.side
+    }
+}
+
+/// Why the peer is lost.
+#[derive(Debug)]
+pub(crate) struct Loss {
+    pub(crate) reason: String,
+    /// An operator wants the guest to go on without it.
+    by_command: bool,
+    /// It is slow, and this side goes on without it.
+    pub(crate) left_behind: bool,
+}
+
+impl Loss {
+    fn by_command(reason: String) -> Self {
+        Loss { reason, by_command: true, left_behind: false }
+    }
+
+    pub(crate) fn left_behind(reason: String) -> Self {
+        Loss { reason, by_command: false, left_behind: true }
+    }
+}
+
+impl From<String> for Loss {
+    fn from(reason: String) -> Self {
+        Loss { reason, by_command: false, left_behind: false }
     }
 }
 
@@ -261,6 +291,8 @@ impl Group {
             quiesced: CancellationToken::new(),
             guest_allowed: CancellationToken::new(),
             counters: Counters::default(),
+            held: watch::Sender::new(false),
+            held_writes: AtomicU64::new(0),
             pace: Mutex::new(pace),
             pace_changed: Notify::new(),
             measuring: AtomicBool::new(false),
@@ -355,6 +387,7 @@ impl Group {
         drop(core);
         // What was measured of the guest was with another load.
         self.set_resync_limits(self.resync_limits());
+        self.let_go("the secondary is back");
         self.colo.enter(ColoMode::Primary);
         Ok(())
     }
@@ -450,7 +483,7 @@ impl Group {
             return;
         }
         if alone {
-            self.go_alone();
+            self.without_peer("the secondary is not connected", self.config.force_lonely);
         }
         self.guest_allowed.cancel();
     }

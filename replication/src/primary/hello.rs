@@ -35,6 +35,8 @@ pub(crate) struct Wish {
     pub(crate) resync: bool,
     /// `resync --compare`: what is equal already is not sent.
     pub(crate) compare: bool,
+    /// The secondary is to give its last checkpoint up.
+    pub(crate) discard_checkpoint: bool,
 }
 
 impl Wish {

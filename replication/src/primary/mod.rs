@@ -1,5 +1,6 @@
 //! The primary: serves the guest and forwards its writes.
 mod ages;
+mod back_off;
 mod commands;
 mod copy;
 mod disk;
@@ -26,6 +27,7 @@ use brep_nbd::server::{
 use serde_json::json;
 use tokio::sync::mpsc;
 
+use self::back_off::{BackOff, Tried};
 use self::commands::PrimaryCommands;
 pub(crate) use self::disk::PrimaryDisk;
 use self::establish::{Attempt, establish};
@@ -43,10 +45,6 @@ const STOP_GRACE: Duration = Duration::from_secs(10);
 
 /// Checkpoint commands that wait for their turn.
 const REQUESTS_MAX: usize = 64;
-
-/// Pauses between attempts to reach the secondary.
-const RETRY_FIRST: Duration = Duration::from_millis(250);
-const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// Runs a primary whose disks are their images, until the side ends.
 pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
@@ -123,7 +121,7 @@ impl Primary {
 
 /// Keeps the pair together: connects, runs the session, and tries again when it ends.
 async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointRequest>) {
-    let mut pause = RETRY_FIRST;
+    let mut back_off = BackOff::new(group.config.slow_peer_limit.unwrap_or_default());
     let mut peers = group.watch_peer();
     while !group.stopping.is_cancelled() {
         let Some(peer) = peers.borrow_and_update().clone() else {
@@ -141,12 +139,11 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
             () = group.stopping.cancelled() => return,
             () = refuse_requests(&group, &mut requests, "replication has not been started") => {}
         }
-        if attempt(&group, &peer, &mut requests).await {
-            pause = RETRY_FIRST;
-        }
+        let tried = attempt(&group, &peer, &mut requests).await;
         if group.stopping.is_cancelled() {
             return;
         }
+        let pause = back_off.next(tried, crate::random::fraction());
         tokio::select! {
             biased;
             () = tokio::time::sleep(pause) => {}
@@ -156,21 +153,20 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
             () = group.stopping.cancelled() => {}
             () = refuse_requests(&group, &mut requests, "the secondary is not connected") => {}
         }
-        pause = (pause * 2).min(RETRY_MAX);
     }
 }
 
-/// Tries to connect, and runs the session if that works. Returns whether it did.
+/// Tries to connect, and runs the session if that works.
 async fn attempt(
     group: &Arc<Group>,
     peer: &Endpoint,
     requests: &mut mpsc::Receiver<CheckpointRequest>,
-) -> bool {
+) -> Tried {
     let connecting = tokio::select! {
         // A stop first: once it has been answered the peer gets nothing more.
         biased;
-        () = group.until_stage(false) => return false,
-        () = group.stopping.cancelled() => return false,
+        () = group.until_stage(false) => return Tried::Failed,
+        () = group.stopping.cancelled() => return Tried::Failed,
         attempt = establish(group, peer) => attempt,
     };
     match connecting {
@@ -188,10 +184,11 @@ async fn attempt(
             let reason = session.run(requests, stop).await;
             if group.quiesced.is_cancelled() {
                 // Both sides know of a clean end; this one is not alone.
-                return true;
+                return Tried::Lost;
             }
-            group.lose_peer(&reason);
-            true
+            let left_behind = reason.left_behind;
+            group.lose_peer(reason);
+            if left_behind { Tried::LeftBehind } else { Tried::Lost }
         }
         Attempt::Refused(refusal) => {
             let known = group.core().refusal.as_ref() == Some(&refusal);
@@ -205,14 +202,14 @@ async fn attempt(
             let mut core = group.core();
             core.link = LinkState::Refused;
             core.refusal = Some(refusal);
-            false
+            Tried::Failed
         }
         Attempt::Unreachable(error) => {
             let mut core = group.core();
             core.link = LinkState::Disconnected;
             core.reason = Some(error.to_string());
             core.refusal = None;
-            false
+            Tried::Failed
         }
     }
 }

@@ -11,15 +11,19 @@ use tokio_util::sync::CancellationToken;
 use super::ages::Due;
 use super::copy::copy_differences;
 use super::epochs::Drained;
-use super::group::Group;
+use super::group::{Group, Loss};
 use super::link::{CutAnswers, Link};
 use super::plain::Plain;
 use crate::commands::{Job, JobKind};
+use crate::config::OnSlowPeer;
 use crate::link::{CopyMode, StopReason};
 use crate::{Epoch, Error, Result};
 
 /// Pause before what could not be copied is tried again.
 const COPY_RETRY: Duration = Duration::from_secs(1);
+
+/// How long a secondary may take to be told that it is left behind.
+const TOLD_LIMIT: Duration = Duration::from_millis(200);
 
 /// Cuts that are tried for one checkpoint: a write that fails meanwhile is sent again.
 const CUT_TRIES: usize = 3;
@@ -69,7 +73,7 @@ impl Session {
         &self,
         requests: &mut mpsc::Receiver<CheckpointRequest>,
         stop: impl Future<Output = StopReason>,
-    ) -> String {
+    ) -> Loss {
         let peer = async {
             match &self.peer {
                 Peer::Brep(link) => link.run().await,
@@ -89,16 +93,30 @@ impl Session {
             "replication was stopped here".to_owned()
         };
         let mut peer = std::pin::pin!(peer);
-        let (reason, link) = tokio::select! {
+        let (reason, link): (Loss, _) = tokio::select! {
             biased;
-            reason = &mut peer => (reason, None),
-            reason = self.watch_connections() => (reason, Some(peer)),
-            reason = self.watch_ages() => (reason, Some(peer)),
-            error = self.work(requests) => (error.to_string(), Some(peer)),
-            reason = stopped => (reason, Some(peer)),
+            reason = &mut peer => (reason.into(), None),
+            reason = self.watch_connections() => (reason.into(), Some(peer)),
+            reason = self.watch_ages() => (reason.into(), Some(peer)),
+            reason = self.group.watch_window() => (self.too_slow(reason).await, Some(peer)),
+            error = self.work(requests) => (error.to_string().into(), Some(peer)),
+            reason = stopped => (reason.into(), Some(peer)),
         };
         self.group.takeover_decided(link).await;
         reason
+    }
+
+    /// What becomes of a secondary that is too slow.
+    async fn too_slow(&self, reason: String) -> Loss {
+        match (self.group.config.on_slow_peer, &self.peer) {
+            (OnSlowPeer::Lost, _) => reason.into(),
+            (OnSlowPeer::PullAhead, Peer::Plain(_)) => Loss::left_behind(reason),
+            (OnSlowPeer::PullAhead, Peer::Brep(link)) => {
+                // It need not wait for what does not come; but it may be too slow for this too.
+                let _ = tokio::time::timeout(TOLD_LIMIT, link.stop(StopReason::Stopped)).await;
+                Loss::left_behind(reason)
+            }
+        }
     }
 
     async fn watch_connections(&self) -> String {

@@ -69,6 +69,7 @@ impl Group {
                 PeerKind::Plain => LAPSED.iter().map(|text| (*text).to_owned()).collect(),
             },
             guest_stopped: self.guest.is_stopped(),
+            held_writes: self.held_writes(),
             resync,
             disks,
             errors: self.errors.list(),
@@ -87,6 +88,19 @@ impl Group {
     fn explain(&self, core: &Core) -> (Option<String>, Option<String>) {
         if let Some(fatal) = core.fatal() {
             return (Some(fatal.to_owned()), Some("make room or repair the file system of the state directory, then restart this side".to_owned()));
+        }
+        if self.held_writes().is_some() {
+            let why = core.refusal.as_ref().map(|r| &r.reason).or(core.reason.as_ref());
+            return (
+                Some(format!(
+                    "the guest's writes are held until the secondary is back{}",
+                    why.map_or_else(String::new, |reason| format!(": {reason}"))
+                )),
+                Some(
+                    "bring the secondary back; or, to go on without it: brep resume --lonely"
+                        .to_owned(),
+                ),
+            );
         }
         if let Some(refusal) = &core.refusal {
             let mut reason = refusal.reason.clone();

@@ -90,6 +90,10 @@ impl SecondaryCommands {
                  --full` there",
             )
             .into()),
+            "resume" => Err(Error::refused(
+                "this is the secondary: it holds no writes; run brep resume on the primary",
+            )
+            .into()),
             "replication-start" => Ok(group.start_replication().await.map(done)?),
             "replication-stop" => {
                 group.stop(arguments.flag("discard-checkpoint")).await?;

@@ -1,7 +1,9 @@
 use std::sync::{Arc, Weak};
 
 use brep_backup::CopyBeforeWrite;
-use brep_block::{BlockDevice, BlockStatus, FlushLevel, Io, Limits, WriteFlags, ZeroFlags};
+use brep_block::{
+    BlockDevice, BlockStatus, FlushLevel, Io, Limits, Operation, WriteFlags, ZeroFlags,
+};
 use brep_nbd::server::{
     Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode, PrivateReply,
 };
@@ -199,6 +201,14 @@ impl ReplicaDevice {
         Ok(ReplicaDevice { filter, group: Arc::clone(group), name: disk.name.clone() })
     }
 
+    /// Whether pre-images may be kept, if they are.
+    fn check_room(&self, operation: Operation) -> brep_block::Result<()> {
+        match self.filter.is_enabled() {
+            true => self.group.check_budget(&self.name, operation),
+            false => Ok(()),
+        }
+    }
+
     fn watch<'a>(&'a self, len: u64, io: Io<'a, ()>) -> Io<'a, ()> {
         match io {
             Io::Ready(Ok(())) => {
@@ -234,13 +244,22 @@ impl BlockDevice for ReplicaDevice {
     }
     fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
         let len = data.len() as u64;
-        self.watch(len, self.filter.write(offset, data, flags))
+        match self.check_room(Operation::Write) {
+            Ok(()) => self.watch(len, self.filter.write(offset, data, flags)),
+            Err(error) => self.watch(len, Io::err(error.at(offset, len))),
+        }
     }
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'_, ()> {
-        self.watch(len, self.filter.write_zeroes(offset, len, flags))
+        match self.check_room(Operation::WriteZeroes) {
+            Ok(()) => self.watch(len, self.filter.write_zeroes(offset, len, flags)),
+            Err(error) => self.watch(len, Io::err(error.at(offset, len))),
+        }
     }
     fn discard(&self, offset: u64, len: u64) -> Io<'_, ()> {
-        self.watch(len, self.filter.discard(offset, len))
+        match self.check_room(Operation::Discard) {
+            Ok(()) => self.watch(len, self.filter.discard(offset, len)),
+            Err(error) => self.watch(len, Io::err(error.at(offset, len))),
+        }
     }
     fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus> {
         self.filter.block_status(offset, len)

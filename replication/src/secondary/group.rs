@@ -79,6 +79,8 @@ pub(crate) struct Core {
     stopped: bool,
     /// The primary copies; the next commit ends that.
     pub(crate) copying: bool,
+    /// There was no room for what a write would have overwritten, or for the write itself.
+    pub(super) full: Option<String>,
 }
 
 #[derive(Debug, Default)]
@@ -165,6 +167,7 @@ impl Group {
             started: config.start,
             stopped: false,
             copying: false,
+            full: None,
             session: None,
             closing: None,
             link: LinkState::Disconnected,
@@ -306,8 +309,15 @@ impl Group {
     }
 
     /// Begins a session on the primary's terms: buffers, record, and then its token counts.
-    pub(crate) async fn begin_session(&self, terms: &Terms, session: &Arc<Session>) -> Result<()> {
+    pub(crate) async fn begin_session(
+        self: &Arc<Self>,
+        terms: &Terms,
+        session: &Arc<Session>,
+    ) -> Result<()> {
         self.end_session(StopReason::Replaced).await?;
+        if terms.discard_checkpoint {
+            self.discard_checkpoint().await?;
+        }
         let keep_checkpoint = self.record().has_checkpoint();
         // Whose buffers they are is known before one is taken: a file that somebody else has named
         // is taken for ours again after a kill only by its set.
@@ -344,6 +354,25 @@ impl Group {
         core.copying = true;
         core.session = Some(Arc::clone(session));
         self.colo.enter(ColoMode::Secondary);
+        Ok(())
+    }
+
+    /// Gives the pre-images up: nothing can be promoted before the next commit. What the last
+    /// checkpoint was stays known.
+    async fn discard_checkpoint(self: &Arc<Self>) -> Result<()> {
+        self.update_record(|record| {
+            self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
+            record.secondary.inconsistent = true;
+            record.secondary.latest_ok = false;
+        })?;
+        self.core().full = None;
+        let _held = match self.has_guest() {
+            true => Some(self.hold_guest().await?),
+            false => None,
+        };
+        for disk in &self.disks {
+            disk.drop_buffers().await?;
+        }
         Ok(())
     }
 
@@ -396,6 +425,7 @@ impl Group {
             let mut core = self.core();
             core.last_commit = Some(Instant::now());
             core.copying = false;
+            core.full = None;
         }
         self.errors.clear_latch();
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
@@ -512,6 +542,7 @@ impl Group {
         if let Some(plain) = &self.plain {
             plain.break_claim(format!("one failed ({error})"));
         }
+        self.note_full(error);
         let entry = self.errors.add(disk, error);
         self.events.emit("BREP_ERROR", json!(entry));
         let saved = self.update_record(|record| record.secondary.latest_ok = false);
@@ -573,6 +604,8 @@ pub(crate) struct Terms {
     pub(crate) set: crate::SetId,
     pub(crate) cur: crate::Generation,
     pub(crate) epoch: Epoch,
+    /// The last checkpoint is given up, and with it the pre-images.
+    pub(crate) discard_checkpoint: bool,
     /// The lines that led the primary there.
     pub(crate) history: Vec<Commit>,
 }

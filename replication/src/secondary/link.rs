@@ -81,9 +81,9 @@ impl Group {
                 Message::RangesRequest { disk, offset } => {
                     writer.send(&self.own_ranges(disk, offset), limit).await?;
                 }
-                Message::Start { set, cur, epoch, copy: _, sync } => {
+                Message::Start { set, cur, epoch, copy: _, sync, discard_checkpoint } => {
                     let history = hello.side.history.clone();
-                    break (Terms { set, cur, epoch, history }, sync);
+                    break (Terms { set, cur, epoch, discard_checkpoint, history }, sync);
                 }
                 Message::Refuse { reason, advice, kind, written } => {
                     let mut core = self.core();
@@ -130,7 +130,14 @@ impl Group {
             return Some(reason);
         }
         let fits = record.set.is_none_or(|s| s == terms.set) && terms.epoch > record.epoch;
-        (!fits).then(|| "the terms do not fit what this side said in its hello".to_owned())
+        if !fits {
+            return Some("the terms do not fit what this side said in its hello".to_owned());
+        }
+        let full = self.no_room().filter(|_| !terms.discard_checkpoint)?;
+        Some(format!(
+            "there is no room for pre-images: {full}. Make room, or give the last checkpoint up: \
+             brep resync --discard-checkpoint"
+        ))
     }
 
     async fn run_session(
@@ -147,6 +154,7 @@ impl Group {
             biased;
             result = self.read_link(session, reader) => result,
             () = session.ending.cancelled() => Err(Error::failed("the session was ended here")),
+            () = self.watch_room(session) => Err(Error::failed("nobody looks after the room")),
         };
         // What is queued (a stop, an answer) may still go out; the task ends with the outbox.
         let abort = writing.abort_handle();

@@ -12,6 +12,7 @@ mod named;
 mod opening;
 mod plain;
 mod rejoin;
+mod room;
 mod session;
 mod status;
 mod tag;

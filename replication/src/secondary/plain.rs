@@ -90,7 +90,7 @@ impl Plain {
 
 impl Group {
     /// Lets a plain primary write, under the protection of the last checkpoint if there is one.
-    async fn open_plain(&self) -> Result<Arc<Session>> {
+    async fn open_plain(self: &Arc<Self>) -> Result<Arc<Session>> {
         if let Some(session) = self.session() {
             return Ok(session);
         }
@@ -98,6 +98,7 @@ impl Group {
         // A line of its own: no brep primary knows what is written on it.
         record.begin_line(Generation::random(), record.epoch);
         let terms = Terms {
+            discard_checkpoint: false,
             set: record.set.unwrap_or_else(SetId::random),
             cur: record.cur.unwrap_or_else(Generation::random),
             epoch: record.epoch.next(),

@@ -55,6 +55,7 @@ impl Group {
                 false => Vec::new(),
             },
             guest_stopped: self.guest.is_stopped(),
+            held_writes: None,
             resync: None,
             disks: self.disks().iter().map(|d| disk_status(d, &secondary, &core)).collect(),
             errors: self.errors.list(),
@@ -108,6 +109,16 @@ fn explain(record: &Record, core: &Core, stage: Stage) -> (Option<String>, Optio
         return explain_refusal(record, refused);
     }
     let reason = core.reason.clone();
+    if let Some(full) = core.full.clone() {
+        return (
+            Some(format!("no room for pre-images, and so nothing more is replicated: {full}")),
+            Some(
+                "make room beside the state directory, or give --buffer-limit more; to give the \
+                 last checkpoint up for it: brep resync --discard-checkpoint, on the primary"
+                    .to_owned(),
+            ),
+        );
+    }
     if core.link == LinkState::Connected {
         return (reason, None);
     }

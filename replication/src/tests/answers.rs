@@ -3,7 +3,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::common::{MIB, Scratch, connect, fill};
+use super::common::{MIB, Scratch, connect};
+use super::write;
 use crate::control::ControlClient;
 use crate::state::stuck::Stuck;
 
@@ -88,10 +89,11 @@ async fn queries_are_answered_while_a_state_record_cannot_be_written() {
         let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
         let stuck = Stuck::new(&scratch.path(dir));
         // The next checkpoint saves a record on both sides.
-        fill(&*guest, 0, 4096, 0x77).await;
+        let waiting = write(&guest, 0, 0x77);
         stuck.reached().await;
         all_queries(&scratch, dir).await;
         drop(stuck);
+        waiting.await.unwrap().unwrap();
         guest.close();
         wait("in sync again", in_sync).await;
     }

@@ -9,6 +9,7 @@ mod failover;
 mod interrupted;
 mod invariants;
 mod killed;
+mod policies;
 mod slots;
 mod stall;
 

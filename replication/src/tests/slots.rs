@@ -61,7 +61,14 @@ async fn i15_a_slot_changes_hands_only_when_its_old_holder_has_nothing_in_flight
     let hello = Hello { version: LINK_VERSION, timeout_ms: 60_000, side: me };
     writer.send(&Message::Hello(Box::new(hello)), LIMIT).await.unwrap();
     assert!(matches!(reader.receive_within(LIMIT).await.unwrap(), Message::HelloAnswer(_)));
-    let start = Message::Start { set, cur, epoch: Epoch(1), copy: CopyMode::Full, sync: true };
+    let start = Message::Start {
+        set,
+        cur,
+        epoch: Epoch(1),
+        copy: CopyMode::Full,
+        sync: true,
+        discard_checkpoint: false,
+    };
     writer.send(&start, LIMIT).await.unwrap();
     let Message::Started { token } = reader.receive_within(LIMIT).await.unwrap() else {
         panic!("no token")

@@ -64,6 +64,9 @@ impl Group {
             return Err(Error::refused("Block replication is not running"));
         }
         self.stage.send_replace(Stage::Done);
+        if self.held_writes().is_some() {
+            self.resume_lonely()?;
+        }
         self.detached().await;
         Ok(())
     }
@@ -114,6 +117,9 @@ impl Group {
     pub(crate) async fn forget_peer(&self) -> Result<()> {
         self.set_peer(None)?;
         self.stage.send_replace(Stage::None);
+        if self.held_writes().is_some() {
+            self.resume_lonely()?;
+        }
         self.detached().await;
         let mut core = self.core();
         core.link = LinkState::None;

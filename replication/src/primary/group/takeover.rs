@@ -5,7 +5,7 @@ use brep_hbitmap::MapSet;
 use serde_json::json;
 use tokio::time::{Instant, timeout_at};
 
-use super::Group;
+use super::{Group, Loss};
 use crate::Generation;
 use crate::node::Stage;
 use crate::status::LinkState;
@@ -44,7 +44,7 @@ impl Group {
         }
         // Before anything more is acknowledged.
         if !self.is_attached() {
-            self.go_alone();
+            self.without_peer("the secondary is lost", false);
         }
         self.takeover.send_replace(Takeover::None);
     }
@@ -116,19 +116,21 @@ impl Group {
 
     /// The peer is lost: from here on this side writes alone, on a new line that is recorded
     /// before anything more is acknowledged.
-    pub(crate) fn lose_peer(&self, reason: &str) {
-        let reason = {
+    pub(crate) fn lose_peer(&self, loss: impl Into<Loss>) {
+        let loss = loss.into();
+        let Loss { reason, by_command, left_behind } = {
             let mut core = self.core();
             if !core.epochs.is_attached() {
                 return;
             }
             core.connections.iter().for_each(|c| c.kill());
-            core.dropped.take().unwrap_or_else(|| reason.to_owned())
+            core.dropped.take().map_or(loss, Loss::by_command)
         };
         // At the end of the process the guest is gone already; and while the secondary may be taking
         // over, nothing is acknowledged.
         if !self.quiesced.is_cancelled() && *self.takeover.borrow() == Takeover::None {
-            self.go_alone();
+            let wanted = by_command || left_behind || self.stage() != Stage::Running;
+            self.without_peer(&reason, wanted);
         }
         let held = {
             let mut core = self.core();

@@ -190,14 +190,14 @@ impl Group {
         self.ended.notify_waiters();
     }
 
-    /// Waits for a write's end on the peer, and takes note of it.
+    /// Waits for a write's end on the peer, and takes note of it. Returns whether the peer has it.
     pub(crate) async fn finish_remote(
         &self,
         begun: Begun,
         offset: u64,
         len: u64,
         admission: Admission,
-    ) {
+    ) -> bool {
         let Ticket { epoch, disk, in_flight } = begun.ticket;
         let result = match begun.remote {
             Remote::Sent(io) => io.await,
@@ -210,8 +210,9 @@ impl Group {
                     "the secondary was lost",
                 )),
             },
-            Remote::Nowhere => return,
+            Remote::Nowhere => return false,
         };
+        let replicated = result.is_ok();
         match result {
             Ok(()) => {
                 let mut core = self.core();
@@ -233,6 +234,7 @@ impl Group {
         }
         drop(admission);
         self.ended.notify_waiters();
+        replicated
     }
 
     fn remote_failed(&self, disk: usize, epoch: Epoch, error: &BlockError) {
@@ -243,10 +245,15 @@ impl Group {
         if lost {
             // Before this write is acknowledged, the record says that the peer lacks it.
             if self.core().epochs.is_of_session(epoch) {
-                self.lose_peer(&format!("a write failed: {}", error.detail()));
+                self.lose_peer(format!("a write failed: {}", error.detail()));
             }
-        } else {
-            self.report(disk, error);
+            return;
+        }
+        self.report(disk, error);
+        // Nothing more of this epoch has room there, and so there will be no checkpoint of it: the
+        // secondary keeps its last one, and is caught up with when there is room.
+        if error.kind() == ErrorKind::NoSpace && self.core().epochs.is_of_session(epoch) {
+            self.lose_peer(format!("the secondary has no room: {}", error.detail()));
         }
     }
 }

@@ -99,8 +99,9 @@ impl Pair {
     }
 }
 
-const RESYNC: Wish = Wish { seeded: Seeded::No, resync: true, compare: false };
-const SEEDED: Wish = Wish { seeded: Seeded::Compare, resync: false, compare: false };
+const RESYNC: Wish =
+    Wish { seeded: Seeded::No, resync: true, compare: false, discard_checkpoint: false };
+const SEEDED: Wish = Wish { seeded: Seeded::Compare, resync: false, ..RESYNC };
 const UNION: Decision = Decision::Start(Plan { copy: CopyMode::Changed, with_theirs: true });
 
 fn refusal(decision: Decision) -> Refusal {
