@@ -50,7 +50,7 @@ impl Raw<TcpStream> {
         raw
     }
 
-    async fn secure(self, pki: &Pki) -> Raw<TlsStream<TcpStream>> {
+    async fn secure(self, pki: &Pki) -> std::io::Result<Raw<TlsStream<TcpStream>>> {
         let file = |name| pki.path().join(name);
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_file(file("ca-cert.pem")).unwrap()).unwrap();
@@ -64,7 +64,8 @@ impl Raw<TcpStream> {
             .with_client_auth_cert(chain, key)
             .unwrap();
         let name = ServerName::try_from("localhost").unwrap();
-        Raw(TlsConnector::from(Arc::new(config)).connect(name, self.0).await.unwrap())
+        let connecting = TlsConnector::from(Arc::new(config)).connect(name, self.0);
+        tokio::time::timeout(PATIENCE, connecting).await.expect("it hangs").map(Raw)
     }
 }
 
@@ -148,6 +149,11 @@ async fn what_comes_in_the_clear_after_starttls_ends_the_connection() {
                 // The answer to STARTTLS may come, and nothing that answers what was injected.
                 assert!(rest.len() <= OptionReplyHeader::SIZE + 7, "{rest:02x?}");
             }
+            // As somebody in between does it, who lets the client's own TLS pass behind it.
+            let mut raw = Raw::connect(&endpoint).await;
+            raw.send(&[&starttls[..], &injected].concat()).await;
+            raw.receive::<{ OptionReplyHeader::SIZE }>().await;
+            assert!(raw.secure(&pki).await.is_err(), "TLS has begun behind what was injected");
         }
         let mut raw = Raw::connect(&endpoint).await;
         assert_eq!(raw.option(OptionCode::STARTTLS, &[]).await, ReplyType::ACK);
@@ -165,13 +171,27 @@ async fn nothing_that_was_agreed_on_in_the_clear_counts_inside_tls() {
     let mut raw = Raw::connect(&endpoint).await;
     assert_eq!(raw.option(OptionCode::STRUCTURED_REPLY, &[]).await, ReplyType::ACK);
     assert_eq!(raw.option(OptionCode::STARTTLS, &[]).await, ReplyType::ACK);
-    let mut raw = raw.secure(&pki).await;
+    let mut raw = raw.secure(&pki).await.unwrap();
     let context = [&export("disk")[..8], &[0; 4]].concat();
     let selected = raw.option(OptionCode::SET_META_CONTEXT, &context).await;
     assert_eq!(selected, ReplyType::ERR_INVALID, "structured replies were kept");
     assert_eq!(raw.option(OptionCode::STRUCTURED_REPLY, &[]).await, ReplyType::ACK);
     assert_eq!(raw.option(OptionCode::STARTTLS, &[]).await, ReplyType::ERR_INVALID);
     assert_eq!(raw.option(OptionCode::GO, &export("disk")).await, ReplyType::ACK);
+}
+
+#[tokio::test]
+async fn a_client_that_ends_without_a_farewell_of_tls_has_just_ended() {
+    let pki = Pki::new();
+    let (server, endpoint) = serve_disk(pki.required()).await;
+    let mut raw = Raw::connect(&endpoint).await;
+    assert_eq!(raw.option(OptionCode::STARTTLS, &[]).await, ReplyType::ACK);
+    let mut raw = raw.secure(&pki).await.unwrap();
+    assert_eq!(raw.option(OptionCode::GO, &export("disk")).await, ReplyType::ACK);
+    let connection = server.connections().remove(0);
+    raw.0.get_mut().0.shutdown().await.unwrap();
+    tokio::time::timeout(PATIENCE, connection.closed()).await.expect("it hangs");
+    assert!(!connection.has_disconnected(), "an end that was not announced is none");
 }
 
 #[tokio::test]
