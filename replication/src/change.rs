@@ -9,6 +9,14 @@ pub(crate) enum Change {
 }
 
 impl Change {
+    /// The same, without asking for stable storage.
+    pub(crate) fn without_fua(&self) -> Self {
+        match self.clone() {
+            Change::Write(data, _) => Change::Write(data, WriteFlags::default()),
+            Change::Zeroes(len, flags) => Change::Zeroes(len, ZeroFlags { fua: false, ..flags }),
+        }
+    }
+
     /// Bytes that it changes.
     pub(crate) fn len(&self) -> u64 {
         match self {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use brep_block::CacheMode;
 use brep_nbd::Endpoint;
+use serde::{Deserialize, Serialize};
 
 pub use crate::state::Role;
 use crate::tls::Exposure;
@@ -43,6 +44,28 @@ pub struct BufferFiles {
     pub active: PathBuf,
     /// What the primary overwrites.
     pub hidden: PathBuf,
+}
+
+/// What a side keeps its promises against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Durability {
+    /// The end of any process.
+    Process,
+    /// The loss of power too.
+    #[default]
+    Power,
+}
+
+impl Durability {
+    /// The word that commands and records use.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Durability::Process => "process",
+            Durability::Power => "power",
+        }
+    }
 }
 
 /// When a guest write is acknowledged.
@@ -145,6 +168,8 @@ pub struct SideConfig {
     pub control: Option<PathBuf>,
     /// When a guest write is acknowledged.
     pub ack: Ack,
+    /// What acknowledged flushes, checkpoints, maps and record are safe against.
+    pub durability: Durability,
     /// No guest request waits longer for the peer, and a peer that is silent for longer is lost.
     /// Default 5 s.
     pub peer_timeout: Duration,
@@ -199,6 +224,7 @@ impl SideConfig {
             start: true,
             control: None,
             ack: Ack::Sync,
+            durability: Durability::default(),
             peer_timeout: Duration::from_secs(5),
             on_peer_lost: OnPeerLost::Degrade,
             slow_peer_limit: None,

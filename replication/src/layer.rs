@@ -4,7 +4,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use brep_block::{
-    BlockDevice, BlockStatus, FlushLevel, Io, Limits, StatusFlags, WriteFlags, ZeroFlags, zeroes,
+    BlockDevice, BlockStatus, FlushLevel, Io, Limits, Staging, StatusFlags, WriteFlags, ZeroFlags,
+    zeroes,
 };
 use bytes::Bytes;
 
@@ -111,7 +112,11 @@ impl BlockDevice for Cropped {
     fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
         self.device.write(offset, data, flags)
     }
+    /// What lies beyond the end is zero and may as well be zeroed: so the last unit is whole, and
+    /// needs no data.
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'_, ()> {
+        let to_end = offset.checked_add(len) == Some(self.size);
+        let len = if to_end { self.device.size() - offset } else { len };
         self.device.write_zeroes(offset, len, flags)
     }
     fn discard(&self, offset: u64, len: u64) -> Io<'_, ()> {
@@ -122,5 +127,8 @@ impl BlockDevice for Cropped {
     }
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
         self.device.flush(level)
+    }
+    fn staging(&self) -> Option<&dyn Staging> {
+        self.device.staging()
     }
 }

@@ -45,8 +45,11 @@ pub struct Status {
     pub differences: Option<Differences>,
     /// `sync` or `async` (primary).
     pub ack: Option<String>,
-    /// `process` or `power`.
+    /// `process` or `power`: what this side keeps its promises against.
     pub durability: String,
+    /// The same of the other side, as it has said last. The weaker one of both decides what
+    /// survives.
+    pub peer_durability: Option<String>,
     /// True if the secondary can be promoted to its last checkpoint (secondary).
     pub promotable: Option<bool>,
     /// True if `failover --to latest` is possible (secondary).

@@ -10,6 +10,22 @@ use rustix::fs::FlockOperation;
 use super::{PlainFile, Storage};
 use crate::{BlockDevice, RawFile, RawFileOptions, Result};
 
+/// What `statfs` calls file systems that lie on other machines, or may: NFS, SMB (three numbers),
+/// Ceph, 9P, AFS (two), Lustre, FUSE, VirtualBox.
+const REMOTE: [u64; 11] = [
+    0x6969,
+    0x517b,
+    0xff53_4d42,
+    0xfe53_4d42,
+    0x00c3_6400,
+    0x0102_1997,
+    0x5346_414f,
+    0x6b41_4653,
+    0x0bd0_0bd0,
+    0x6573_5546,
+    0x786f_4256,
+];
+
 /// The file system of this machine.
 #[derive(Debug, Clone, Copy)]
 pub struct FileSystem;
@@ -19,7 +35,7 @@ impl Storage for FileSystem {
         Ok(RawFile::open(path, options)?)
     }
 
-    fn open_file(&self, path: &Path) -> io::Result<Box<dyn PlainFile>> {
+    fn open_file(&self, path: &Path) -> io::Result<Arc<dyn PlainFile>> {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -28,7 +44,7 @@ impl Storage for FileSystem {
             .mode(0o600)
             .open(path)?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-        Ok(Box::new(file))
+        Ok(Arc::new(file))
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
@@ -60,7 +76,11 @@ impl Storage for FileSystem {
         fs::remove_file(path)
     }
 
-    fn boot_id(&self, _: &Path) -> Option<String> {
+    fn boot_id(&self, path: &Path) -> Option<String> {
+        let is_remote = |f: rustix::fs::StatFs| REMOTE.contains(&(f.f_type as u64));
+        if rustix::fs::statfs(path).is_ok_and(is_remote) {
+            return None;
+        }
         let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         Some(id.trim().to_owned())
     }
@@ -99,6 +119,14 @@ mod tests {
         drop(file);
         let file = FileSystem.open_file(&path).unwrap();
         assert_eq!(file.len().unwrap(), 6);
+    }
+
+    #[test]
+    fn a_directory_of_this_machine_tells_its_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = FileSystem.boot_id(dir.path()).unwrap();
+        assert_eq!(id.len(), 36, "{id}");
+        assert_eq!(FileSystem.boot_id(&dir.path().join("missing")), Some(id));
     }
 
     #[test]

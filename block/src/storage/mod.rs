@@ -35,7 +35,7 @@ pub trait Storage: fmt::Debug {
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if somebody else has it open; else what the operating system
     /// says.
-    fn open_file(&self, path: &Path) -> io::Result<Box<dyn PlainFile>>;
+    fn open_file(&self, path: &Path) -> io::Result<Arc<dyn PlainFile>>;
 
     /// Makes a directory and those above it, if they are missing; its mode is 0700 afterwards.
     ///
@@ -70,7 +70,8 @@ pub trait Storage: fmt::Debug {
     /// What the operating system says.
     fn remove(&self, path: &Path) -> io::Result<()>;
 
-    /// What tells one boot of the machine under `path` from every other, if it says.
+    /// What tells one boot of the machine under `path` from every other, if it says. A file system
+    /// that lies on another machine says nothing: that one loses its power alone.
     fn boot_id(&self, path: &Path) -> Option<String>;
 }
 
@@ -118,6 +119,19 @@ fn on<T>(work: impl FnOnce(&dyn Storage) -> T) -> T {
     work(&FileSystem)
 }
 
+/// Puts everything that was written to a file on stable storage. Waits for the disk beside the
+/// thread, inside a tokio runtime.
+///
+/// # Errors
+/// As [`PlainFile::sync_data`].
+pub async fn sync(file: Arc<dyn PlainFile>) -> io::Result<()> {
+    #[cfg(feature = "simulation")]
+    if stand_in::installed().is_some() {
+        return file.sync_data();
+    }
+    tokio::task::spawn_blocking(move || file.sync_data()).await.map_err(io::Error::other)?
+}
+
 /// See [`Storage::open_disk`].
 ///
 /// # Errors
@@ -130,7 +144,7 @@ pub fn open_disk(path: impl AsRef<Path>, options: RawFileOptions) -> Result<Arc<
 ///
 /// # Errors
 /// As there.
-pub fn open_file(path: impl AsRef<Path>) -> io::Result<Box<dyn PlainFile>> {
+pub fn open_file(path: impl AsRef<Path>) -> io::Result<Arc<dyn PlainFile>> {
     on(|storage| storage.open_file(path.as_ref()))
 }
 
@@ -142,12 +156,18 @@ pub fn create_dir(path: impl AsRef<Path>) -> io::Result<()> {
     on(|storage| storage.create_dir(path.as_ref()))
 }
 
-/// See [`Storage::sync_dir`].
+/// See [`Storage::sync_dir`]. Waits for the disk beside the thread, inside a tokio runtime.
 ///
 /// # Errors
 /// As there.
-pub fn sync_dir(path: impl AsRef<Path>) -> io::Result<()> {
-    on(|storage| storage.sync_dir(path.as_ref()))
+pub async fn sync_dir(path: impl AsRef<Path>) -> io::Result<()> {
+    #[cfg(feature = "simulation")]
+    if let Some(storage) = stand_in::installed() {
+        return storage.sync_dir(path.as_ref());
+    }
+    let path = path.as_ref().to_owned();
+    let work = move || FileSystem.sync_dir(&path);
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
 
 /// See [`Storage::list`].

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use brep_nbd::NbdUri;
 use brep_replication::config::{
-    Ack, DiskConfig, OnPeerLost, OnSlowPeer, PeerKind, ResyncLimits, Role, Seeded, SideConfig,
-    TlsConfig,
+    Ack, DiskConfig, Durability, OnPeerLost, OnSlowPeer, PeerKind, ResyncLimits, Role, Seeded,
+    SideConfig, TlsConfig,
 };
 use clap::{Args, ValueEnum};
 
@@ -56,9 +56,9 @@ pub(crate) struct SideArgs {
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration)]
     peer_timeout: Duration,
 
-    /// What a checkpoint survives: the end of a process (process)
-    #[arg(long, value_name = "LEVEL", default_value = "process")]
-    durability: Durability,
+    /// What checkpoints, and what a guest has flushed, survive
+    #[arg(long, value_name = "LEVEL", default_value = "power")]
+    durability: DurabilityArg,
 
     /// Wait with replication for `brep start`, or the control socket's command
     #[arg(long)]
@@ -77,9 +77,10 @@ pub(crate) struct SideArgs {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Durability {
+enum DurabilityArg {
+    /// The end of any process
     Process,
-    #[value(hide = true)]
+    /// The loss of power too
     Power,
 }
 
@@ -388,12 +389,6 @@ impl SideArgs {
         role: Role,
         drives: impl FnOnce(&[String], Option<PathBuf>) -> Result<Drives, Failure>,
     ) -> Result<(SideConfig, SideTls), Failure> {
-        if self.durability == Durability::Power {
-            return Err(Failure::usage(
-                "--durability power is not available in this version: a checkpoint survives the \
-                 end of any process, not yet the loss of power",
-            ));
-        }
         if self.end_with_parent {
             let signal = Some(rustix::process::Signal::KILL);
             rustix::process::set_parent_process_death_signal(signal).map_err(Failure::failed)?;
@@ -417,6 +412,10 @@ impl SideArgs {
             peer,
             start: !self.no_start,
             control: self.control.map(std::path::absolute).transpose()?,
+            durability: match self.durability {
+                DurabilityArg::Process => Durability::Process,
+                DurabilityArg::Power => Durability::Power,
+            },
             peer_timeout: self.peer_timeout,
             allow_plaintext: self.tls.allow_plaintext(),
             ..SideConfig::new(role, &name, state_dir, disks)

@@ -119,7 +119,12 @@ fn progress(status: &Status) -> String {
     if let Some(ack) = &status.ack {
         parts.push(format!("ack {ack}"));
     }
-    parts.push(format!("durability {}", status.durability));
+    parts.push(match status.peer_durability.as_deref() {
+        Some(theirs) if theirs != status.durability => {
+            format!("durability {} here, {theirs} on the peer", status.durability)
+        }
+        _ => format!("durability {}", status.durability),
+    });
     let promotable = status.promotable.filter(|_| status.role == Role::Secondary);
     match (promotable, status.latest_ok) {
         (Some(true), Some(true)) => parts.push("can fail over to checkpoint or latest".into()),
@@ -266,7 +271,8 @@ mod tests {
             advice: None,
             differences: None,
             ack: Some("sync".into()),
-            durability: "process".into(),
+            durability: "power".into(),
+            peer_durability: Some("power".into()),
             promotable: None,
             latest_ok: None,
             held_writes: None,
@@ -318,6 +324,15 @@ mod tests {
         assert!(text.contains("disconnected") && text.contains("3 MiB"), "{text}");
         assert!(text.contains("why: the secondary did not answer"), "{text}");
         assert!(text.contains("do:  brep resync --full"), "{text}");
+    }
+
+    #[test]
+    fn sides_that_promise_different_things_are_told() {
+        let mut status = status();
+        assert!(render(&status, Paint::plain()).contains("· durability power\n"));
+        status.peer_durability = Some("process".into());
+        let text = render(&status, Paint::plain());
+        assert!(text.contains("durability power here, process on the peer"), "{text}");
     }
 
     #[test]

@@ -75,6 +75,7 @@ const TYPES: &[Type] = &[
             ("differences", "object or null"),
             ("ack", "string or null"),
             ("durability", "string"),
+            ("peer-durability", "string or null"),
             ("promotable", "boolean or null"),
             ("latest-ok", "boolean or null"),
             ("replication", "string"),

@@ -1,6 +1,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::config::Durability;
 use crate::status::Written;
 use crate::{Commit, Epoch, Generation, SetId};
 
@@ -214,6 +215,8 @@ pub struct Side {
     pub session: Option<Uuid>,
     /// Names and sizes of the disks, in order.
     pub disks: Vec<DiskInfo>,
+    /// What this side keeps its promises against.
+    pub durability: Durability,
     /// What this side has written itself; none: it is not known.
     pub maps: Option<MapsInfo>,
 }

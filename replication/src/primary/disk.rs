@@ -160,15 +160,16 @@ impl BlockDevice for PrimaryDisk {
     }
 
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
-        self.pass(Operation::Flush, move |device| match device.flush(level) {
-            Io::Ready(Ok(())) => Io::ok(()),
-            flush => Io::future(async move {
-                let result = flush.await;
-                if result.is_err() {
-                    self.group.distrust_maps(self.index);
-                }
-                result
-            }),
+        self.pass(Operation::Flush, move |_| {
+            Io::future(async move {
+                let peer = async {
+                    if level == FlushLevel::Durable {
+                        self.group.flush_peer(self.index).await;
+                    }
+                };
+                let (local, ()) = join(self.group.flush_disk(self.index, level), peer).await;
+                local
+            })
         })
     }
 }

@@ -114,6 +114,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     // Recorded first: a secondary that was given an epoch that its primary does not know of was
     // given it by a newer one.
     group.update_record(|record| record.epoch = record.epoch.max(epoch))?;
+    group.secure_record().await?;
     let sync = group.config.ack == Ack::Sync;
     let discard_checkpoint = wish.discard_checkpoint;
     let start = Message::Start { set, cur, epoch, copy, sync, discard_checkpoint };
@@ -135,6 +136,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         trusted: copy == CopyMode::Missing && blank,
         connections: connections.clone(),
         peer: &format!("{} ({peer})", answer.side.name),
+        peer_durability: Some(answer.side.durability),
     })?;
     let link = Link::new(group, reader, writer, &answer);
     Ok(session(group, Peer::Brep(link), copy, connections))
@@ -233,6 +235,7 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         trusted: copy == CopyMode::Missing,
         connections: connections.clone(),
         peer: &format!("plain NBD server ({peer})"),
+        peer_durability: None,
     })?;
     let plain = Plain::new(group, connections.clone());
     Ok(session(group, Peer::Plain(plain), copy, connections))

@@ -1,3 +1,5 @@
+mod cut;
+mod durable;
 mod held;
 mod maps;
 mod resync;
@@ -7,10 +9,10 @@ mod takeover;
 mod window;
 
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use brep_block::{BlockDevice, Error as BlockError, RangeLock, storage};
+use brep_block::{BlockDevice, Error as BlockError, RangeLock};
 use brep_hbitmap::{MapSet, Role as MapRole};
 use brep_nbd::client::Connection;
 use serde_json::json;
@@ -26,12 +28,12 @@ pub(crate) use self::stage::no_peer;
 use self::takeover::Takeover;
 use self::window::HeldWrite;
 use super::ages::{Ages, Due};
-use super::epochs::{Drained, Epochs};
+use super::epochs::Epochs;
 use super::hello::{Refusal, Wish};
 use super::pace::Pace;
 use super::progress::CopyProgress;
 use crate::commands::ColoMode;
-use crate::config::DiskConfig;
+use crate::config::{Ack, DiskConfig, Durability};
 use crate::door::Door;
 use crate::guest::Guest;
 use crate::image::Image;
@@ -41,7 +43,7 @@ use crate::side::Side;
 use crate::state::Record;
 use crate::status::LinkState;
 use crate::written::describe;
-use crate::{Commit, Epoch, Error, Result, secondary};
+use crate::{Epoch, Error, Result, secondary};
 
 /// The disks of a primary, and everything that concerns all of them: epochs, window, record.
 pub(crate) struct Group {
@@ -127,6 +129,8 @@ pub(crate) struct Terms<'a> {
     pub(crate) connections: Vec<Arc<Connection>>,
     /// The other side, for people.
     pub(crate) peer: &'a str,
+    /// What it keeps its promises against; a stock NBD server does not say.
+    pub(crate) peer_durability: Option<Durability>,
 }
 
 /// What the group has of each disk.
@@ -165,6 +169,8 @@ pub(crate) struct Core {
     ages: Ages,
     /// Nothing more may be acknowledged: the record could not be saved.
     fatal: Option<String>,
+    /// What a guest makes durable is durable on the peer too, before the guest is told.
+    flushes_reach_peer: bool,
     pub(crate) wish: Wish,
     /// Everything is to be copied again in this session; with hashes first, or not.
     pub(crate) again: Option<bool>,
@@ -174,6 +180,8 @@ pub(crate) struct Core {
     /// Why the peer is about to be lost, if that was a command.
     pub(crate) dropped: Option<String>,
     pub(crate) peer: Option<String>,
+    /// As the peer has said last.
+    pub(crate) peer_durability: Option<Durability>,
     /// A copy runs; no cuts until it has ended.
     pub(crate) copying: bool,
     /// Of the last copy.
@@ -214,11 +222,13 @@ impl Group {
         let disks = parts.map(|(d, image)| DiskPart::new(d, Arc::clone(image.device())));
         let disks: Vec<_> = disks.collect();
         side.record.update(|record| {
-            record.begin_run(storage::boot_id(&side.config.state_dir));
+            record.begin_run(side.boot_id(), side.config.durability);
             record.primary.disks = disks.iter().map(|d| (d.name.clone(), d.size())).collect();
         })?;
         let open = |d: &DiskPart| MapsOf::new(side, &d.name, d.size()).open();
         let maps = disks.iter().map(open).collect::<Result<Vec<_>>>()?;
+        // Else a power loss could bring the clean stop before this run back.
+        side.secure_start().await?;
         let door = Door::new(&side.config.name);
         let guest = Arc::new(Guest::new(vec![Arc::clone(&door)]));
         Ok(Self::new(side, disks, images, maps, door, guest, None))
@@ -256,6 +266,7 @@ impl Group {
             maps,
             ages: Ages::default(),
             fatal: None,
+            flushes_reach_peer: config.durability == Durability::Power && config.ack == Ack::Sync,
             again: None,
             wish: Wish { seeded: config.seeded, ..Wish::default() },
             link: if peer.is_some() { LinkState::Disconnected } else { LinkState::None },
@@ -263,6 +274,7 @@ impl Group {
             reason: None,
             dropped: None,
             peer: peer.as_ref().map(ToString::to_string),
+            peer_durability: None,
             copying: false,
             progress: None,
             checkpoints_for_peer: Vec::new(),
@@ -316,6 +328,7 @@ impl Group {
         result = result.and(self.close_maps());
         if result.is_ok() {
             self.update_record(|record| record.clean = true)?;
+            self.secure_record().await?;
         }
         result
     }
@@ -349,7 +362,8 @@ impl Group {
 
     /// A session begins. What differs from the peer now is in the maps before the first write.
     pub(crate) fn attach(&self, terms: Terms<'_>) -> Result<()> {
-        let Terms { epoch, session, copy, wish, trusted, connections, peer } = terms;
+        let Terms { epoch, session, copy, wish, trusted, connections, peer, peer_durability } =
+            terms;
         {
             let mut core = self.core();
             if !core.epochs.is_settled() {
@@ -372,6 +386,7 @@ impl Group {
             record.primary.had_peer = true;
             record.primary.alone = false;
         })?;
+        self.record.secure_now()?;
         let mut core = self.core();
         core.connections = connections;
         core.copying = true;
@@ -383,6 +398,7 @@ impl Group {
         core.refusal = None;
         core.reason = None;
         core.peer = Some(peer.to_owned());
+        core.peer_durability = peer_durability;
         core.epochs.attach(epoch);
         drop(core);
         // What was measured of the guest was with another load.
@@ -406,77 +422,6 @@ impl Group {
         self.set_resync_limits(self.resync_limits());
     }
 
-    /// Ends the current epoch. None: there is no session, or a cut is outstanding.
-    ///
-    /// # Errors
-    /// The record could not be saved.
-    pub(crate) fn start_cut(&self) -> Result<Option<Epoch>> {
-        let epoch = {
-            let mut core = self.core();
-            core.dirty = false;
-            core.epochs.start_cut()
-        };
-        let Some(epoch) = epoch else { return Ok(None) };
-        // The secondary may commit this epoch and this side never hear of it: it must not take
-        // itself for an older copy then. After a commit this is recorded already, after a void
-        // cut it is not.
-        self.record.update(|record| record.epoch = record.epoch.max(epoch.next()))?;
-        let cur = self.record.get().cur;
-        let since = cur.map_or(Since::Unknown, |cur| Since::Commit(Commit { cur, epoch }));
-        for maps in &mut self.core().maps {
-            maps.rotate(since.tag()).map_err(|e| Error::failed(e.to_string()))?;
-        }
-        Ok(Some(epoch))
-    }
-
-    pub(crate) fn drained(&self) -> Drained {
-        self.core().epochs.drained()
-    }
-
-    /// The cut is made: the writes that were held go out, in their order, before any other.
-    pub(crate) fn release(&self) {
-        let mut core = self.core();
-        let held = core.epochs.release();
-        core.send_held(held);
-    }
-
-    /// The cut is not made, or not committed; its epoch runs on.
-    pub(crate) fn void_cut(&self) {
-        let mut core = self.core();
-        core.dirty = true;
-        core.maps.iter_mut().for_each(MapSet::void_pending);
-        let held = core.epochs.void_cut();
-        core.send_held(held);
-    }
-
-    /// The secondary has committed `epoch`.
-    pub(crate) fn committed(&self, epoch: Epoch) -> Result<()> {
-        let next = {
-            let mut core = self.core();
-            if !core.epochs.is_of_session(epoch) {
-                // This side has begun a new line meanwhile; the checkpoint is not of it.
-                return Err(Error::failed("the secondary was lost during a commit"));
-            }
-            core.epochs.committed();
-            core.last_commit = Some(Instant::now());
-            core.epochs.current().next()
-        };
-        self.record.update(|record| {
-            // The next cut's epoch too: the secondary may have committed it when this side is
-            // started again.
-            record.epoch = record.epoch.max(next);
-            if let Some(cur) = record.cur {
-                record.com = Some(Commit { cur, epoch });
-            }
-        })?;
-        // Only now: a start after a kill in between finds more than it needs.
-        self.core().maps.iter_mut().for_each(MapSet::drop_pending);
-        self.errors.clear_latch();
-        self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
-        self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
-        Ok(())
-    }
-
     /// The guest may be served, alone if there is no session.
     pub(crate) fn allow_guest(&self, alone: bool) {
         if self.guest_allowed.is_cancelled() {
@@ -491,24 +436,6 @@ impl Group {
     /// Whether a request has waited for the peer as long as is allowed.
     pub(crate) fn oldest_request(&self) -> Due {
         self.core().ages.due(Instant::now(), self.config.peer_timeout)
-    }
-
-    /// Whether a cut waits for nothing but the local disk.
-    pub(crate) fn cut_waits_for_local(&self) -> bool {
-        self.core().epochs.waits_for_local()
-    }
-
-    /// Waits for the local writes that have kept a cut from being made.
-    pub(crate) async fn late_writes(&self) {
-        loop {
-            let ended = self.ended.notified();
-            let mut ended = std::pin::pin!(ended);
-            ended.as_mut().enable();
-            if !self.core().epochs.has_late_writes() {
-                return;
-            }
-            ended.await;
-        }
     }
 
     /// Waits until nothing that is on its way to the peer now is on its way any more.
@@ -544,11 +471,6 @@ impl Group {
         tokio::time::timeout(self.config.peer_timeout, settled)
             .await
             .map_err(|_| Error::failed("writes to the lost secondary do not end"))
-    }
-
-    /// Everything that failed in this epoch has been sent again.
-    pub(crate) fn repaired(&self) {
-        self.core().epochs.repaired();
     }
 
     /// The peer has given a sign of life.

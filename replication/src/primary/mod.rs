@@ -127,6 +127,7 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
         let Some(peer) = peers.borrow_and_update().clone() else {
             group.allow_guest(true);
             tokio::select! {
+                biased;
                 _ = peers.changed() => continue,
                 () = group.stopping.cancelled() => return,
                 () = refuse_requests(&group, &mut requests, "there is no peer") => return,

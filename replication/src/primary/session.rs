@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use brep_block::{BlockDevice, BlockStatus};
 use brep_nbd::client::Connection;
+use futures_util::future::join;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -314,6 +315,7 @@ impl Session {
         let Some(epoch) = self.group.start_cut().map_err(Failure::Lost)? else {
             return Err(Failure::Lost(Error::failed("there is no session")));
         };
+        self.group.secure_record().await.map_err(Failure::Lost)?;
         match self.drain(begun + self.group.config.peer_timeout / 2).await {
             Drained::Clean => {}
             Drained::Failed => {
@@ -346,10 +348,20 @@ impl Session {
 
     async fn wait_commit(&self, cut: Cut) -> std::result::Result<(), Failure> {
         let Cut { epoch, answers } = cut;
-        if let (Peer::Brep(link), Some(mut answers)) = (&self.peer, answers) {
-            link.committed(epoch, &mut answers).await?;
+        let peer = async {
+            match (&self.peer, answers) {
+                (Peer::Brep(link), Some(mut answers)) => link.committed(epoch, &mut answers).await,
+                _ => Ok(()),
+            }
+        };
+        // Every write of the epoch has ended here, so both sides flush at the same time.
+        let (peer, local) = join(peer, self.group.secure_disks()).await;
+        peer?;
+        if let Err(error) = local {
+            self.group.void_cut();
+            return Err(Failure::Void(error));
         }
-        self.group.committed(epoch).map_err(Failure::Lost)
+        self.group.committed(epoch).await.map_err(Failure::Lost)
     }
 
     /// Waits until every write of the ended epoch has ended on both sides. For the peer as long as

@@ -61,7 +61,8 @@ impl Group {
                 }
                 .to_owned(),
             ),
-            durability: "process".to_owned(),
+            durability: self.config.durability.as_str().to_owned(),
+            peer_durability: core.peer_durability.map(|d| d.as_str().to_owned()),
             promotable: promoted.then_some(true),
             latest_ok: promoted.then_some(false),
             lapsed: match self.config.peer_kind {

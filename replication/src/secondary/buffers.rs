@@ -2,12 +2,12 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use brep_block::{BlockDevice, CacheMode, RawFileOptions, storage};
+use brep_block::{BlockDevice, CacheMode, FlushLevel, RawFileOptions, storage};
 use brep_qcow2::{CreateOptions, MakeEmpty, OpenOptions, Qcow2};
 
 use super::named::{self, BufferUse};
 use super::tag::{TAG_EXTENSION, Tag};
-use crate::config::BufferFiles;
+use crate::config::{BufferFiles, Durability};
 use crate::layer::{Below, cropped};
 use crate::state::BufferRef;
 use crate::{Error, Result, SetId};
@@ -91,6 +91,7 @@ pub(crate) struct BufferPool {
     size: u64,
     /// What the operator has named for the first epoch.
     files: Option<BufferFiles>,
+    durability: Durability,
     state: Mutex<PoolState>,
 }
 
@@ -112,14 +113,25 @@ impl BufferPool {
     /// Spares kept for later; one more is released and its file removed.
     const SPARES_MAX: usize = 4;
 
-    pub(crate) fn new(dir: &Path, disk: &str, size: u64, files: Option<BufferFiles>) -> Self {
+    pub(crate) fn new(
+        dir: &Path,
+        disk: &str,
+        size: u64,
+        files: Option<BufferFiles>,
+        durability: Durability,
+    ) -> Self {
         BufferPool {
             dir: dir.to_owned(),
             disk: disk.to_owned(),
             size,
             files,
+            durability,
             state: Mutex::new(PoolState::default()),
         }
+    }
+
+    pub(crate) fn durability(&self) -> Durability {
+        self.durability
     }
 
     /// An epoch has ended that had so many bytes of pre-images.
@@ -150,6 +162,8 @@ impl BufferPool {
     /// record names, in its order. Of the others those in the directory become spares, and the
     /// operator's are there for the first epoch if the record names no buffer at all.
     ///
+    /// After a power loss nobody knows what the others are: those in the directory are removed.
+    ///
     /// # Errors
     /// A buffer of the record is missing, cannot be opened, or carries another tag: then the disk
     /// is inconsistent. Or a file of the operator's cannot be used. Nothing was changed.
@@ -158,6 +172,7 @@ impl BufferPool {
         set: Option<SetId>,
         wanted: &[BufferRef],
         seq_max: u64,
+        power_lost: bool,
     ) -> Result<Vec<Buffer>> {
         let mut found = Vec::new();
         let mut unusable = String::new();
@@ -199,6 +214,11 @@ impl BufferPool {
             state.seq = seq_max.max(seq_seen.unwrap_or(0));
         }
         for buffer in found {
+            if power_lost && buffer.named.is_none() {
+                storage::remove(&buffer.path)
+                    .map_err(|e| Error::failed(format!("{}: {e}", buffer.path.display())))?;
+                continue;
+            }
             if buffer.named.is_none() || !wanted.is_empty() {
                 self.recycle(buffer).await?;
                 continue;
@@ -255,7 +275,7 @@ impl BufferPool {
         let options = OpenOptions {
             name: node_name(path),
             backing: Some(Arc::clone(&below) as Arc<dyn BlockDevice>),
-            ordered: false,
+            ordered: self.durability == Durability::Power,
             ..OpenOptions::default()
         };
         let image = Qcow2::open(file, options)
@@ -266,7 +286,7 @@ impl BufferPool {
 
     async fn open_named(&self, used_as: BufferUse, path: &Path) -> Result<Buffer> {
         let below = Below::nothing(self.size);
-        let image = named::open(used_as, path, Arc::clone(&below) as _).await?;
+        let image = named::open(used_as, path, Arc::clone(&below) as _, self.durability).await?;
         Ok(self.buffer(path, image, below, Some(used_as)))
     }
 
@@ -315,7 +335,16 @@ impl BufferPool {
         };
         let tag = Tag { in_use: true, seq: buffer.seq, set, disk: self.disk.clone() };
         buffer.image.set_header_extension(TAG_EXTENSION, tag.encode()).await?;
+        // Found empty, and as what it is, whenever a record names it.
+        self.flush(&buffer).await?;
         Ok(buffer)
+    }
+
+    async fn flush(&self, buffer: &Buffer) -> Result<()> {
+        match self.durability {
+            Durability::Power => Ok(buffer.image.flush(FlushLevel::Durable).await?),
+            Durability::Process => Ok(()),
+        }
     }
 
     async fn create(&self) -> Result<Buffer> {
@@ -336,6 +365,11 @@ impl BufferPool {
             // Best effort: what stays is removed at the next start.
             let _ = storage::remove(&unfinished);
             return Err(error);
+        }
+        if self.durability == Durability::Power {
+            storage::sync_dir(&self.dir)
+                .await
+                .map_err(|e| Error::failed(format!("{}: {e}", self.dir.display())))?;
         }
         self.open_file(&path).await
     }
@@ -418,6 +452,10 @@ mod tests {
 
     use super::*;
 
+    fn pool(dir: &Path, size: u64) -> BufferPool {
+        BufferPool::new(dir, "vda", size, None, Durability::Process)
+    }
+
     /// A process that is killed while it makes a buffer must not keep the next from its
     /// checkpoint.
     #[tokio::test]
@@ -425,21 +463,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let set = SetId::random();
         let seq = {
-            let pool = BufferPool::new(dir.path(), "vda", 1 << 20, None);
-            pool.open(Some(set), &[], 0).await.unwrap();
+            let pool = pool(dir.path(), 1 << 20);
+            pool.open(Some(set), &[], 0, false).await.unwrap();
             pool.take(set).await.unwrap().seq
         };
         let unfinished = dir.path().join("vda.1.qcow2.new");
         std::fs::write(&unfinished, b"QFI\xfb").unwrap();
         std::fs::write(dir.path().join("vda.2.qcow2"), b"").unwrap();
-        let pool = BufferPool::new(dir.path(), "vda", 1 << 20, None);
-        let named = pool.open(Some(set), &[BufferRef { seq }], seq).await.unwrap();
+        let pool = pool(dir.path(), 1 << 20);
+        let named = pool.open(Some(set), &[BufferRef { seq }], seq, false).await.unwrap();
         assert_eq!(named[0].seq, seq);
         assert!(!unfinished.exists());
         for _ in 0..3 {
             pool.take(set).await.unwrap();
         }
-        let missing = pool.open(Some(set), &[BufferRef { seq: 99 }], seq).await.unwrap_err();
+        let missing = pool.open(Some(set), &[BufferRef { seq: 99 }], seq, false).await.unwrap_err();
         assert!(missing.to_string().contains("vda.2.qcow2"), "{missing}");
     }
 
@@ -448,8 +486,8 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
         let dir = tempfile::tempdir().unwrap();
         let set = SetId::random();
-        let pool = BufferPool::new(dir.path(), "vda", 256 << 20, None);
-        pool.open(Some(set), &[], 0).await.unwrap();
+        let pool = pool(dir.path(), 256 << 20);
+        pool.open(Some(set), &[], 0, false).await.unwrap();
         let epoch = async |bytes: u64| {
             let buffer = pool.take(set).await.unwrap();
             let mut at = 0;

@@ -3,13 +3,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use brep_backup::{CbwOptions, Copied, CopyBeforeWrite};
-use brep_block::BlockDevice;
+use brep_block::{BlockDevice, ErrorKind, FlushLevel};
 use brep_hbitmap::MapSet;
 use brep_qcow2::Qcow2;
+use futures_util::FutureExt;
 
 use super::buffers::{Buffer, BufferPool};
 use super::named::BufferUse;
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, Durability};
 use crate::gate::Gate;
 use crate::image::Image;
 use crate::merge::MergedDisk;
@@ -88,6 +89,7 @@ impl ReplicaDisk {
         record: Option<&DiskRecord>,
         set: Option<SetId>,
         seq_max: u64,
+        power_lost: bool,
     ) -> Result<Self> {
         let size = image.device().size();
         let gate = Gate::new(&config.name, unavailable(&config.name, size));
@@ -101,11 +103,11 @@ impl ReplicaDisk {
             state: Mutex::new(State::default()),
         };
         let Some(record) = record else {
-            disk.pool.open(set, &[], seq_max).await?;
+            disk.pool.open(set, &[], seq_max, power_lost).await?;
             return Ok(disk);
         };
         let wanted: Vec<_> = record.buffers().collect();
-        let mut buffers = disk.pool.open(set, &wanted, seq_max).await?.into_iter();
+        let mut buffers = disk.pool.open(set, &wanted, seq_max, power_lost).await?.into_iter();
         {
             let mut state = disk.state();
             state.chain = buffers.by_ref().take(record.chain.len()).collect();
@@ -115,6 +117,7 @@ impl ReplicaDisk {
         let top = record.top.and_then(|_| buffers.next());
         disk.adopt_next().await?;
         disk.note_contents().await?;
+        disk.make_durable().await?;
         disk.start_replica(Copied::AllocatedInTarget)?;
         match top {
             Some(top) => {
@@ -162,13 +165,55 @@ impl ReplicaDisk {
         Ok(())
     }
 
+    /// Puts what the disk and its buffers hold on stable storage, if that is what they are to
+    /// survive on: of what a killed process has left only the page cache may know.
+    pub(crate) async fn make_durable(&self) -> Result<()> {
+        if self.pool.durability() == Durability::Process {
+            return Ok(());
+        }
+        let buffers: Vec<_> = {
+            let state = self.state();
+            state.chain.iter().chain(&state.active).chain(&state.top).cloned().collect()
+        };
+        for buffer in buffers {
+            buffer.image.flush(FlushLevel::Durable).await?;
+        }
+        self.flush_image().await
+    }
+
+    /// Puts everything that the primary has written so far on stable storage, if that is promised.
+    pub(crate) async fn flush_image(&self) -> Result<()> {
+        match self.pool.durability() {
+            Durability::Process => Ok(()),
+            Durability::Power => Ok(self.image.device().flush(FlushLevel::Durable).await?),
+        }
+    }
+
+    /// Whether the image, or a buffer that pre-images go to, has failed to flush.
+    pub(crate) fn flush_has_failed(&self) -> bool {
+        let newest = {
+            let state = self.state();
+            state.chain.last().or(state.next.as_ref()).map(Buffer::device)
+        };
+        let sticky = |device: &Arc<dyn BlockDevice>| {
+            let flush = device.flush(FlushLevel::Process).now_or_never();
+            matches!(flush, Some(Err(error)) if error.kind() == ErrorKind::Sticky)
+        };
+        [Some(self.image.device()), newest.as_ref()].into_iter().flatten().any(sticky)
+    }
+
     /// Builds filter and view over the chain, if there is a buffer to write to.
     fn start_replica(&self, assume: Copied) -> Result<()> {
         let mut state = self.state();
         let Some(newest) = state.chain.last().or(state.next.as_ref()) else { return Ok(()) };
+        let barrier = match self.pool.durability() {
+            Durability::Process => FlushLevel::Process,
+            Durability::Power => FlushLevel::Durable,
+        };
         let options = CbwOptions {
             assume,
             discard_as_zeroes: true,
+            barrier: Some(barrier),
             ..CbwOptions::new(&self.name).unit_bytes(newest.unit_bytes())
         };
         let base = Arc::clone(self.image.device());

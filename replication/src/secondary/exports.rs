@@ -265,6 +265,15 @@ impl BlockDevice for ReplicaDevice {
         self.filter.block_status(offset, len)
     }
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
-        self.filter.flush(level)
+        match self.filter.flush(level) {
+            Io::Ready(Ok(())) => Io::ok(()),
+            flush => Io::future(async move {
+                let result = flush.await;
+                if let Err(error) = &result {
+                    self.group.replica_write_failed(&self.name, error);
+                }
+                result
+            }),
+        }
     }
 }

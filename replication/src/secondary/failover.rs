@@ -210,7 +210,7 @@ impl Group {
             });
         })?;
         // A side that forgot its promotion would let the old primary overwrite it.
-        if let Err(error) = self.sync_record() {
+        if let Err(error) = self.sync_record().await {
             tracing::error!(%error, "the promotion may not survive a power loss");
         }
         for (disk, top) in self.disks().iter().zip(tops) {
@@ -260,6 +260,7 @@ impl Group {
                 promotion.merged = true;
             }
         })?;
+        self.secure_record().await?;
         for disk in self.disks() {
             disk.drop_buffers().await?;
         }
@@ -320,6 +321,7 @@ impl Group {
                 record.secondary.inconsistent = true;
                 record.secondary.latest_ok = false;
             })?;
+            self.secure_record().await?;
             let _held = self.hold_guest().await?;
             for disk in self.disks() {
                 disk.drop_buffers().await?;

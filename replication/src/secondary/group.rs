@@ -3,10 +3,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
-use brep_block::storage;
 use brep_hbitmap::MapSet;
 use brep_nbd::server::{OptionError, OptionErrorCode};
 use brep_nbd::tls::TlsPeer;
+use futures_util::future::join_all;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -17,6 +17,7 @@ use super::plain::{Claim, Plain};
 use super::rejoin::{self, Refused};
 use super::session::Session;
 use crate::commands::{ColoMode, Service};
+use crate::config::Durability;
 use crate::guest::Guest;
 use crate::link::{self, DiskInfo, StopReason};
 use crate::node::Stage;
@@ -70,6 +71,8 @@ pub(crate) struct Core {
     pub(crate) peer: Option<String>,
     /// The last link's TLS.
     pub(crate) link_tls: Option<Arc<TlsPeer>>,
+    /// What the primary keeps its promises against, as it has said last.
+    pub(crate) peer_durability: Option<Durability>,
     pub(crate) last_contact: Option<Instant>,
     pub(crate) last_commit: Option<Instant>,
     pub(crate) receiving: Epoch,
@@ -142,25 +145,31 @@ impl Group {
         let (config, store) = (&side.config, &side.record);
         let record = store.get();
         let secondary = &record.secondary;
+        let boot = side.boot_id();
+        let lost = record.lost_power(boot.as_deref());
         let mut disks = Vec::new();
         for disk in &config.disks {
             let known = secondary.disks.iter().find(|d| d.name == disk.name);
-            disks.push(Arc::new(open_disk(config, disk, known, &record).await?));
+            disks.push(Arc::new(open_disk(config, disk, known, &record, lost).await?));
         }
         check_known_disks(secondary, config)?;
-        let mut power_lost = false;
         store.update(|record| {
-            power_lost = record.begin_run(storage::boot_id(&config.state_dir));
+            record.begin_run(boot, config.durability);
         })?;
         let sizes: Vec<_> = disks.iter().map(|d: &Arc<ReplicaDisk>| (&*d.name, d.size)).collect();
         let own_maps = rejoin::open_own_maps(&store.get(), config, &sizes)?;
         // Else a power loss could bring the clean stop before this run back.
-        store.sync()?;
-        let reason = (power_lost && !record.is_primary() && !secondary.outdated).then(|| {
-            tracing::error!("power was lost under the last run: the checkpoint cannot be trusted");
-            "power was lost under the last run, and what was not on stable storage with it: the \
-             checkpoint cannot be trusted"
-                .to_owned()
+        side.secure_start().await?;
+        let reason = (lost && !record.is_primary() && !secondary.outdated).then(|| {
+            let what = match store.get().secondary.inconsistent {
+                true => "the checkpoint cannot be trusted",
+                false => "the checkpoint is whole, and what came after it is not",
+            };
+            let reason = format!(
+                "power was lost under the last run, and what was not on stable storage with it: {what}"
+            );
+            tracing::error!(reason);
+            reason
         });
         let core = Core {
             receiving: store.get().epoch,
@@ -176,6 +185,7 @@ impl Group {
             own_maps,
             peer: None,
             link_tls: None,
+            peer_durability: None,
             last_contact: None,
             last_commit: None,
         };
@@ -328,6 +338,7 @@ impl Group {
             record.follow_line(terms.cur, terms.history.clone());
             record.epoch = record.epoch.max(terms.epoch);
         })?;
+        self.secure_record().await?;
         for disk in &self.disks {
             disk.begin_session(terms.set, self.has_guest(), keep_checkpoint).await?;
         }
@@ -342,6 +353,7 @@ impl Group {
             // will still have to copy.
             secondary.power_lost = false;
         })?;
+        self.secure_record().await?;
         if keep_checkpoint {
             for disk in &self.disks {
                 disk.show_guest().await?;
@@ -414,6 +426,10 @@ impl Group {
 
     /// Commits `epoch`: one record names the new chain, and the older buffers are given up.
     pub(crate) async fn commit(self: &Arc<Self>, session: &Session, epoch: Epoch) -> Result<()> {
+        // The next epoch is being written meanwhile; that some of it is flushed too does no harm.
+        for flushed in join_all(self.disks.iter().map(|disk| disk.flush_image())).await {
+            flushed.inspect_err(|_| self.note_failed_flushes())?;
+        }
         let retired = {
             let _held = match self.has_guest() {
                 true => Some(self.hold_guest().await?),
@@ -468,13 +484,16 @@ impl Group {
             secondary.disks = disks;
             secondary.buffer_seq = secondary.buffer_seq.max(seq);
         })?;
-        self.drop_own_maps();
+        // Nor is there one between the record and what follows it here.
         let mut retired = Vec::new();
         for (disk, fresh) in self.disks.iter().zip(fresh) {
             retired.push((Arc::clone(disk), disk.committed(fresh).await?));
             // The first commit is also the first time that there is something to show.
             disk.show_guest().await?;
         }
+        // Before anything that it drops is given up, and before the guest goes on.
+        self.secure_record().await?;
+        self.drop_own_maps();
         Ok(retired)
     }
 
@@ -545,6 +564,7 @@ impl Group {
         self.note_full(error);
         let entry = self.errors.add(disk, error);
         self.events.emit("BREP_ERROR", json!(entry));
+        self.note_failed_flushes();
         let saved = self.update_record(|record| record.secondary.latest_ok = false);
         if let Err(error) = saved {
             tracing::error!(%error, "the state record was not saved; ending the session");
@@ -575,12 +595,7 @@ impl Group {
                 self.update_record(|r| r.clean = true)?;
             }
         }
-        self.sync_record()
-    }
-
-    /// Puts the record on stable storage.
-    pub(crate) fn sync_record(&self) -> Result<()> {
-        self.side.record.sync()
+        self.sync_record().await
     }
 }
 

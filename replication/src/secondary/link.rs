@@ -113,6 +113,7 @@ impl Group {
             core.link = LinkState::Connected;
             core.reason = None;
             core.peer = Some(format!("{} ({peer})", hello.side.name));
+            core.peer_durability = Some(hello.side.durability);
             core.last_contact = Some(Instant::now());
         }
         tracing::info!(peer = hello.side.name, epoch = %terms.epoch, "session begun");

@@ -3,6 +3,7 @@
 mod buffers;
 mod commands;
 mod disk;
+mod durable;
 mod exports;
 mod failover;
 mod group;
@@ -47,10 +48,9 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     let group = Group::open(side).await?;
 
     let allowed = CancellationToken::new();
-    allowed.cancel();
     let exports = Arc::new(PeerExports(Arc::clone(&group)));
     let exposure = side.config.exposure();
-    let service = Service::new(exports, allowed, exposure.clone(), side.events.clone());
+    let service = Service::new(exports, allowed.clone(), exposure.clone(), side.events.clone());
     group.serve_with(&service);
     side.commands(Some(Arc::new(SecondaryCommands::new(&group, &service))));
     // Before a guest can connect: its writes are to be counted.
@@ -65,6 +65,8 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     };
     group.prepare_plain().await?;
     side.serve_control()?;
+    // Nobody is served before all is ready: a plain primary that went away again would be missed.
+    allowed.cancel();
     tracing::info!(name = side.config.name, "secondary ready");
 
     side.stopping.cancelled().await;

@@ -7,7 +7,7 @@ use brep_block::{BlockDevice, CacheMode, RawFileOptions, storage};
 use brep_qcow2::{OpenOptions, Qcow2};
 
 use super::tag::{TAG_EXTENSION, Tag};
-use crate::config::{BufferFiles, DiskConfig};
+use crate::config::{BufferFiles, DiskConfig, Durability};
 use crate::{Error, Result, SetId};
 
 /// The largest piece that copy-before-write writes with one call. An image that allocates more at
@@ -144,6 +144,7 @@ pub(super) async fn open(
     used_as: BufferUse,
     path: &Path,
     below: Arc<dyn BlockDevice>,
+    durability: Durability,
 ) -> Result<Arc<Qcow2>> {
     let disk_size = below.size();
     let options = RawFileOptions { growable: true, ..file_options(path) };
@@ -151,7 +152,7 @@ pub(super) async fn open(
     let options = OpenOptions {
         name: path.display().to_string(),
         backing: Some(below),
-        ordered: false,
+        ordered: durability == Durability::Power,
         ..OpenOptions::default()
     };
     let image = Qcow2::open(file, options).await.map_err(|e| {
@@ -162,6 +163,15 @@ pub(super) async fn open(
         ))
     })?;
     check_image(used_as, path, &image, disk_size)?;
+    if durability == Durability::Power && image.staging().is_none() {
+        return Err(Error::refused(format!(
+            "the {} {} is a qcow2 image of version 2, which cannot keep pre-images over a loss of \
+             power: `qemu-img amend -o compat=1.1` makes it one of version 3; or give \
+             --durability process",
+            used_as.as_str(),
+            path.display()
+        )));
+    }
     if image.size() != image_size(disk_size) {
         return Err(Error::refused(format!(
             "the {} {} is {} bytes long, and its disk {disk_size}",
@@ -291,7 +301,7 @@ mod tests {
         fn pool(&self) -> BufferPool {
             let dir = self.dir.path().join("state");
             std::fs::create_dir_all(&dir).unwrap();
-            BufferPool::new(&dir, "vda", SIZE, Some(self.files.clone()))
+            BufferPool::new(&dir, "vda", SIZE, Some(self.files.clone()), Durability::Power)
         }
 
         fn disk(&self) -> DiskConfig {
@@ -335,7 +345,7 @@ mod tests {
                 self.files.check_ready(&self.disk(), SIZE, &state_dir).await
             };
             let checked = checked.await.unwrap_err();
-            let started = self.pool().open(Some(SetId::random()), &[], 0).await.unwrap_err();
+            let started = self.pool().open(Some(SetId::random()), &[], 0, false).await.unwrap_err();
             assert_eq!(started.exit_code(), checked.exit_code(), "{started}; {checked}");
             assert!(self.contents() == before, "a refused file was changed");
             assert!(!state_dir.exists());
@@ -362,7 +372,7 @@ mod tests {
     async fn the_first_epoch_takes_the_named_files_and_the_next_ones_do_not() {
         let scratch = Scratch::new().await;
         let (pool, set) = (scratch.pool(), SetId::random());
-        pool.open(None, &[], 0).await.unwrap();
+        pool.open(None, &[], 0, false).await.unwrap();
         let hidden = pool.take_first(set, BufferUse::Hidden).await.unwrap();
         let active = pool.take_first(set, BufferUse::Active).await.unwrap();
         assert!(is_file(&hidden, &scratch.files.hidden) && is_file(&active, &scratch.files.active));
@@ -387,7 +397,7 @@ mod tests {
         let first = async |wanted: &[_], seq_max| {
             scratch.released().await;
             let pool = scratch.pool();
-            let found = pool.open(Some(set), wanted, seq_max).await?;
+            let found = pool.open(Some(set), wanted, seq_max, false).await?;
             Ok::<_, Error>((pool, found))
         };
         // Tagged, and no record names it yet.
@@ -426,12 +436,12 @@ mod tests {
         let scratch = Scratch::new().await;
         let (set, untouched) = (SetId::random(), scratch.contents());
         let (pool, dir) = (scratch.pool(), scratch.dir.path().join("state"));
-        let other = BufferPool::new(&dir, "vda", SIZE, None);
-        other.open(None, &[], 0).await.unwrap();
+        let other = BufferPool::new(&dir, "vda", SIZE, None, Durability::Power);
+        other.open(None, &[], 0, false).await.unwrap();
         let own = other.take(set).await.unwrap().reference();
         drop(other);
         scratch.released().await;
-        pool.open(Some(set), &[own], own.seq).await.unwrap();
+        pool.open(Some(set), &[own], own.seq, false).await.unwrap();
         let next = pool.take_first(set, BufferUse::Hidden).await.unwrap();
         assert!(!is_file(&next, &scratch.files.hidden));
         assert!(scratch.contents() == untouched);
@@ -441,12 +451,13 @@ mod tests {
     async fn a_start_without_the_named_files_that_the_record_needs_says_which_option_is_missing() {
         let scratch = Scratch::new().await;
         let (pool, set) = (scratch.pool(), SetId::random());
-        pool.open(None, &[], 0).await.unwrap();
+        pool.open(None, &[], 0, false).await.unwrap();
         let wanted = [pool.take_first(set, BufferUse::Hidden).await.unwrap().reference()];
         drop(pool);
         scratch.released().await;
-        let plain = BufferPool::new(&scratch.dir.path().join("state"), "vda", SIZE, None);
-        let error = plain.open(Some(set), &wanted, 9).await.unwrap_err();
+        let dir = scratch.dir.path().join("state");
+        let plain = BufferPool::new(&dir, "vda", SIZE, None, Durability::Power);
+        let error = plain.open(Some(set), &wanted, 9, false).await.unwrap_err();
         assert_eq!(error.exit_code(), 3);
         assert!(error.to_string().contains("--drive"), "{error}");
     }
@@ -458,6 +469,7 @@ mod tests {
             BufferUse::Hidden,
             &scratch.files.hidden,
             crate::layer::Below::nothing(SIZE) as Arc<dyn BlockDevice>,
+            Durability::Power,
         );
         let image = image.await.unwrap();
         write(&image, 1).await;
@@ -472,7 +484,7 @@ mod tests {
     async fn a_file_of_another_pair_is_refused_although_it_is_empty() {
         let scratch = Scratch::new().await;
         let pool = scratch.pool();
-        pool.open(None, &[], 0).await.unwrap();
+        pool.open(None, &[], 0, false).await.unwrap();
         drop(pool.take_first(SetId::random(), BufferUse::Active).await.unwrap());
         drop(pool);
         scratch.released().await;

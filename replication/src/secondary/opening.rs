@@ -11,6 +11,7 @@ pub(super) async fn open_disk(
     disk: &DiskConfig,
     known: Option<&DiskRecord>,
     record: &Record,
+    power_lost: bool,
 ) -> Result<ReplicaDisk> {
     let image = Image::open(disk).await?;
     let size = image.device().size();
@@ -25,9 +26,10 @@ pub(super) async fn open_disk(
             known.size
         )));
     }
-    let pool = BufferPool::new(&config.state_dir, &disk.name, size, disk.buffers.clone());
+    let (files, durability) = (disk.buffers.clone(), config.durability);
+    let pool = BufferPool::new(&config.state_dir, &disk.name, size, files, durability);
     let seq_max = record.secondary.buffer_seq;
-    ReplicaDisk::open(disk, pool, image, known, record.set, seq_max).await
+    ReplicaDisk::open(disk, pool, image, known, record.set, seq_max, power_lost).await
 }
 
 /// Every disk of the record must be given, and no other: a group is promoted as a whole.

@@ -123,6 +123,7 @@ impl Session {
         }
         let held = async {
             tokio::select! {
+                biased;
                 () = self.held.cancelled() => {}
                 () = self.ending.cancelled() => {}
             }

@@ -47,7 +47,8 @@ impl Group {
             advice,
             differences,
             ack: core.session_is_sync().map(|s| if s { "sync" } else { "async" }.to_owned()),
-            durability: "process".to_owned(),
+            durability: self.side.config.durability.as_str().to_owned(),
+            peer_durability: core.peer_durability.map(|d| d.as_str().to_owned()),
             promotable: Some(has_checkpoint),
             latest_ok: Some(secondary.latest_ok),
             lapsed: match self.config.plain_primary {

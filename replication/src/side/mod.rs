@@ -4,6 +4,7 @@ mod peer;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use brep_block::storage;
 use brep_nbd::Endpoint;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -12,7 +13,7 @@ use uuid::Uuid;
 use self::handler::SideHandler;
 pub(crate) use self::handler::{RoleCommands, peer_argument};
 use crate::commands::Colo;
-use crate::config::SideConfig;
+use crate::config::{Durability, SideConfig};
 use crate::control::EventBus;
 use crate::daemon::{self, ControlThread};
 use crate::errors::ErrorLog;
@@ -71,7 +72,14 @@ impl Side {
         let exposure = config.exposure();
         let mut addresses = config.listen.iter().chain(&config.guest_listen);
         addresses.try_for_each(|address| exposure.check(address))?;
-        let record = SharedRecord::new(RecordStore::open(&config.state_dir, || blank(&config))?);
+        let mut store = RecordStore::open(&config.state_dir, || blank(&config))?;
+        if config.durability == Durability::Power {
+            store.set_durable();
+            // What a killed process has saved may be in the page cache only, and what it does not
+            // name is given up.
+            store.sync()?;
+        }
+        let record = SharedRecord::new(store);
         take_role(&config, &record).map_err(|e| e.context(config.state_dir.display()))?;
         let peer = peer::at_start(&config, &record.get())?;
         Ok(Arc::new(Side {
@@ -113,6 +121,27 @@ impl Side {
         Ok(())
     }
 
+    /// What tells one boot from every other of the machines that the files of this side lie on, if
+    /// it is known of all of them.
+    pub(crate) fn boot_id(&self) -> Option<String> {
+        let config = &self.config;
+        let mut paths = config.disks.iter().map(|disk| disk.path.as_path());
+        let first = storage::boot_id(&config.state_dir)?;
+        paths.try_fold(first, |id, path| storage::boot_id(path).map(|_| id))
+    }
+
+    /// Puts the record, and the names of the files beside it, on stable storage.
+    ///
+    /// # Errors
+    /// The state directory cannot be flushed.
+    pub(crate) async fn secure_start(&self) -> Result<()> {
+        self.record.sync().await?;
+        let dir = &self.config.state_dir;
+        storage::sync_dir(dir)
+            .await
+            .map_err(|e| Error::failed(format!("{}: cannot flush: {e}", dir.display())))
+    }
+
     /// What hello tells of this side.
     pub(crate) fn introduce(&self, disks: Vec<DiskInfo>, maps: Option<MapsInfo>) -> link::Side {
         let record = self.record.get();
@@ -128,6 +157,7 @@ impl Side {
             history: record.history.clone(),
             primary: record.is_primary(),
             disks,
+            durability: self.config.durability,
             maps,
         }
     }

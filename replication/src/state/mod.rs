@@ -8,6 +8,7 @@ mod shared;
 mod store;
 
 pub use lines::Lines;
+
 pub use record::{
     BufferRef, DiskRecord, PrimaryRecord, Promotion, Record, Role, SecondaryRecord, Target,
 };

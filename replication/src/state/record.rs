@@ -1,6 +1,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::config::Durability;
 use crate::{Commit, Epoch, Generation, SetId};
 
 /// What a side remembers between two runs. One per group of disks; a change is one atomic write.
@@ -36,6 +37,11 @@ pub struct Record {
     /// The kernel's boot id during the last run: another one, and a run that did not end by
     /// itself, mean that power was lost.
     pub boot: Option<String>,
+    /// What the last run kept its promises against.
+    pub durability: Durability,
+    /// A durable flush has failed in the last run: what was written before it may be lost, as if
+    /// the power were.
+    pub flush_failed: bool,
 }
 
 /// What a side is to its peer.
@@ -174,18 +180,33 @@ impl Record {
             },
             clean: false,
             boot: None,
+            durability: Durability::Process,
+            flush_failed: false,
         }
     }
 
-    /// A run begins. Returns whether the machine went down under the last one: then what had not
+    /// Whether the machine went down under the last run, or a flush failed: then what had not
     /// reached stable storage is lost, and nobody knows what that was.
-    pub fn begin_run(&mut self, boot: Option<String>) -> bool {
-        let lost = !self.clean && self.boot.is_some() && self.boot != boot;
+    #[must_use]
+    pub fn lost_power(&self, boot: Option<&str>) -> bool {
+        let other_boot = self.boot.is_some() && (boot.is_none() || self.boot.as_deref() != boot);
+        !self.clean && (other_boot || self.flush_failed)
+    }
+
+    /// A run begins, under this boot id if there is one that tells. Returns whether the machine
+    /// [lost its power](Self::lost_power) under the last one.
+    pub fn begin_run(&mut self, boot: Option<String>, durability: Durability) -> bool {
+        let lost = self.lost_power(boot.as_deref());
+        let kept = self.durability == Durability::Power;
         self.clean = false;
-        self.boot = boot;
+        self.flush_failed = false;
+        // Nothing that is found next time equals what nobody could tell.
+        self.boot = Some(boot.unwrap_or_default());
+        self.durability = durability;
         if lost && self.role == Role::Secondary {
-            // Pre-images and what they belong to are of different moments now.
-            self.secondary.inconsistent |= !self.secondary.outdated;
+            // Where nothing was flushed, pre-images and what they belong to are of different
+            // moments now.
+            self.secondary.inconsistent |= !kept && !self.secondary.outdated;
             self.secondary.latest_ok = false;
             self.secondary.power_lost = true;
         }
@@ -325,16 +346,36 @@ mod tests {
     #[test]
     fn a_power_loss_is_told_from_a_kill_and_from_a_clean_stop() {
         let boot = |id: &str| Some(id.to_owned());
+        for durability in [Durability::Process, Durability::Power] {
+            let mut record = Record::blank("s", Role::Secondary);
+            record.secondary = SecondaryRecord {
+                inconsistent: false,
+                latest_ok: true,
+                ..SecondaryRecord::default()
+            };
+            assert!(!record.begin_run(boot("a"), durability), "the first run");
+            assert!(!record.begin_run(boot("a"), durability), "killed");
+            record.clean = true;
+            assert!(!record.begin_run(boot("b"), durability), "stopped, and started elsewhere");
+            assert!(record.secondary.latest_ok && !record.secondary.power_lost);
+            // What the next run will promise says nothing of the last one.
+            assert!(record.begin_run(boot("c"), Durability::Process), "the machine went down");
+            assert_eq!(record.secondary.inconsistent, durability == Durability::Process);
+            assert!(!record.secondary.latest_ok && record.secondary.power_lost);
+        }
+    }
+
+    #[test]
+    fn a_flush_that_failed_and_a_boot_that_is_not_told_count_as_power_losses() {
+        let boot = Some("a".to_owned());
         let mut record = Record::blank("s", Role::Secondary);
-        record.secondary =
-            SecondaryRecord { inconsistent: false, latest_ok: true, ..SecondaryRecord::default() };
-        assert!(!record.begin_run(boot("a")), "the first run");
-        assert!(!record.begin_run(boot("a")), "killed");
+        record.begin_run(boot.clone(), Durability::Power);
+        record.flush_failed = true;
+        assert!(record.begin_run(boot.clone(), Durability::Power));
+        assert!(!record.begin_run(boot.clone(), Durability::Power), "it is told once");
+        assert!(record.begin_run(None, Durability::Power), "the files have moved to a server");
+        assert!(record.begin_run(None, Durability::Power), "the server may have lost its power");
         record.clean = true;
-        assert!(!record.begin_run(boot("b")), "stopped, and the machine was started again");
-        assert!(!record.secondary.inconsistent);
-        assert!(record.begin_run(boot("c")), "the machine went down");
-        assert!(record.secondary.inconsistent);
-        assert!(!record.secondary.latest_ok);
+        assert!(!record.begin_run(None, Durability::Power));
     }
 }

@@ -1,5 +1,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use brep_block::storage;
+
 use super::{Record, RecordStore};
 use crate::Result;
 
@@ -34,12 +36,41 @@ impl SharedRecord {
         Ok(())
     }
 
-    /// Puts the record on stable storage. Waits as [`update`](Self::update) does.
+    /// Puts the record on stable storage. Nobody is held up meanwhile.
     ///
     /// # Errors
     /// As [`RecordStore::sync`].
-    pub(crate) fn sync(&self) -> Result<()> {
+    pub(crate) async fn sync(&self) -> Result<()> {
+        let (file, seq) = lock(&self.store).to_sync();
+        let result = storage::sync(file).await;
+        lock(&self.store).synced(seq, result)
+    }
+
+    /// Puts the record on stable storage if power losses count and it is not there.
+    ///
+    /// # Errors
+    /// As [`RecordStore::sync`].
+    pub(crate) async fn secure(&self) -> Result<()> {
+        let safe = lock(&self.store).is_secure();
+        if safe { Ok(()) } else { self.sync().await }
+    }
+
+    /// As [`sync`](Self::sync), for what is rare and cannot be interrupted. Waits as
+    /// [`update`](Self::update) does.
+    ///
+    /// # Errors
+    /// As [`RecordStore::sync`].
+    pub(crate) fn sync_now(&self) -> Result<()> {
         lock(&self.store).sync()
+    }
+
+    /// As [`secure`](Self::secure), in the same way.
+    ///
+    /// # Errors
+    /// As [`RecordStore::sync`].
+    pub(crate) fn secure_now(&self) -> Result<()> {
+        let mut store = lock(&self.store);
+        if store.is_secure() { Ok(()) } else { store.sync() }
     }
 }
 

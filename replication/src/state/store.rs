@@ -1,5 +1,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use brep_block::storage::{self, PlainFile};
 
@@ -34,9 +35,13 @@ const PAYLOAD_MAX: usize = SLOT_LEN - HEADER_LEN;
 #[derive(Debug)]
 pub struct RecordStore {
     path: PathBuf,
-    file: Box<dyn PlainFile>,
+    file: Arc<dyn PlainFile>,
     seq: u64,
     record: Record,
+    /// What a power loss leaves is this record, or a later one.
+    synced: u64,
+    /// Power losses count: see [`set_durable`](Self::set_durable).
+    durable: bool,
     /// A save failed: what the file holds is unknown, and nothing more may be promised.
     broken: bool,
 }
@@ -56,7 +61,15 @@ impl RecordStore {
             _ => Error::failed(format!("{}: cannot open: {e}", path.display())),
         })?;
         if file.is_empty().map_err(|e| io_error(&path, "read", &e))? {
-            let mut store = RecordStore { path, file, seq: 0, record: blank(), broken: false };
+            let mut store = RecordStore {
+                path,
+                file,
+                seq: 0,
+                record: blank(),
+                synced: 0,
+                durable: false,
+                broken: false,
+            };
             let record = store.record.clone();
             store.save(record)?;
             return Ok(store);
@@ -74,7 +87,8 @@ impl RecordStore {
                 path.display()
             )));
         };
-        Ok(RecordStore { path, file, seq, record, broken: false })
+        // What a killed process has left may be in the page cache only.
+        Ok(RecordStore { path, file, seq, record, synced: 0, durable: false, broken: false })
     }
 
     /// The record as last saved.
@@ -105,6 +119,10 @@ impl RecordStore {
                 payload.len()
             )));
         }
+        if !self.is_secure() {
+            // The newest record is not safe: the one before it is all that there is.
+            self.sync()?;
+        }
         let seq = self.seq + 1;
         let slot = encode_slot(seq, &payload);
         #[cfg(test)]
@@ -123,10 +141,43 @@ impl RecordStore {
     /// # Errors
     /// As [`save`](Self::save).
     pub fn sync(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(|error| {
-            self.broken = true;
-            io_error(&self.path, "flush", &error)
-        })
+        let result = self.file.sync_data();
+        self.synced(self.seq, result)
+    }
+
+    /// Whether what counts leaves this record: a power loss only if it
+    /// [counts](Self::set_durable).
+    pub(crate) fn is_secure(&self) -> bool {
+        !self.durable || self.synced >= self.seq
+    }
+
+    /// From now on at every moment one of the slots holds a record that a power loss leaves. Whoever
+    /// must not be forgotten still [syncs](Self::sync).
+    pub(crate) fn set_durable(&mut self) {
+        self.durable = true;
+    }
+
+    /// The file, to be synced by somebody who must not hold the store meanwhile, and the record
+    /// that is newest now: for [`synced`](Self::synced).
+    pub(crate) fn to_sync(&self) -> (Arc<dyn PlainFile>, u64) {
+        (Arc::clone(&self.file), self.seq)
+    }
+
+    /// A sync that was begun when `seq` was the newest record has ended.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save), if it has failed.
+    pub(crate) fn synced(&mut self, seq: u64, result: io::Result<()>) -> Result<()> {
+        match result {
+            Ok(()) => {
+                self.synced = self.synced.max(seq);
+                Ok(())
+            }
+            Err(error) => {
+                self.broken = true;
+                Err(io_error(&self.path, "flush", &error))
+            }
+        }
     }
 
     /// Changes the record and saves it.
@@ -304,9 +355,9 @@ mod tests {
     fn after_a_failed_write_nothing_is_promised() {
         let dir = tempfile::tempdir().unwrap();
         let mut store = RecordStore::open(dir.path(), blank).unwrap();
-        store.file = Box::new(File::open(dir.path().join("state")).unwrap()); // read-only: writes fail
+        store.file = Arc::new(File::open(dir.path().join("state")).unwrap()); // read-only: writes fail
         assert!(store.save(with_epoch(1)).is_err());
-        store.file = Box::new(File::options().write(true).open(dir.path().join("state")).unwrap());
+        store.file = Arc::new(File::options().write(true).open(dir.path().join("state")).unwrap());
         assert!(store.save(with_epoch(2)).is_err(), "the failure must be sticky");
         assert_eq!(store.record().epoch, Epoch(0));
     }

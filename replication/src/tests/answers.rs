@@ -83,7 +83,11 @@ async fn queries_are_answered_while_a_state_record_cannot_be_written() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    let in_sync: fn(&Value) -> bool = |s| s["disks"][0]["state"] == "in-sync";
+    // And no checkpoint is being taken.
+    let in_sync: fn(&Value) -> bool = |s| {
+        let committed = s["checkpoint"].as_u64().map(|epoch| epoch + 1);
+        s["disks"][0]["state"] == "in-sync" && s["epoch"].as_u64() == committed
+    };
     wait("in sync", in_sync).await;
     for dir in ["s.state", "p.state"] {
         let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;

@@ -30,6 +30,7 @@ fn identity() -> Identity {
         history: Vec::new(),
         primary: true,
         session: None,
+        durability: crate::config::Durability::Power,
         disks: vec![DiskInfo { name: "vda".into(), size: MIB }],
         maps: None,
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use brep_block::{BlockDevice, CacheMode, WriteFlags};
 use brep_nbd::Endpoint;
 use brep_nbd::client::{ConnectOptions, Connection};
-use brep_replication::config::{DiskConfig, DiskFormat, Role, SideConfig};
+use brep_replication::config::{DiskConfig, DiskFormat, Durability, Role, SideConfig};
 use brep_replication::control::{ClientError, ControlClient};
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -62,6 +62,7 @@ impl Scratch {
         SideConfig {
             peer: Some(self.endpoint("s.sock")),
             guest_listen: Some(self.endpoint("p-guest.sock")),
+            durability: durability(),
             checkpoint_interval: None,
             ..SideConfig::new(Role::Primary, "p", self.path("p.state"), disks)
         }
@@ -71,8 +72,18 @@ impl Scratch {
         SideConfig {
             listen: Some(self.endpoint("s.sock")),
             checkpoint_interval: None,
+            durability: durability(),
             ..SideConfig::new(Role::Secondary, "s", self.path("s.state"), disks)
         }
+    }
+}
+
+/// The default, or what the environment says: every test holds with either.
+fn durability() -> Durability {
+    match std::env::var("BREP_TEST_DURABILITY").as_deref() {
+        Ok("process") => Durability::Process,
+        Ok("power") => Durability::Power,
+        _ => Durability::default(),
     }
 }
 
@@ -134,12 +145,16 @@ impl Side {
         }
     }
 
+    /// A primary that is in sync has also taken the checkpoint that ends its first copy.
     pub async fn wait_state(&self, state: &str) -> Value {
         if state == "promoted" {
             // Whatever an old primary says that goes on alone.
             return self.wait_merged().await;
         }
-        self.wait(state, |s| s["disks"][0]["state"] == state).await
+        let committed = |s: &Value| s["role"] != "primary" || !s["checkpoint-age-ms"].is_null();
+        let fits =
+            |s: &Value| s["disks"][0]["state"] == state && (state != "in-sync" || committed(s));
+        self.wait(state, fits).await
     }
 
     async fn wait_merged(&self) -> Value {

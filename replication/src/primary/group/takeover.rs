@@ -175,7 +175,7 @@ impl Group {
             }
         });
         // A power loss must not make this side forget that both may have written.
-        let saved = saved.and_then(|()| if new_line { self.record.sync() } else { Ok(()) });
+        let saved = saved.and_then(|()| if new_line { self.record.sync_now() } else { Ok(()) });
         if let Err(error) = saved {
             tracing::error!(%error, "cannot record that this side goes on alone");
             self.core().fatal = Some(format!("no write can be acknowledged: {error}"));

@@ -6,8 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use brep_block::{
-    Error as BlockError, ErrorKind, Io, LockMode, Operation, RangeGuard, RangeLock, WriteFlags,
-    ZeroFlags,
+    Error as BlockError, ErrorKind, Io, LockMode, Operation, RangeGuard, RangeLock, ZeroFlags,
 };
 use brep_hbitmap::{InFlight, Role};
 use brep_nbd::client::Connection;
@@ -89,12 +88,10 @@ impl Drop for Admission {
 
 /// Sends a change to the peer; its place on the wire is taken at once.
 fn submit(change: Change, connection: &Connection, offset: u64) -> Io<'static, ()> {
-    // The secondary's stable storage is not asked for: its process is what is waited for.
     match change {
-        Change::Write(data, _) => connection.start_write(offset, data, WriteFlags::default()),
+        Change::Write(data, flags) => connection.start_write(offset, data, flags),
         Change::Zeroes(len, flags) => {
-            let flags = ZeroFlags { fua: false, fast: false, ..flags };
-            connection.start_write_zeroes(offset, len, flags)
+            connection.start_write_zeroes(offset, len, ZeroFlags { fast: false, ..flags })
         }
     }
 }
@@ -237,7 +234,7 @@ impl Group {
         replicated
     }
 
-    fn remote_failed(&self, disk: usize, epoch: Epoch, error: &BlockError) {
+    pub(super) fn remote_failed(&self, disk: usize, epoch: Epoch, error: &BlockError) {
         let lost = matches!(
             error.kind(),
             ErrorKind::NotConnected | ErrorKind::TimedOut | ErrorKind::Shutdown
@@ -267,6 +264,7 @@ impl Core {
 
     fn begin(&mut self, disk: usize, offset: u64, change: &Change) -> Begun {
         self.dirty = true;
+        let change = if self.flushes_reach_peer { change.clone() } else { change.without_fua() };
         let (epoch, route) = self.epochs.begin();
         let mut in_flight = None;
         if route != Route::Nowhere {
@@ -277,11 +275,11 @@ impl Core {
         let remote = match route {
             Route::Send => {
                 let connection = &self.connections[disk];
-                Remote::Sent(submit(change.clone(), connection, offset))
+                Remote::Sent(submit(change, connection, offset))
             }
             Route::Hold => {
                 let (sent, wait) = oneshot::channel();
-                self.epochs.hold(HeldWrite { disk, offset, change: change.clone(), sent });
+                self.epochs.hold(HeldWrite { disk, offset, change, sent });
                 Remote::Held(wait)
             }
             Route::Nowhere => {

@@ -28,6 +28,7 @@ impl Pair {
             primary: true,
             session: None,
             disks: vec![DiskInfo { name: "vda".into(), size: 1 << 20 }],
+            durability: crate::config::Durability::Power,
             maps: Some(MapsInfo { since: Some(at(line, 5)), bytes: vec![65536] }),
         };
         let side =

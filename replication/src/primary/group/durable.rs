@@ -1,0 +1,65 @@
+//! What is put on stable storage: for a guest that asks for it, and for a commit.
+
+use std::sync::Arc;
+
+use brep_block::FlushLevel;
+use futures_util::future::join_all;
+
+use super::Group;
+use crate::Result;
+use crate::config::Durability;
+
+impl Group {
+    /// Flushes a disk of this side.
+    pub(crate) async fn flush_disk(
+        &self,
+        disk: usize,
+        level: FlushLevel,
+    ) -> brep_block::Result<()> {
+        let result = self.disks[disk].device.flush(level).await;
+        if result.is_err() {
+            self.distrust_maps(disk);
+        }
+        result
+    }
+
+    /// Puts what the last cut ended on stable storage, if that is promised.
+    ///
+    /// # Errors
+    /// A disk could not be flushed. What the peer is not known to have must not be forgotten then.
+    pub(crate) async fn secure_disks(&self) -> Result<()> {
+        if self.config.durability == Durability::Process {
+            return Ok(());
+        }
+        let flushes = (0..self.disks.len()).map(|disk| self.flush_disk(disk, FlushLevel::Durable));
+        for (disk, flushed) in join_all(flushes).await.into_iter().enumerate() {
+            flushed.inspect_err(|error| self.report(disk, error))?;
+        }
+        Ok(())
+    }
+
+    /// Puts the record on stable storage, if that is promised; nobody is held up meanwhile.
+    pub(crate) async fn secure_record(&self) -> Result<()> {
+        self.record.secure().await
+    }
+
+    /// A guest's flush goes to the peer too, if there is one and the guest waits for it: what is
+    /// flushed there was acknowledged, so it is there. It fails for no guest: a peer that cannot
+    /// flush is reported, one that does not answer is lost.
+    pub(crate) async fn flush_peer(self: &Arc<Self>, disk: usize) {
+        if !self.core().flushes_reach_peer {
+            return;
+        }
+        let admission = self.admit(0).await;
+        let (epoch, flush) = {
+            let core = self.core();
+            // Locked with the look: a session that ends later ends the flush.
+            let Some(connection) = core.connections.get(disk) else { return };
+            (core.epochs.current(), connection.start_flush(FlushLevel::Durable))
+        };
+        if let Err(error) = flush.await {
+            self.remote_failed(disk, epoch, &error);
+        }
+        drop(admission);
+    }
+}
