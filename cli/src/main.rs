@@ -42,6 +42,7 @@ fn run(command: Command) -> Outcome {
         Command::Resync(args) => cmd::control::resync(&args),
         Command::Peer(args) => cmd::control::peer(&args),
         Command::Resume(args) => cmd::control::resume(&args),
+        Command::Switchover(args) => cmd::control::switchover(&args),
         Command::Image(args) => match args.command {
             ImageCommand::Create(args) => cmd::image::create::run(&args),
             ImageCommand::Info(args) => cmd::image::info::run(&args),

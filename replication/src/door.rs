@@ -27,6 +27,8 @@ pub(crate) enum Hold {
     Switch = 1,
     /// The guest is stopped, by a command.
     Stopped = 2,
+    /// The other side may take over.
+    Takeover = 8,
 }
 
 /// Requests in front of the door fail: the process ends.

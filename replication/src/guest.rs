@@ -58,6 +58,25 @@ impl Guest {
         Ok(())
     }
 
+    /// Holds the guest's new requests while the other side may take over.
+    ///
+    /// # Errors
+    /// Requests did not end in time; the guest goes on.
+    pub(crate) async fn hold(&self, limit: Duration) -> Result<()> {
+        for door in &self.doors {
+            if let Err(error) = door.hold(Hold::Takeover, limit).await {
+                self.release();
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a guest go on that was held.
+    pub(crate) fn release(&self) {
+        self.doors.iter().for_each(|door| door.open(Hold::Takeover));
+    }
+
     /// Lets a stopped guest go on.
     pub(crate) async fn cont(&self, events: &EventBus) {
         let _turn = self.turn.lock().await;

@@ -154,6 +154,17 @@ pub(crate) struct ResyncArgs {
     pub(crate) wait: bool,
 }
 
+/// Let the secondary take over, without losing a write
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The guest is held, everything is drained into a checkpoint, and the two sides change their roles. It
+needs --listen on this side, and on the other one --peer or `brep peer set`. If the other side cannot
+take over nothing is changed.")]
+pub(crate) struct SwitchoverArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+}
+
 /// Say where the other side is, while this one runs
 #[derive(Debug, Args)]
 pub(crate) struct PeerArgs {

@@ -12,7 +12,7 @@ mod tls;
 pub(crate) use address::endpoint_without_export;
 pub(crate) use control::{
     CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResumeArgs, ResyncArgs,
-    StartArgs, StatusArgs, StopArgs, Target, Wait,
+    StartArgs, StatusArgs, StopArgs, SwitchoverArgs, Target, Wait,
 };
 pub(crate) use disk::{format_by_name, unknown_format};
 pub(crate) use image::{
@@ -65,6 +65,7 @@ pub(crate) enum Command {
     Resync(ResyncArgs),
     Peer(PeerArgs),
     Resume(ResumeArgs),
+    Switchover(SwitchoverArgs),
     Image(ImageArgs),
     Nbd(NbdArgs),
     Tls(TlsArgs),

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::args::{
     CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResumeArgs, ResyncArgs,
-    StartArgs, StopArgs, Target, Wait, endpoint_without_export,
+    StartArgs, StopArgs, SwitchoverArgs, Target, Wait, endpoint_without_export,
 };
 use crate::exit::{Failure, OK, Outcome};
 use crate::instances::Registry;
@@ -197,6 +197,18 @@ pub(crate) fn discard_text(answer: &Value) -> String {
         }
     }
     text
+}
+
+pub(crate) fn switchover(args: &SwitchoverArgs) -> Outcome {
+    let limit = u64::try_from(args.control.timeout.as_millis()).unwrap_or(u64::MAX);
+    let mut client = connect(&args.control)?;
+    client.set_timeout(args.control.timeout + GRACE);
+    let answer = client.execute("switchover", json!({ "timeout-ms": limit }))?;
+    report(&args.control, &answer, || {
+        let epoch =
+            number(&answer, "epoch").map_or_else(String::new, |e| format!(" with checkpoint {e}"));
+        format!("the other side has taken over{epoch}; this one becomes its secondary")
+    })
 }
 
 pub(crate) fn peer(args: &PeerArgs) -> Outcome {

@@ -64,6 +64,7 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
     command("peer-set", &[required("uri", Kind::String)]),
     command("peer-clear", &[]),
     command("resume", &[optional("lonely", Kind::Boolean)]),
+    command("switchover", &[optional("timeout-ms", Kind::Integer)]).returning("CheckpointReport"),
     // Replication, as a manager of the original knows it.
     command(
         "xen-set-replication",

@@ -131,6 +131,18 @@ pub enum Message {
         /// Why none was.
         error: Option<String>,
     },
+    /// Primary: could you take over now?
+    SwitchoverRequest,
+    /// Secondary: yes, or why not.
+    SwitchoverAnswer {
+        /// Why not.
+        refusal: Option<String>,
+    },
+    /// Primary: take over. My record says that I am a secondary, and nothing is in flight.
+    TakeOver {
+        /// The checkpoint that holds everything.
+        epoch: Epoch,
+    },
     /// Secondary: I am about to be promoted; acknowledge nothing more for the moment.
     Promoting,
     /// Primary: nothing more is acknowledged for the moment.

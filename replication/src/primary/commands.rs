@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use tokio::sync::{mpsc, oneshot};
 
 use super::group::{Group, no_peer};
-use super::session::CheckpointRequest;
+use super::session::{CheckpointRequest, RequestKind};
 use crate::commands::{self, Arguments, CommandResult, Service};
 use crate::config::{PeerKind, ResyncLimits};
 use crate::control::CommandError;
@@ -103,6 +103,7 @@ impl PrimaryCommands {
                 })?))
             }
             "resync" => Ok(resync(group, arguments)?),
+            "switchover" => self.switchover(arguments.checkpoint_limit()).await,
             "peer-set" => Ok(group
                 .change_peer(peer_argument(arguments, group.config.tls.is_some())?)
                 .map(done)?),
@@ -130,10 +131,34 @@ impl PrimaryCommands {
         }
     }
 
+    /// Makes the secondary the primary, and this side its secondary. Waits at most `limit` before
+    /// anything has changed.
+    async fn switchover(&self, limit: Duration) -> CommandResult<Value> {
+        let group = &self.group;
+        if group.config.listen.is_none() {
+            return Err(Error::refused(
+                "this side has no address where the other one could reach it as a secondary: \
+                 start it with --listen",
+            )
+            .into());
+        }
+        if !group.record().is_merged() {
+            return Err(Error::refused(
+                "the merge of the last failover has not ended (see brep status): try again then",
+            )
+            .into());
+        }
+        self.ask(RequestKind::Switchover, limit).await
+    }
+
     async fn checkpoint(&self, wait_cut: bool, limit: Duration) -> CommandResult<Value> {
+        self.ask(if wait_cut { RequestKind::Cut } else { RequestKind::Checkpoint }, limit).await
+    }
+
+    async fn ask(&self, kind: RequestKind, limit: Duration) -> CommandResult<Value> {
         let (answer, wait) = oneshot::channel();
         self.requests
-            .try_send(CheckpointRequest { wait_cut, answer })
+            .try_send(CheckpointRequest { kind, answer })
             .map_err(|_| Error::refused("too many checkpoints are waiting already"))?;
         match tokio::time::timeout(limit, wait).await {
             Ok(Ok(result)) => Ok(json!({ "epoch": result? })),

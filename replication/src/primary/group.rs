@@ -5,6 +5,7 @@ mod maps;
 mod resync;
 mod role;
 mod stage;
+mod switchover;
 mod takeover;
 mod window;
 
@@ -25,6 +26,7 @@ pub(crate) use self::maps::{MapsOf, Since};
 use self::maps::{begin_copy, trust};
 pub(crate) use self::role::check_role;
 pub(crate) use self::stage::no_peer;
+use self::switchover::SteppingDown;
 use self::takeover::Takeover;
 use self::window::HeldWrite;
 use super::ages::{Ages, Due};
@@ -167,6 +169,8 @@ pub(crate) struct Core {
     /// One a disk: what is known of the differences to the peer.
     maps: Vec<MapSet>,
     ages: Ages,
+    /// The secondary is to take over, and this side's record says that it is none any more.
+    stepping_down: Option<SteppingDown>,
     /// Nothing more may be acknowledged: the record could not be saved.
     fatal: Option<String>,
     /// What a guest makes durable is durable on the peer too, before the guest is told.
@@ -265,6 +269,7 @@ impl Group {
             connections: Vec::new(),
             maps,
             ages: Ages::default(),
+            stepping_down: None,
             fatal: None,
             flushes_reach_peer: config.durability == Durability::Power && config.ack == Ack::Sync,
             again: None,

@@ -40,6 +40,8 @@ pub(super) struct Link {
     peer_disks: Vec<u32>,
     /// Who waits for the hashes of a range, by the peer's number of the disk and first byte.
     hashes: Mutex<HashMap<(u32, u64), HashesSender>>,
+    /// Who waits to hear whether the secondary could take over.
+    switchover: Mutex<Option<oneshot::Sender<Option<String>>>>,
 }
 
 /// What the tasks take with them.
@@ -95,6 +97,7 @@ impl Link {
             cut_answers: Mutex::new(None),
             peer_disks: group.disks().iter().filter_map(|d| peer_disk(answer, &d.name)).collect(),
             hashes: Mutex::new(HashMap::new()),
+            switchover: Mutex::default(),
         }
     }
 
@@ -149,6 +152,13 @@ impl Link {
                 self.group.wake.notify_one();
                 Ok(())
             }
+            Message::SwitchoverAnswer { refusal } => match lock(&self.switchover).take() {
+                Some(waiting) => {
+                    let _ = waiting.send(refusal);
+                    Ok(())
+                }
+                None => Err(Error::failed("link: an answer that nobody asked for")),
+            },
             Message::Promoting => {
                 self.group.takeover_begins();
                 // A link that takes no more is as good as broken: the answer is not waited for long.
@@ -156,6 +166,7 @@ impl Link {
                 Ok(())
             }
             Message::NotPromoted => {
+                self.group.take_role_back();
                 self.group.takeover_ends(false);
                 Ok(())
             }
@@ -181,6 +192,26 @@ impl Link {
         let _ = self.send(Message::Stop { reason }).await;
         // Give it a moment to be sent; the other side notices the end in any case.
         tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+
+    /// Asks the secondary whether it could take over.
+    ///
+    /// # Errors
+    /// It could not, or does not answer.
+    pub(super) async fn request_switchover(&self) -> Result<()> {
+        let (answer, wait) = oneshot::channel();
+        *lock(&self.switchover) = Some(answer);
+        self.send(Message::SwitchoverRequest).await?;
+        match timeout(self.group.config.peer_timeout, wait).await {
+            Ok(Ok(None)) => Ok(()),
+            Ok(Ok(Some(refusal))) => Err(Error::refused(refusal)),
+            _ => Err(Error::failed("the secondary does not answer")),
+        }
+    }
+
+    /// Tells the secondary to take over.
+    pub(super) async fn take_over(&self, epoch: Epoch) -> Result<()> {
+        self.send(Message::TakeOver { epoch }).await
     }
 
     pub(super) async fn copy_done(&self) -> Result<()> {

@@ -50,6 +50,7 @@ const REQUESTS_MAX: usize = 64;
 pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     let address = side.guest_address()?;
     let group = Group::open(side).await?;
+    side.note_group(&group);
     let exports = Arc::new(GuestExports(Arc::clone(&group)));
     let allowed = group.guest_allowed.clone();
     let service = Service::new(exports, allowed, side.config.exposure(), side.events.clone());
@@ -59,7 +60,7 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     side.serve_control()?;
     tracing::info!(name = side.config.name, "primary ready");
 
-    side.stopping.cancelled().await;
+    side.leaving().cancelled().await;
     group.guest.end();
     // Guests first: what they were told is replicated, if there is a peer.
     service.shut_down().await;
@@ -123,13 +124,14 @@ impl Primary {
 async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointRequest>) {
     let mut back_off = BackOff::new(group.config.slow_peer_limit.unwrap_or_default());
     let mut peers = group.watch_peer();
-    while !group.stopping.is_cancelled() {
+    let leaving = group.leaving();
+    while !leaving.is_cancelled() {
         let Some(peer) = peers.borrow_and_update().clone() else {
             group.allow_guest(true);
             tokio::select! {
                 biased;
                 _ = peers.changed() => continue,
-                () = group.stopping.cancelled() => return,
+                () = leaving.cancelled() => return,
                 () = refuse_requests(&group, &mut requests, "there is no peer") => return,
             }
         };
@@ -137,11 +139,11 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
             biased;
             () = group.until_stage(true) => {}
             _ = peers.changed() => continue,
-            () = group.stopping.cancelled() => return,
+            () = leaving.cancelled() => return,
             () = refuse_requests(&group, &mut requests, "replication has not been started") => {}
         }
         let tried = attempt(&group, &peer, &mut requests).await;
-        if group.stopping.is_cancelled() {
+        if leaving.is_cancelled() {
             return;
         }
         let pause = back_off.next(tried, crate::random::fraction());
@@ -151,7 +153,7 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
             () = group.wake.notified() => {}
             _ = peers.changed() => {}
             () = group.until_stage(false) => {}
-            () = group.stopping.cancelled() => {}
+            () = leaving.cancelled() => {}
             () = refuse_requests(&group, &mut requests, "the secondary is not connected") => {}
         }
     }
@@ -163,11 +165,12 @@ async fn attempt(
     peer: &Endpoint,
     requests: &mut mpsc::Receiver<CheckpointRequest>,
 ) -> Tried {
+    let leaving = group.leaving();
     let connecting = tokio::select! {
         // A stop first: once it has been answered the peer gets nothing more.
         biased;
         () = group.until_stage(false) => return Tried::Failed,
-        () = group.stopping.cancelled() => return Tried::Failed,
+        () = leaving.cancelled() => return Tried::Failed,
         attempt = establish(group, peer) => attempt,
     };
     match connecting {
@@ -221,10 +224,11 @@ async fn refuse_requests(
     requests: &mut mpsc::Receiver<CheckpointRequest>,
     why: &str,
 ) {
+    let leaving = group.leaving();
     loop {
         tokio::select! {
             biased;
-            () = group.stopping.cancelled() => return,
+            () = leaving.cancelled() => return,
             request = requests.recv() => match request {
                 Some(request) => {
                     let _ = request.answer.send(Err(Error::refused(format!(

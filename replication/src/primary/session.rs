@@ -26,13 +26,26 @@ const COPY_RETRY: Duration = Duration::from_secs(1);
 /// How long a secondary may take to be told that it is left behind.
 const TOLD_LIMIT: Duration = Duration::from_millis(200);
 
+/// How long the secondary may take to become the primary; the guest waits for it.
+const TAKE_OVER_LIMIT: Duration = Duration::from_secs(30);
+
 /// Cuts that are tried for one checkpoint: a write that fails meanwhile is sent again.
 const CUT_TRIES: usize = 3;
 
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RequestKind {
+    /// A checkpoint; answer when the cut is made.
+    Cut,
+    /// A checkpoint; answer when it is committed.
+    Checkpoint,
+    /// A checkpoint with nothing after it, after which the secondary takes over.
+    Switchover,
+}
+
 /// A request for a checkpoint.
 pub(crate) struct CheckpointRequest {
-    /// Answer when the cut is made, not when it is committed.
-    pub(crate) wait_cut: bool,
+    pub(crate) kind: RequestKind,
     pub(crate) answer: oneshot::Sender<Result<Epoch>>,
 }
 
@@ -104,6 +117,7 @@ impl Session {
             reason = stopped => (reason.into(), Some(peer)),
         };
         self.group.takeover_decided(link).await;
+        self.group.end_switchover();
         reason
     }
 
@@ -249,10 +263,50 @@ impl Session {
         self.group.core().reason = Some(format!("no checkpoint: {error}"));
     }
 
+    /// Makes the secondary the primary: it is asked, the guest is held and drained, a checkpoint
+    /// holds everything, and this side's record says that it is a secondary before the other one's
+    /// may say that it is the primary.
+    async fn switch_over(
+        &self,
+        answer: oneshot::Sender<Result<Epoch>>,
+    ) -> std::result::Result<(), Failure> {
+        let prepared = async {
+            let Peer::Brep(link) = &self.peer else {
+                return Err(Error::refused("the other side is no brep: it cannot take over"));
+            };
+            link.request_switchover().await?;
+            self.group.hold_guest().await?;
+            match self.checkpoint(None).await {
+                Ok(epoch) if !self.group.has_differences() => Ok((link, epoch)),
+                Ok(_) => Err(Error::failed("a write failed meanwhile")),
+                Err(Failure::Void(error) | Failure::Lost(error)) => Err(error),
+            }
+        };
+        let prepared = prepared
+            .await
+            .and_then(|(link, epoch)| self.group.step_down(epoch).map(|()| (link, epoch)));
+        let (link, epoch) = match prepared {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                self.group.release_guest();
+                let _ = answer.send(Err(error));
+                return Ok(());
+            }
+        };
+        self.group.await_switchover(answer);
+        link.take_over(epoch).await.map_err(Failure::Lost)?;
+        // It says what becomes of it, and ends the session.
+        tokio::time::sleep(TAKE_OVER_LIMIT).await;
+        Err(Failure::Lost(Error::failed("the secondary has not taken over in time")))
+    }
+
     async fn checkpoint_for(&self, request: CheckpointRequest) -> std::result::Result<(), Failure> {
-        let CheckpointRequest { wait_cut, answer } = request;
+        let CheckpointRequest { kind, answer } = request;
+        if kind == RequestKind::Switchover {
+            return self.switch_over(answer).await;
+        }
         let mut answer = Some(answer);
-        let result = self.checkpoint(wait_cut.then_some(&mut answer)).await;
+        let result = self.checkpoint((kind == RequestKind::Cut).then_some(&mut answer)).await;
         if let Some(answer) = answer {
             let told = result.as_ref().map(|epoch| *epoch).map_err(|f| f.error().clone());
             let _ = answer.send(told);

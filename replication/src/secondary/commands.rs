@@ -75,6 +75,10 @@ impl SecondaryCommands {
             "checkpoint" => Ok(self.checkpoint(arguments).await?),
             "xen-colo-do-checkpoint" => Ok(self.checkpoint(arguments).await.map(|_| json!({}))?),
             "failover" => Ok(json!(group.failover(arguments.target()).await?)),
+            "switchover" => Err(Error::refused(
+                "this is the secondary: run brep switchover on the primary, or brep failover here",
+            )
+            .into()),
             "peer-set" => Ok(group
                 .set_peer(Some(peer_argument(arguments, group.config.tls.is_some())?))
                 .map(done)?),

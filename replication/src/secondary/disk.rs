@@ -397,6 +397,12 @@ impl ReplicaDisk {
         layers
     }
 
+    /// Whether its checkpoint is more than its file.
+    pub(crate) fn has_buffers(&self) -> bool {
+        let state = self.state();
+        !state.chain.is_empty() || state.next.is_some() || state.active.is_some()
+    }
+
     /// Bytes of pre-images since the last checkpoint.
     pub(crate) fn hidden_bytes(&self) -> u64 {
         let state = self.state();
@@ -504,6 +510,8 @@ impl ReplicaDisk {
         for image in images {
             image.close().await?;
         }
+        // What lies behind the door of a promoted disk holds its group, and so this disk.
+        self.gate.replace(unavailable(&self.name, self.size));
         self.pool.close().await?;
         self.image.close().await
     }

@@ -178,6 +178,12 @@ fn guest_export(group: &Group, disk: &ReplicaDisk) -> std::result::Result<Export
     if group.primary().as_ref().is_some_and(|primary| !primary.serves_guests()) {
         return Err(not_served());
     }
+    if !group.has_guest() && !group.is_promoted() {
+        return Err(OptionError::new(
+            OptionErrorCode::Policy,
+            "this side is a secondary at present; guests are served by the other one",
+        ));
+    }
     let device = Gated(Arc::clone(disk.gate()));
     // All connections use one device, and its flush covers all of them.
     let mut export = Export::new(disk.name.clone(), Arc::new(device));

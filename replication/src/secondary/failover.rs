@@ -11,6 +11,7 @@ use super::buffers::Buffer;
 use super::disk::ReplicaDisk;
 use super::group::Group;
 use super::plain::Claim;
+use super::session::Session;
 use crate::commands::{Job, JobKind};
 use crate::link::StopReason;
 use crate::primary::{MapsOf, Primary, PrimaryDisk, Since};
@@ -82,6 +83,41 @@ impl Group {
         self.spawn_merge();
         self.serve_guests().await;
         Ok(report)
+    }
+
+    /// Why this side cannot take over from a primary that is alive, if it cannot.
+    pub(super) fn cannot_take_over(&self) -> Option<String> {
+        let record = self.record();
+        if self.peer().is_none() {
+            return Some(
+                "the other side does not know where it would find this one as its secondary: \
+                 brep peer set URI, there"
+                    .to_owned(),
+            );
+        }
+        if self.has_guest() {
+            return Some(
+                "the other side serves a guest of its own: its manager decides".to_owned(),
+            );
+        }
+        if record.is_primary() || !record.has_checkpoint() {
+            return Some("the other side has no checkpoint yet".to_owned());
+        }
+        None
+    }
+
+    /// The primary has made room, with a checkpoint that holds everything.
+    pub(super) async fn switch_over(self: Arc<Self>, session: Arc<Session>, epoch: Epoch) {
+        let complete = self.record().com.is_some_and(|com| com.epoch == epoch)
+            && self.core().is_current(&session);
+        let taken_over = match complete {
+            true => self.failover(Target::Checkpoint).await.map(drop),
+            false => Err(Error::failed("the checkpoint of the switchover is not the last one")),
+        };
+        if let Err(error) = taken_over {
+            tracing::error!(%error, "no switchover");
+            session.conclude_promotion(false);
+        }
     }
 
     /// Ends what the primary has begun here, and promotes. Returns the bytes that differ.
@@ -177,12 +213,15 @@ impl Group {
         let record = self.record();
         let set = record.set.ok_or_else(|| Error::failed("no set"))?;
         let differing_bytes = self.disks().iter().map(|d| d.hidden_bytes()).sum();
+        // A side that made room in a switchover, and was never written to: its files are the
+        // checkpoint.
+        let merged = target == Target::Latest || self.disks().iter().all(|d| !d.has_buffers());
         let mut tops: Vec<Option<Buffer>> = Vec::new();
         let mut maps = Vec::new();
         for disk in self.disks() {
-            tops.push(match target {
-                Target::Checkpoint => Some(disk.pool.take(set).await?),
-                Target::Latest => None,
+            tops.push(match merged {
+                false => Some(disk.pool.take(set).await?),
+                true => None,
             });
             // Before the record: once this side is a primary, its maps count from the fork.
             let since = record.com.map_or(Since::Ever, Since::Commit);
@@ -203,11 +242,8 @@ impl Group {
             // Nobody else can be the disk: a restart serves the guest at once.
             record.primary = PrimaryRecord { had_peer: true, alone: true, disks };
             record.secondary.latest_ok = false;
-            record.secondary.promotion = Some(Promotion {
-                target,
-                merged: target == Target::Latest,
-                dropped_bytes: differing_bytes,
-            });
+            record.secondary.promotion =
+                Some(Promotion { target, merged, dropped_bytes: differing_bytes });
         })?;
         // A side that forgot its promotion would let the old primary overwrite it.
         if let Err(error) = self.sync_record().await {

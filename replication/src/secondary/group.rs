@@ -284,7 +284,7 @@ impl Group {
 
     /// Promoted, and guests have no address of their own.
     pub(crate) fn serves_guests_here(&self) -> bool {
-        !self.has_guest() && self.is_promoted()
+        self.config.guest_listen.is_none() && self.is_promoted()
     }
 
     pub(crate) fn session(&self) -> Option<Arc<Session>> {

@@ -193,6 +193,15 @@ impl Group {
                     session.answer(id, result);
                 }
                 Message::Holding => session.note_held(),
+                Message::SwitchoverRequest => {
+                    let refusal = self.cannot_take_over();
+                    session.send(Message::SwitchoverAnswer { refusal }).await?;
+                }
+                Message::TakeOver { epoch } => {
+                    // Beside the link: it is needed until the end.
+                    let (group, session) = (Arc::clone(self), Arc::clone(session));
+                    tokio::spawn(async move { group.switch_over(session, epoch).await });
+                }
                 Message::Stop { reason } => return Ok(reason),
                 other => return Err(Error::failed(format!("unexpected message {other:?}"))),
             }

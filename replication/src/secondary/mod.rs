@@ -46,6 +46,7 @@ const STOP_GRACE: Duration = Duration::from_secs(10);
 pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     let listen = side.listen_address()?;
     let group = Group::open(side).await?;
+    side.note_group(&group);
 
     let allowed = CancellationToken::new();
     let exports = Arc::new(PeerExports(Arc::clone(&group)));
@@ -69,7 +70,7 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     allowed.cancel();
     tracing::info!(name = side.config.name, "secondary ready");
 
-    side.stopping.cancelled().await;
+    side.leaving().cancelled().await;
     group.guest.end();
     let result = group.end_session(StopReason::Shutdown).await;
     service.shut_down().await;

@@ -2,7 +2,9 @@
 mod handler;
 mod peer;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::any::Any;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
 use brep_block::storage;
 use brep_nbd::Endpoint;
@@ -21,6 +23,9 @@ use crate::link::{self, DiskInfo, MapsInfo};
 use crate::state::{Record, RecordStore, Role, SharedRecord};
 use crate::{Error, Generation, Result, SetId, primary, secondary};
 
+/// The time in which the last requests of a role have to end.
+const FREE_LIMIT: Duration = Duration::from_secs(10);
+
 /// Runs a side until `shutdown` is cancelled or it is told to stop. To be called on a
 /// current-thread runtime of its own thread: that thread is the data path. The control socket is
 /// served on another thread.
@@ -30,9 +35,19 @@ use crate::{Error, Generation, Result, SetId, primary, secondary};
 /// from stopping cleanly.
 pub async fn run(config: SideConfig, shutdown: CancellationToken) -> Result<()> {
     let side = Side::open(config, shutdown)?;
-    let result = match side.record.get().needs_buffers() {
-        true => secondary::run(&side).await,
-        false => primary::run(&side).await,
+    let result = loop {
+        let leaving = side.leaving();
+        let result = match side.record.get().needs_buffers() {
+            true => secondary::run(&side).await,
+            false => primary::run(&side).await,
+        };
+        // A role that ended, and not the side, is followed by the other one.
+        if result.is_err() || side.stopping.is_cancelled() || !leaving.is_cancelled() {
+            break result;
+        }
+        side.commands(None);
+        side.disks_are_free().await?;
+        side.enter_role();
     };
     // What the commands work on would keep the side, and with it the locks of its files.
     side.commands(None);
@@ -57,6 +72,9 @@ pub(crate) struct Side {
     /// Carries out commands in the present role.
     role: Mutex<Option<Arc<dyn RoleCommands>>>,
     control: Mutex<Option<ControlThread>>,
+    /// The present role ends.
+    leaving: Mutex<CancellationToken>,
+    group: Mutex<Option<Weak<dyn Any + Send + Sync>>>,
 }
 
 impl std::fmt::Debug for Side {
@@ -82,6 +100,7 @@ impl Side {
         let record = SharedRecord::new(store);
         take_role(&config, &record).map_err(|e| e.context(config.state_dir.display()))?;
         let peer = peer::at_start(&config, &record.get())?;
+        let leaving = stopping.child_token();
         Ok(Arc::new(Side {
             config,
             run: crate::random::uuid(),
@@ -93,7 +112,39 @@ impl Side {
             peer: watch::Sender::new(peer),
             role: Mutex::default(),
             control: Mutex::default(),
+            leaving: Mutex::new(leaving),
+            group: Mutex::default(),
         }))
+    }
+
+    /// The present role ends: with the process, or to become the other one.
+    pub(crate) fn leaving(&self) -> CancellationToken {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whoever has the disks open in the present role.
+    pub(crate) fn note_group<T: Send + Sync + 'static>(&self, group: &Arc<T>) {
+        let group: Arc<dyn Any + Send + Sync> = Arc::clone(group) as _;
+        let mut known = self.group.lock().unwrap_or_else(PoisonError::into_inner);
+        *known = Some(Arc::downgrade(&group));
+    }
+
+    /// Waits until nobody has the disks open any more: the last request may just end.
+    async fn disks_are_free(&self) -> Result<()> {
+        let group = self.group.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let free = async {
+            while group.as_ref().is_some_and(|group| group.strong_count() > 0) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::time::timeout(FREE_LIMIT, free)
+            .await
+            .map_err(|_| Error::failed("requests to the disks do not end; start this side again"))
+    }
+
+    fn enter_role(&self) {
+        let token = self.stopping.child_token();
+        *self.leaving.lock().unwrap_or_else(PoisonError::into_inner) = token;
     }
 
     fn control(&self) -> std::sync::MutexGuard<'_, Option<ControlThread>> {
@@ -114,6 +165,9 @@ impl Side {
     /// # Errors
     /// The socket cannot be used.
     pub(crate) fn serve_control(self: &Arc<Self>) -> Result<()> {
+        if self.control().is_some() {
+            return Ok(());
+        }
         let path = daemon::control_path(&self.config.control, &self.config.state_dir);
         let handler = SideHandler::new(self);
         let control = ControlThread::spawn(path, Arc::new(handler), self.events.clone())?;
@@ -195,6 +249,14 @@ fn blank(config: &SideConfig) -> Record {
 fn take_role(config: &SideConfig, record: &SharedRecord) -> Result<()> {
     let now = record.get();
     match config.role {
+        Role::Primary
+            if now.role == Role::Secondary
+                && !now.secondary.outdated
+                && config.listen.is_some() =>
+        {
+            tracing::warn!("this side is a secondary since a switchover, and goes on as one");
+            Ok(())
+        }
         Role::Primary => {
             primary::check_role(&now)?;
             record.update(|record| {

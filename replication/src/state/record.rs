@@ -271,6 +271,20 @@ impl Record {
         self.secondary.discard_local = false;
     }
 
+    /// A primary whose disks are its last checkpoint makes room for the other side.
+    pub fn step_down(&mut self) {
+        self.role = Role::Secondary;
+        self.session = None;
+        // Nothing was written in a later one: this side has gone no further on its line.
+        self.epoch = self.com.map_or(self.epoch, |com| com.epoch);
+        let disks = self.primary.disks.iter().map(|(name, size)| DiskRecord::new(name, *size));
+        self.secondary = SecondaryRecord {
+            disks: disks.collect(),
+            buffer_seq: self.secondary.buffer_seq,
+            ..SecondaryRecord::default()
+        };
+    }
+
     fn shorten_history(&mut self) {
         // The line of the last checkpoint stays: by it a secondary is measured that returns,
         // however often it was lost since.
@@ -291,6 +305,12 @@ impl Record {
     #[must_use]
     pub fn is_primary(&self) -> bool {
         self.role == Role::Primary
+    }
+
+    /// Whether a promotion, if there was one, has been merged.
+    #[must_use]
+    pub fn is_merged(&self) -> bool {
+        self.secondary.promotion.as_ref().is_none_or(|p| p.merged)
     }
 
     /// Whether the disks are more than their files: a secondary's checkpoint, or a promotion that

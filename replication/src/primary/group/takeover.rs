@@ -164,7 +164,15 @@ impl Group {
 
     /// Records that this side writes alone, on a new line if it was not alone before.
     pub(super) fn go_alone(&self) {
+        if !self.record().is_primary() {
+            // It has made room for the other side, which is the only one that writes.
+            return;
+        }
         let before = self.record.get();
+        if !before.is_primary() {
+            // It has made room for the other side, which is the only one that writes.
+            return;
+        }
         let last = self.core().epochs.current().max(before.epoch);
         let new_line = before.primary.had_peer && !before.primary.alone;
         let saved = self.record.update(|record| {

@@ -1,0 +1,89 @@
+//! The planned way to change roles, on the side that was the primary.
+
+use tokio::sync::oneshot;
+
+use super::Group;
+use crate::state::Record;
+use crate::{Epoch, Error, Result};
+
+/// This side has made room; what becomes of that is not known yet.
+pub(super) struct SteppingDown {
+    /// The record before.
+    before: Record,
+    epoch: Epoch,
+    answer: Option<oneshot::Sender<Result<Epoch>>>,
+}
+
+impl Group {
+    /// Holds the guest, and waits until nothing of it is on its way.
+    ///
+    /// # Errors
+    /// Its requests do not end within the peer timeout; it goes on.
+    pub(crate) async fn hold_guest(&self) -> Result<()> {
+        self.guest.hold(self.config.peer_timeout).await?;
+        self.idle().await;
+        Ok(())
+    }
+
+    /// Lets the guest go on.
+    pub(crate) fn release_guest(&self) {
+        self.guest.release();
+    }
+
+    /// From here on this side is a secondary, whatever happens to it. Its disks are checkpoint
+    /// `epoch`, and the guest is held.
+    ///
+    /// # Errors
+    /// The record could not be saved.
+    pub(crate) fn step_down(&self, epoch: Epoch) -> Result<()> {
+        let before = Record::clone(&self.record());
+        self.update_record(Record::step_down)?;
+        // Else a power loss could bring a second primary back.
+        self.side.record.sync()?;
+        self.core().stepping_down = Some(SteppingDown { before, epoch, answer: None });
+        Ok(())
+    }
+
+    /// Who is to be told what becomes of it.
+    pub(crate) fn await_switchover(&self, answer: oneshot::Sender<Result<Epoch>>) {
+        if let Some(down) = &mut self.core().stepping_down {
+            down.answer = Some(answer);
+        }
+    }
+
+    /// The other side has said that it does not take over: this one is the primary as before.
+    pub(crate) fn take_role_back(&self) {
+        let Some(down) = self.core().stepping_down.take() else { return };
+        let before = down.before;
+        let saved = self.update_record(|record| *record = before);
+        let told = match saved {
+            Ok(()) => Error::refused("the secondary has not taken over; nothing was changed"),
+            Err(error) => {
+                self.core().fatal = Some(format!("this side is no primary any more: {error}"));
+                error
+            }
+        };
+        self.guest.release();
+        if let Some(answer) = down.answer {
+            let _ = answer.send(Err(told));
+        }
+    }
+
+    /// The session has ended. If this side had made room it is a secondary now: also if nobody
+    /// knows whether the other one has taken over.
+    pub(crate) fn end_switchover(&self) {
+        let Some(down) = self.core().stepping_down.take() else { return };
+        if let Some(answer) = down.answer {
+            let _ = answer.send(match self.is_superseded() {
+                true => Ok(down.epoch),
+                false => Err(Error::failed(
+                    "the other side has not said whether it has taken over; this side is a \
+                     secondary now. If the other one is not the primary (see brep status there): \
+                     brep failover on one of the two",
+                )),
+            });
+        }
+        tracing::info!("this side becomes a secondary");
+        self.leaving().cancel();
+    }
+}
