@@ -54,8 +54,7 @@ impl ControlThread {
         #[cfg(feature = "simulation")]
         {
             use crate::simulation::{self, Control};
-            let (handler, events) = (Arc::clone(&handler), events.clone());
-            if simulation::serve(&path, Control { handler, events }) {
+            if simulation::serve(&path, Control::new(Arc::clone(&handler), &events)) {
                 return Ok(ControlThread { shutdown: CancellationToken::new(), thread: None });
             }
         }

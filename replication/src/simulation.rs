@@ -7,9 +7,11 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::control::{EventBus, Handler};
+use serde_json::Value;
+
+use crate::control::{EventBus, Handler, Listener};
 
 type Random = Box<dyn FnMut() -> [u8; 16]>;
 
@@ -18,8 +20,19 @@ type Random = Box<dyn FnMut() -> [u8; 16]>;
 pub struct Control {
     /// Carries the commands out.
     pub handler: Arc<dyn Handler>,
-    /// What has happened.
-    pub events: EventBus,
+    events: Arc<Mutex<Listener>>,
+}
+
+impl Control {
+    pub(crate) fn new(handler: Arc<dyn Handler>, events: &EventBus) -> Self {
+        Control { handler, events: Arc::new(Mutex::new(events.listen())) }
+    }
+
+    /// An event that was sent and not taken.
+    #[must_use]
+    pub fn next_event(&self) -> Option<Value> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).next()
+    }
 }
 
 #[derive(Default)]

@@ -1,4 +1,4 @@
-//! Tasks of the brep workspace: `cargo xtask test`, `iotest`, `bench`, `deps`.
+//! Tasks of the brep workspace: `cargo xtask test`, `iotest`, `simulate`, `bench`, `deps`.
 
 mod backports;
 mod bench;
@@ -8,6 +8,7 @@ mod iotest;
 mod process;
 mod programs;
 mod python_packages;
+mod simulate;
 mod skips;
 mod test;
 mod tidy;
@@ -30,6 +31,8 @@ enum Task {
     Test(test::Args),
     /// Run the numbered end-to-end tests against the real binary
     Iotest(iotest::Args),
+    /// Live through histories of a pair over simulated disks, links and time
+    Simulate(simulate::Args),
     /// Compare speeds with a pair of QEMUs, qemu-nbd and nbdkit
     Bench(bench::Args),
     /// Read at random over NBD with simple replies: a load of the bench
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
     let outcome = match Args::parse().task {
         Task::Test(args) => test::main(&args),
         Task::Iotest(args) => iotest::main(&args),
+        Task::Simulate(args) => simulate::main(&args),
         Task::Bench(args) => bench::main(&args),
         Task::ReadLoad(args) => bench::read_load::main(&args),
         Task::Deps(args) => deps::main(&args),

@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use crate::iotest;
 use crate::process;
 use crate::programs;
+use crate::simulate;
 use crate::skips::{self, Skip};
 use crate::tidy;
 use crate::workspace::Workspace;
@@ -43,6 +44,8 @@ enum Stage {
     Unit,
     /// The examples in the documentation
     Doctests,
+    /// Histories of a pair over simulated disks, links and time
+    Simulate,
     /// End-to-end tests against the real binary
     Iotests,
 }
@@ -103,6 +106,7 @@ impl Stage {
         match self {
             Self::Build => Some(Duration::from_secs(6 * 60)),
             Self::Unit => Some(Duration::from_secs(3 * 60)),
+            Self::Simulate => Some(Duration::from_secs(4 * 60)),
             Self::Iotests => Some(Duration::from_secs(5 * 60)),
             Self::Fmt | Self::Tidy | Self::Clippy | Self::Doctests => None,
         }
@@ -127,12 +131,33 @@ impl Stage {
                     .args(["clippy", "--workspace", "--all-targets", "--"])
                     .args(["--deny", "warnings"]),
             ),
-            Self::Build => plain(cargo.args(["build", "--workspace", "--all-targets"])),
-            Self::Unit => unit(workspace, cargo.args(["nextest", "run", "--workspace"])),
-            Self::Doctests => doctests(cargo.args(["test", "--doc", "--workspace"])),
+            Self::Build => {
+                plain(cargo.args(["build", "--workspace", "--all-targets"]).args(PRODUCT))
+            }
+            Self::Unit => {
+                unit(workspace, cargo.args(["nextest", "run", "--workspace"]).args(PRODUCT))
+            }
+            Self::Doctests => doctests(cargo.args(["test", "--doc", "--workspace"]).args(PRODUCT)),
+            Self::Simulate => simulate(workspace),
             Self::Iotests => iotests(workspace),
         }
     }
+}
+
+/// A build together with the simulator would give the product doors for it.
+const PRODUCT: [&str; 2] = ["--exclude", simulate::PACKAGE];
+
+/// Histories that every test run lives through.
+const HISTORIES: &str = "2000";
+
+fn simulate(workspace: &Workspace) -> Result<Report> {
+    if !process::run(&mut simulate::tests(workspace))?.success {
+        return Ok(Report { failed: true, ..Report::default() });
+    }
+    let outcome = process::run(simulate::command(workspace).args(["--runs", HISTORIES]))?;
+    let closing = outcome.lines.iter().rev().find(|line| line.contains("histories passed"));
+    let closing = closing.cloned();
+    Ok(Report { failed: !outcome.success, closing, ..Report::default() })
 }
 
 fn check_programs(stages: &[Stage]) -> Result<()> {
@@ -257,6 +282,6 @@ mod tests {
     #[test]
     fn named_stages_run_in_their_usual_order() {
         assert_eq!(Stage::selected(&[Stage::Unit, Stage::Fmt]), [Stage::Fmt, Stage::Unit]);
-        assert_eq!(Stage::selected(&[]).len(), 7);
+        assert_eq!(Stage::selected(&[]).len(), 8);
     }
 }

@@ -26,6 +26,8 @@ pub use client::{ClientError, ControlClient, Event};
 pub use connection::SERVER_COMMANDS;
 pub use error::{CommandError, ErrorClass};
 pub use event::EventBus;
+#[cfg(feature = "simulation")]
+pub(crate) use event::Listener;
 pub use server::{ControlServer, ServerLimits, serve};
 pub use spec::{ArgumentKind, ArgumentSpec, CommandSpec, Variant};
 

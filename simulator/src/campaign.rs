@@ -1,0 +1,173 @@
+//! Many histories, and what they had in all.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::panic::{self, AssertUnwindSafe};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::files::Files;
+use crate::history::History;
+use crate::network::Net;
+use crate::rng::Rng;
+use crate::world::World;
+
+/// No history lasts longer, by its own clock.
+const HISTORY_LIMIT: Duration = Duration::from_secs(3600);
+
+/// No history takes longer, by the wall's: one that does runs in a circle in which no time passes.
+const WALL_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is to be run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Plan {
+    pub(crate) first: u64,
+    pub(crate) runs: u64,
+    pub(crate) jobs: u64,
+    pub(crate) verbose: bool,
+}
+
+/// What became of a history.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub(crate) seed: u64,
+    pub(crate) failure: Option<String>,
+    pub(crate) hash: u64,
+    pub(crate) counts: BTreeMap<String, u64>,
+    pub(crate) last: Vec<String>,
+}
+
+thread_local! {
+    static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// A panic in a task would be swallowed by whoever waits for the task.
+fn watch_panics() {
+    panic::set_hook(Box::new(|info| {
+        let told = info.to_string();
+        PANIC.with_borrow_mut(|panic| {
+            panic.get_or_insert(told);
+        });
+    }));
+}
+
+/// Lives through one history.
+pub(crate) fn run_one(seed: u64, verbose: bool) -> Outcome {
+    PANIC.set(None);
+    let world = World::new(seed, verbose);
+    let files = Rc::new(Files(Arc::clone(&world)));
+    brep_block::storage::install(Some(files.clone()));
+    brep_hbitmap::persist::install(Some(files));
+    brep_nbd::simulation::install(Some(Rc::new(Net(Arc::clone(&world)))));
+    let mut identities = Rng::new(seed ^ 0x1d);
+    brep_replication::simulation::install(Some(Box::new(move || {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&identities.next().to_le_bytes());
+        bytes[8..].copy_from_slice(&identities.next().to_le_bytes());
+        bytes
+    })));
+    let lived = panic::catch_unwind(AssertUnwindSafe(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .expect("a runtime without I/O needs nothing");
+        runtime.block_on(async {
+            let history = History::new(&world);
+            match tokio::time::timeout(HISTORY_LIMIT, history.run()).await {
+                Ok(outcome) => outcome,
+                Err(_) => Err("liveness: stuck".to_owned()),
+            }
+        })
+    }));
+    brep_block::storage::install(None);
+    brep_hbitmap::persist::install(None);
+    brep_nbd::simulation::install(None);
+    brep_replication::simulation::install(None);
+    let failure = match (PANIC.take(), lived) {
+        (Some(panic), _) => Some(panic),
+        (None, Ok(Err(why))) => Some(why),
+        (None, Err(_)) => Some("a panic without a message".to_owned()),
+        (None, Ok(Ok(()))) => None,
+    };
+    let counts = world.lock().counts.clone();
+    Outcome { seed, failure, hash: world.hash(), counts, last: world.last_events() }
+}
+
+/// Runs all; tells whether every one has passed.
+pub(crate) fn run(plan: &Plan) -> bool {
+    watch_panics();
+    let started = Instant::now();
+    let next = AtomicU64::new(plan.first);
+    let end = plan.first + plan.runs;
+    let failed = AtomicBool::new(false);
+    let counts = Mutex::new(BTreeMap::<String, u64>::new());
+    let passed = AtomicU64::new(0);
+    let running = Mutex::new(BTreeMap::<u64, Instant>::new());
+    let ended = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while ended.load(Ordering::Relaxed) < plan.runs {
+                std::thread::sleep(Duration::from_millis(100));
+                let running = running.lock().expect("no panic under this lock");
+                let stuck = running.iter().find(|(_, since)| since.elapsed() > WALL_LIMIT);
+                if let Some((seed, _)) = stuck {
+                    println!("FAILED: seed {seed}: goes round without an end");
+                    println!("seed {seed}: cargo xtask simulate --seed {seed}");
+                    std::process::exit(1);
+                }
+            }
+        });
+        for _ in 0..plan.jobs.min(plan.runs) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= end {
+                        return;
+                    }
+                    running.lock().expect("no panic").insert(seed, Instant::now());
+                    let outcome = run_one(seed, plan.verbose);
+                    running.lock().expect("no panic").remove(&seed);
+                    ended.fetch_add(1, Ordering::Relaxed);
+                    let mut all = counts.lock().expect("no panic under this lock");
+                    for (what, count) in &outcome.counts {
+                        *all.entry(what.clone()).or_default() += count;
+                    }
+                    match &outcome.failure {
+                        None => drop(passed.fetch_add(1, Ordering::Relaxed)),
+                        Some(_) if !failed.swap(true, Ordering::Relaxed) => {
+                            print_failure(&outcome, plan.verbose);
+                        }
+                        Some(why) => println!("FAILED: seed {}: {why}", outcome.seed),
+                    }
+                    if plan.verbose {
+                        println!("trace {:016x}", outcome.hash);
+                    }
+                }
+            });
+        }
+    });
+    let passed = passed.into_inner();
+    let seconds = started.elapsed().as_secs_f64();
+    for (what, count) in counts.into_inner().expect("no panic under this lock") {
+        println!("{count:>10}  {what}");
+    }
+    println!(
+        "{passed} of {} histories passed, {seconds:.1} s, {:.1} ms each",
+        plan.runs,
+        seconds * 1000.0 / (passed.max(1) as f64) * plan.jobs as f64
+    );
+    passed == plan.runs
+}
+
+fn print_failure(outcome: &Outcome, verbose: bool) {
+    if !verbose {
+        for line in &outcome.last {
+            println!("{line}");
+        }
+    }
+    println!("FAILED: {}", outcome.failure.as_deref().unwrap_or_default());
+    println!("seed {}: cargo xtask simulate --seed {}", outcome.seed, outcome.seed);
+}

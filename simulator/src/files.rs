@@ -1,0 +1,345 @@
+//! Files in memory.
+
+use std::ffi::OsString;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use brep_block::storage::{PlainFile, Storage};
+use brep_block::{BlockDevice, Error, ErrorKind, Operation, RawFileOptions};
+use brep_hbitmap::persist::{MapMemory, MapStorage};
+
+use crate::disk::Disk;
+use crate::world::{Life, Side, World};
+
+/// What a disk writes as a whole.
+pub(crate) const SECTOR: u64 = 512;
+
+/// A file.
+#[derive(Debug, Default)]
+pub(crate) struct FileData {
+    pub(crate) data: Vec<u8>,
+    /// Who has it open, by a number that is never used twice.
+    owner: Option<(Life, u64)>,
+    opened: u64,
+    syncs: u64,
+}
+
+impl FileData {
+    fn grow(&mut self, len: u64) {
+        if self.data.len() < len as usize {
+            self.data.resize(len as usize, 0);
+        }
+    }
+
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
+        self.grow(offset + data.len() as u64);
+        self.data[offset as usize..][..data.len()].copy_from_slice(data);
+    }
+
+    pub(crate) fn zero(&mut self, offset: u64, len: u64) {
+        self.grow(offset + len);
+        self.data[offset as usize..][..len as usize].fill(0);
+    }
+
+    pub(crate) fn truncate(&mut self, size: u64) {
+        self.data.resize(size as usize, 0);
+    }
+
+    /// What was written is on stable storage: of no consequence while nothing loses power.
+    pub(crate) fn sync(&mut self) {
+        self.syncs += 1;
+    }
+}
+
+/// A file that a process has open.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    pub(crate) world: Arc<World>,
+    pub(crate) life: Life,
+    pub(crate) name: String,
+    pub(crate) file: Arc<Mutex<FileData>>,
+    number: u64,
+}
+
+impl Handle {
+    pub(crate) fn file(&self) -> MutexGuard<'_, FileData> {
+        self.file.lock().expect("one thread")
+    }
+
+    fn dead() -> io::Error {
+        io::Error::other("the process is dead")
+    }
+
+    /// Whether an operation of this process happens at all, and whether the disk refuses it.
+    pub(crate) fn operate(&self, kind: u64) -> io::Result<()> {
+        if !self.world.operate(self.life, kind) {
+            return Err(Self::dead());
+        }
+        self.refuse(kind)
+    }
+
+    fn refuse(&self, kind: u64) -> io::Result<()> {
+        let mut world = self.world.lock();
+        let crate::world::Inner { rng, machines, .. } = &mut *world;
+        let faults = &machines[self.life.side].faults;
+        let concerned = faults.only.is_none_or(|part| self.name.contains(part));
+        if faults.failing > 0 && concerned && rng.chance(faults.failing) {
+            world.note(format!("{} operation {kind} on {} fails", self.life, self.name));
+            drop(world);
+            self.world.count("fault: I/O error");
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        Ok(())
+    }
+
+    /// Whether the file may grow.
+    pub(crate) fn admit_len(&self, end: u64) -> io::Result<()> {
+        if end <= self.file().data.len() as u64 {
+            return Ok(());
+        }
+        if self.world.lock().machines[self.life.side].faults.full {
+            self.world.count("fault: no space");
+            return Err(io::Error::from_raw_os_error(28));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let mut file = self.file();
+        if file.owner == Some((self.life, self.number)) {
+            file.owner = None;
+        }
+    }
+}
+
+/// The file systems of a world's machines. `/a.3/x` is the file `x` of machine a, as the third run
+/// of its process sees it.
+#[derive(Debug, Clone)]
+pub(crate) struct Files(pub(crate) Arc<World>);
+
+impl Files {
+    fn place(path: &Path) -> io::Result<(Life, String)> {
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let text = path.to_str().and_then(|p| p.strip_prefix('/')).ok_or_else(missing)?;
+        let (host, rest) = text.split_once('/').ok_or_else(missing)?;
+        let (side, number) = host.split_once('.').ok_or_else(missing)?;
+        let side: Side = usize::from(side == "b");
+        Ok((Life { side, number: number.parse().map_err(|_| missing())? }, rest.to_owned()))
+    }
+
+    fn find(&self, side: Side, name: &str) -> Option<Arc<Mutex<FileData>>> {
+        self.0.lock().files.get(&(side, name.to_owned())).cloned()
+    }
+
+    fn handle(&self, life: Life, name: String, file: Arc<Mutex<FileData>>) -> io::Result<Handle> {
+        let number = {
+            let mut data = file.lock().expect("one thread");
+            if data.owner.is_some_and(|(owner, _)| self.0.is_alive(owner)) {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            data.opened += 1;
+            data.owner = Some((life, data.opened));
+            data.opened
+        };
+        Ok(Handle { world: Arc::clone(&self.0), life, name, file, number })
+    }
+
+    fn alive(&self, life: Life, kind: u64) -> io::Result<()> {
+        if self.0.operate(life, kind) { Ok(()) } else { Err(Handle::dead()) }
+    }
+
+    fn create(&self, life: Life, name: &str) -> io::Result<Arc<Mutex<FileData>>> {
+        let mut world = self.0.lock();
+        if world.machines[life.side].faults.full {
+            return Err(io::Error::from_raw_os_error(28));
+        }
+        let file = Arc::new(Mutex::new(FileData::default()));
+        world.files.insert((life.side, name.to_owned()), Arc::clone(&file));
+        Ok(file)
+    }
+}
+
+impl Storage for Files {
+    fn open_disk(
+        &self,
+        path: &Path,
+        options: RawFileOptions,
+    ) -> brep_block::Result<Arc<dyn BlockDevice>> {
+        let failed = |error: io::Error| {
+            let kind = match error.kind() {
+                io::ErrorKind::WouldBlock => ErrorKind::Locked,
+                io::ErrorKind::AlreadyExists => ErrorKind::InvalidInput,
+                io::ErrorKind::StorageFull => ErrorKind::NoSpace,
+                _ => ErrorKind::Io,
+            };
+            let node = path.display().to_string();
+            Error::new(Operation::Open, kind, node, error.to_string())
+        };
+        let open = || {
+            let (life, name) = Self::place(path)?;
+            self.alive(life, 10)?;
+            let file = match (self.find(life.side, &name), options.create) {
+                (Some(_), _) if options.create_new => {
+                    return Err(io::ErrorKind::AlreadyExists.into());
+                }
+                (Some(file), _) => file,
+                (None, None) => return Err(io::ErrorKind::NotFound.into()),
+                (None, Some(size)) => {
+                    let file = self.create(life, &name)?;
+                    file.lock().expect("one thread").truncate(size);
+                    file
+                }
+            };
+            self.handle(life, name, file)
+        };
+        let handle = open().map_err(failed)?;
+        let name = options.name.unwrap_or_else(|| path.display().to_string());
+        Ok(Disk::over(handle, name, options.growable, options.read_only))
+    }
+
+    fn open_file(&self, path: &Path) -> io::Result<Box<dyn PlainFile>> {
+        let (life, name) = Self::place(path)?;
+        self.alive(life, 11)?;
+        let file = match self.find(life.side, &name) {
+            Some(file) => file,
+            None => self.create(life, &name)?,
+        };
+        Ok(Box::new(self.handle(life, name, file)?))
+    }
+
+    fn create_dir(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync_dir(&self, _: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn list(&self, directory: &Path) -> io::Result<Vec<OsString>> {
+        let (life, folder) = Self::place(directory)?;
+        self.alive(life, 12)?;
+        let world = self.0.lock();
+        let names = world.files.keys().filter(|(side, _)| *side == life.side);
+        let names = names.filter_map(|(_, name)| {
+            let rest = name.strip_prefix(folder.as_str())?.strip_prefix('/')?;
+            (!rest.contains('/')).then(|| OsString::from(rest))
+        });
+        Ok(names.collect())
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        let place = Self::place(path);
+        place.is_ok_and(|(life, name)| self.find(life.side, &name).is_some())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let (life, from) = Self::place(from)?;
+        let (_, to) = Self::place(to)?;
+        self.alive(life, 13)?;
+        let mut world = self.0.lock();
+        let file = world.files.remove(&(life.side, from)).ok_or(io::ErrorKind::NotFound)?;
+        world.files.insert((life.side, to), file);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let (life, name) = Self::place(path)?;
+        self.alive(life, 14)?;
+        let removed = self.0.lock().files.remove(&(life.side, name));
+        removed.map(drop).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn boot_id(&self, path: &Path) -> Option<String> {
+        let (life, _) = Self::place(path).ok()?;
+        Some(format!("boot-{}-{}", life.side, self.0.lock().machines[life.side].boot))
+    }
+}
+
+impl PlainFile for Handle {
+    fn len(&self) -> io::Result<u64> {
+        self.operate(20)?;
+        Ok(self.file().data.len() as u64)
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.operate(21)?;
+        let file = self.file();
+        let end = offset as usize + buffer.len();
+        let data = file.data.get(offset as usize..end).ok_or(io::ErrorKind::UnexpectedEof)?;
+        buffer.copy_from_slice(data);
+        Ok(())
+    }
+
+    fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.operate(22)?;
+        self.admit_len(offset + data.len() as u64)?;
+        self.file().write(offset, data);
+        Ok(())
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.operate(23)?;
+        self.file().sync();
+        Ok(())
+    }
+}
+
+impl MapStorage for Files {
+    fn create(&self, path: &Path, contents: Vec<u8>) -> io::Result<()> {
+        let (life, name) = Self::place(path)?;
+        self.alive(life, 30)?;
+        if self.find(life.side, &name).is_some() {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let file = Files::create(self, life, &name)?;
+        let mut file = file.lock().expect("one thread");
+        file.write(0, &contents);
+        file.sync();
+        Ok(())
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn MapMemory>> {
+        let (life, name) = Self::place(path)?;
+        self.alive(life, 31)?;
+        let file = self.find(life.side, &name).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Arc::new(self.handle(life, name, file)?))
+    }
+
+    fn boot_id(&self, path: &Path) -> [u8; 16] {
+        let mut id = [0; 16];
+        if let Some(text) = Storage::boot_id(self, path) {
+            let len = text.len().min(16);
+            id[..len].copy_from_slice(&text.as_bytes()[..len]);
+        }
+        id
+    }
+}
+
+impl MapMemory for Handle {
+    fn len_bytes(&self) -> u64 {
+        self.file().data.len() as u64
+    }
+
+    fn load(&self, index: u64) -> u64 {
+        let file = self.file();
+        let mut word = [0; 8];
+        word.copy_from_slice(&file.data[index as usize * 8..][..8]);
+        u64::from_le_bytes(word)
+    }
+
+    fn store(&self, index: u64, value: u64) {
+        if self.world.operate(self.life, 40) {
+            self.file().write(index * 8, &value.to_le_bytes());
+        }
+    }
+
+    fn flush(&self, _: Range<u64>) -> io::Result<()> {
+        self.operate(41)?;
+        self.file().sync();
+        Ok(())
+    }
+}

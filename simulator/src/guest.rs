@@ -1,0 +1,283 @@
+//! A guest: requests that overlap in time and place, each checked.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use brep_block::{BlockDevice, Error, FlushLevel, WriteFlags, ZeroFlags};
+use brep_nbd::Endpoint;
+use brep_nbd::client::{ConnectOptions, Connection};
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use crate::files::SECTOR;
+use crate::model::{Model, fill, stamp_of};
+use crate::side::{Setup, disk_name};
+use crate::world::World;
+
+/// What the workers of a guest share.
+pub(crate) struct Guest {
+    world: Arc<World>,
+    disks: usize,
+    disk_sectors: u64,
+    pub(crate) model: Mutex<Model>,
+    shared: Mutex<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    endpoint: Option<Endpoint>,
+    /// One a disk.
+    connections: Vec<Option<Arc<Connection>>>,
+    /// Workers wait.
+    paused: bool,
+    ended: bool,
+    requests: u64,
+    stamp: u64,
+    busy: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Read,
+    Write,
+    WriteFua,
+    Zeroes,
+    Discard,
+    Flush,
+}
+
+const KINDS: [Kind; 16] = [
+    Kind::Read,
+    Kind::Read,
+    Kind::Read,
+    Kind::Write,
+    Kind::Write,
+    Kind::Write,
+    Kind::Write,
+    Kind::Write,
+    Kind::Write,
+    Kind::Write,
+    Kind::WriteFua,
+    Kind::Zeroes,
+    Kind::Zeroes,
+    Kind::Discard,
+    Kind::Flush,
+    Kind::Flush,
+];
+
+impl Guest {
+    pub(crate) fn new(world: &Arc<World>, setup: &Setup, model: Model, stamp: u64) -> Arc<Self> {
+        let shared = Shared { connections: vec![None; setup.disks], stamp, ..Shared::default() };
+        Arc::new(Guest {
+            world: Arc::clone(world),
+            disks: setup.disks,
+            disk_sectors: setup.disk_bytes / SECTOR,
+            model: Mutex::new(model),
+            shared: Mutex::new(shared),
+        })
+    }
+
+    fn shared(&self) -> std::sync::MutexGuard<'_, Shared> {
+        self.shared.lock().expect("one thread")
+    }
+
+    pub(crate) fn model(&self) -> std::sync::MutexGuard<'_, Model> {
+        self.model.lock().expect("one thread")
+    }
+
+    /// Where its disks are from now on.
+    pub(crate) fn plug(&self, endpoint: Endpoint) {
+        let mut shared = self.shared();
+        shared.endpoint = Some(endpoint);
+        shared.connections.iter_mut().for_each(|connection| *connection = None);
+    }
+
+    pub(crate) fn requests(&self) -> u64 {
+        self.shared().requests
+    }
+
+    pub(crate) fn last_stamp(&self) -> u64 {
+        self.shared().stamp
+    }
+
+    /// Nothing new is asked for; returns when everything has been answered, or after `limit`.
+    pub(crate) async fn pause(&self, limit: Duration) -> bool {
+        self.shared().paused = true;
+        let until = Instant::now() + limit;
+        while self.shared().busy > 0 {
+            if Instant::now() >= until {
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        true
+    }
+
+    pub(crate) fn end(&self) {
+        self.shared().ended = true;
+    }
+
+    /// Runs a worker until the guest ends.
+    pub(crate) async fn work(self: Arc<Self>, pause_ms_max: u64) {
+        loop {
+            let pause = self.world.with_rng(|rng| rng.range(0, pause_ms_max));
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            let (ended, paused) = {
+                let shared = self.shared();
+                (shared.ended, shared.paused)
+            };
+            if ended || self.world.is_violated() {
+                return;
+            }
+            if paused {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                continue;
+            }
+            let disk = self.world.with_rng(|rng| rng.below(self.disks as u64)) as usize;
+            match self.connection(disk).await {
+                Some(connection) => self.request(disk, &connection).await,
+                None => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    /// The disk, connected.
+    pub(crate) async fn connection(&self, disk: usize) -> Option<Arc<Connection>> {
+        let (known, endpoint) = {
+            let shared = self.shared();
+            (shared.connections[disk].clone(), shared.endpoint.clone())
+        };
+        if let Some(known) = known
+            && known.failure().is_none()
+        {
+            return Some(known);
+        }
+        let options = ConnectOptions {
+            connect_timeout: Duration::from_millis(200),
+            request_timeout: Duration::from_secs(3600),
+            ..ConnectOptions::new(endpoint.clone()?, disk_name(disk))
+        };
+        let connection = Connection::connect(&options).await.ok()?;
+        let mut shared = self.shared();
+        if shared.endpoint != endpoint {
+            return None;
+        }
+        shared.connections[disk] = Some(Arc::clone(&connection));
+        Some(connection)
+    }
+
+    async fn request(&self, disk: usize, connection: &Arc<Connection>) {
+        let (kind, first, count, fua) = self.world.with_rng(|rng| {
+            let kind = rng.pick(&KINDS);
+            let long = matches!(kind, Kind::Zeroes | Kind::Discard) && rng.chance(300);
+            let count = match rng.below(4) {
+                0 => 8,
+                1 => 1,
+                2 => rng.range(1, 32),
+                _ if long => rng.range(64, 512),
+                _ => 4 * rng.range(1, 16),
+            };
+            // Half of the requests meet in a small part of the disk.
+            let span = if rng.chance(500) { 256 } else { self.disk_sectors };
+            let count = count.min(span);
+            let mut first = rng.below(span - count + 1);
+            if rng.chance(500) {
+                first -= first % 8;
+            }
+            (kind, first, count, rng.chance(500))
+        });
+        {
+            let mut shared = self.shared();
+            shared.busy += 1;
+            shared.requests += 1;
+        }
+        match kind {
+            Kind::Read => self.read(disk, connection, first, count).await,
+            Kind::Flush => {
+                let _ = connection.flush(FlushLevel::Durable).await;
+            }
+            _ => self.change(disk, connection, kind, (first, count), fua).await,
+        }
+        self.shared().busy -= 1;
+    }
+
+    async fn change(
+        &self,
+        disk: usize,
+        connection: &Arc<Connection>,
+        kind: Kind,
+        (first, count): (u64, u64),
+        may_unmap: bool,
+    ) {
+        let zeroes = matches!(kind, Kind::Zeroes | Kind::Discard);
+        let stamp = if zeroes {
+            0
+        } else {
+            let mut shared = self.shared();
+            shared.stamp += 1;
+            shared.stamp
+        };
+        let start = self.world.tick();
+        let begun = self.model().begin(disk, first, count, stamp, start);
+        let (offset, len) = (first * SECTOR, count * SECTOR);
+        let outcome: Result<(), Error> = match kind {
+            Kind::Zeroes => {
+                let flags = ZeroFlags { may_unmap, ..ZeroFlags::default() };
+                connection.write_zeroes(offset, len, flags).await
+            }
+            Kind::Discard => connection.discard(offset, len).await,
+            _ => {
+                let data = Bytes::from(fill(disk, first, count, stamp));
+                let flags = WriteFlags { fua: kind == Kind::WriteFua };
+                connection.write(offset, data, flags).await
+            }
+        };
+        let end = self.world.tick();
+        // A trim that was refused, or not carried out, may leave what was there.
+        self.model().end(begun, end, outcome.is_ok());
+        let told = match &outcome {
+            Ok(()) => "ok".to_owned(),
+            Err(error) => format!("{:?}", error.kind()),
+        };
+        self.world.count(if outcome.is_ok() { "guest: change" } else { "guest: change failed" });
+        self.world.note(|| {
+            format!("guest {kind:?} d{disk} {first}+{count} = {stamp}: {start}-{end} {told}")
+        });
+    }
+
+    async fn read(&self, disk: usize, connection: &Arc<Connection>, first: u64, count: u64) {
+        let start = self.world.tick();
+        let outcome = connection.read(first * SECTOR, (count * SECTOR) as usize).await;
+        let end = self.world.tick();
+        let Ok(data) = outcome else {
+            self.world.count("guest: read failed");
+            return;
+        };
+        self.world.count("guest: read");
+        for (sector, data) in (first..).zip(data.chunks(SECTOR as usize)) {
+            // A read beside a write may see a part of it.
+            let Some(stamp) = stamp_of(disk, sector, data) else {
+                self.world
+                    .violated(format!("guest read: disk {disk} sector {sector} is a mixture"));
+                return;
+            };
+            if let Err(why) = self.model().check_read(disk, sector, stamp, (start, end)) {
+                self.world.violated(format!("I1: guest read from {start} to {end}: {why}"));
+                return;
+            }
+        }
+    }
+
+    /// Everything on a disk, in pieces.
+    pub(crate) async fn read_all(&self, disk: usize) -> Option<Vec<u8>> {
+        let connection = self.connection(disk).await?;
+        let mut data = Vec::new();
+        let total = (self.disk_sectors * SECTOR) as usize;
+        while data.len() < total {
+            let len = (total - data.len()).min(256 << 10);
+            let piece = connection.read(data.len() as u64, len).await.ok()?;
+            data.extend_from_slice(&piece);
+        }
+        Some(data)
+    }
+}

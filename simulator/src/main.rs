@@ -1,0 +1,48 @@
+#![doc = include_str!("../README.md")]
+mod campaign;
+mod disk;
+mod ending;
+mod files;
+mod guest;
+mod history;
+mod model;
+mod network;
+mod rng;
+mod side;
+mod watch;
+mod world;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Runs histories of a replicated pair over simulated disks, links and time.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask simulate")]
+struct Args {
+    /// The first history; with it alone, only that one, event by event
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How many histories, from the seed on
+    #[arg(long)]
+    runs: Option<u64>,
+    /// Threads
+    #[arg(long, default_value_t = 2)]
+    jobs: u64,
+    /// Print every event
+    #[arg(long)]
+    verbose: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let first = args.seed.unwrap_or(1);
+    let runs = args.runs.unwrap_or(if args.seed.is_some() { 1 } else { 1000 });
+    let passed = campaign::run(&campaign::Plan {
+        first,
+        runs,
+        jobs: args.jobs.max(1),
+        verbose: args.verbose || args.seed.is_some() && args.runs.is_none(),
+    });
+    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

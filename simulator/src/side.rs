@@ -1,0 +1,167 @@
+//! The processes: starting them, stopping them, telling them something.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use brep_block::CacheMode;
+use brep_replication::config::{Ack, DiskConfig, DiskFormat, Role, SideConfig};
+use brep_replication::simulation::{Control, control};
+use serde_json::{Map, Value};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::network::{GUEST_PORT, REPLICA_PORT, listen_at, reach};
+use crate::world::{A, B, Life, Side, World, name};
+
+/// What does not change in a history.
+#[derive(Debug, Clone)]
+pub(crate) struct Setup {
+    pub(crate) disks: usize,
+    pub(crate) disk_bytes: u64,
+    pub(crate) ack: Ack,
+    pub(crate) peer_timeout: Duration,
+    pub(crate) checkpoint_interval: Option<Duration>,
+    pub(crate) window_bytes: u64,
+    pub(crate) window_requests: usize,
+}
+
+/// A process that was started.
+pub(crate) struct Process {
+    pub(crate) life: Life,
+    control: PathBuf,
+    known: RefCell<Option<Control>>,
+    shutdown: CancellationToken,
+    task: JoinHandle<Result<(), String>>,
+}
+
+pub(crate) fn disk_name(disk: usize) -> String {
+    format!("d{disk}")
+}
+
+pub(crate) fn disk_path(life: Life, disk: usize) -> PathBuf {
+    PathBuf::from(format!("/{life}/{}.raw", disk_name(disk)))
+}
+
+/// A run of the process of a machine begins.
+pub(crate) fn next_life(world: &World, side: Side) -> Life {
+    let mut world = world.lock();
+    let machine = &mut world.machines[side];
+    machine.life += 1;
+    machine.alive = true;
+    machine.killed_in = None;
+    let life = Life { side, number: machine.life };
+    world.note(format!("{life} starts"));
+    life
+}
+
+fn disks(setup: &Setup, life: Life) -> Vec<DiskConfig> {
+    let disk = |disk| DiskConfig {
+        name: disk_name(disk),
+        path: disk_path(life, disk),
+        format: DiskFormat::Raw,
+        cache: CacheMode::Writeback,
+        buffers: None,
+    };
+    (0..setup.disks).map(disk).collect()
+}
+
+impl Process {
+    pub(crate) fn start(world: &Arc<World>, setup: &Setup, side: Side) -> Self {
+        let life = next_life(world, side);
+        let state_dir = PathBuf::from(format!("/{life}/state"));
+        let control = state_dir.join("control.sock");
+        let shutdown = CancellationToken::new();
+        let token = shutdown.clone();
+        let (role, peer) = if side == A { (Role::Primary, B) } else { (Role::Secondary, A) };
+        let config = SideConfig::new(role, name(side), state_dir, disks(setup, life));
+        let config = SideConfig {
+            ack: setup.ack,
+            peer_timeout: setup.peer_timeout,
+            window_bytes: setup.window_bytes,
+            window_requests: setup.window_requests,
+            checkpoint_interval: setup.checkpoint_interval,
+            allow_plaintext: true,
+            ..config
+        };
+        let config = if side == A {
+            SideConfig {
+                peer: Some(reach(peer, Some(life), REPLICA_PORT)),
+                guest_listen: Some(listen_at(life, GUEST_PORT)),
+                ..config
+            }
+        } else {
+            SideConfig { listen: Some(listen_at(life, REPLICA_PORT)), ..config }
+        };
+        let task = tokio::spawn(async move {
+            brep_replication::run(config, token).await.map_err(|e| e.to_string())
+        });
+        Process { life, control, known: RefCell::default(), shutdown, task }
+    }
+
+    /// Whether it has ended by itself, or was killed.
+    pub(crate) fn has_ended(&self, world: &World) -> bool {
+        self.task.is_finished() || !world.is_alive(self.life)
+    }
+
+    pub(crate) fn control(&self) -> Option<Control> {
+        let mut known = self.known.borrow_mut();
+        if known.is_none() {
+            *known = control(&self.control);
+        }
+        known.clone()
+    }
+
+    /// What SIGTERM does.
+    pub(crate) fn ask_to_stop(&self) {
+        self.shutdown.cancel();
+    }
+
+    /// Ends it as SIGTERM does.
+    pub(crate) async fn stop(mut self, world: &World) -> Result<(), String> {
+        self.ask_to_stop();
+        let limit = Duration::from_secs(120);
+        let mut waited = Duration::ZERO;
+        let step = Duration::from_millis(5);
+        while !self.task.is_finished() && world.is_alive(self.life) {
+            if waited >= limit {
+                return Err("a clean stop does not end".to_owned());
+            }
+            tokio::time::sleep(step).await;
+            waited += step;
+        }
+        let ended = self.ended().await;
+        world.kill(self.life.side);
+        ended
+    }
+
+    /// How it ended, if it did.
+    pub(crate) async fn ended(&mut self) -> Result<(), String> {
+        if !self.task.is_finished() {
+            self.task.abort();
+            return Ok(());
+        }
+        match (&mut self.task).await {
+            Ok(ended) => ended,
+            Err(error) if error.is_panic() => Err(format!("panicked: {error}")),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Carries a command out.
+    pub(crate) async fn command(
+        &self,
+        command: &str,
+        arguments: &[(&str, Value)],
+    ) -> Result<Value, String> {
+        let Some(control) = self.control() else { return Err("no control socket yet".to_owned()) };
+        let arguments: Map<_, _> =
+            arguments.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        control.handler.execute(command, arguments).await.map_err(|error| error.desc)
+    }
+
+    pub(crate) async fn status(&self) -> Option<Value> {
+        self.command("query-status", &[]).await.ok()
+    }
+}
