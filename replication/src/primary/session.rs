@@ -282,10 +282,12 @@ impl Session {
                 Err(Failure::Void(error) | Failure::Lost(error)) => Err(error),
             }
         };
-        let prepared = prepared
-            .await
-            .and_then(|(link, epoch)| self.group.step_down(epoch).map(|()| (link, epoch)));
-        let (link, epoch) = match prepared {
+        let stepped_down = async {
+            let (link, epoch) = prepared.await?;
+            self.group.step_down(epoch).await?;
+            Ok((link, epoch))
+        };
+        let (link, epoch) = match stepped_down.await {
             Ok(prepared) => prepared,
             Err(error) => {
                 self.group.release_guest();

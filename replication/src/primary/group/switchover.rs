@@ -35,12 +35,18 @@ impl Group {
     ///
     /// # Errors
     /// The record could not be saved.
-    pub(crate) fn step_down(&self, epoch: Epoch) -> Result<()> {
+    pub(crate) async fn step_down(&self, epoch: Epoch) -> Result<()> {
         let before = Record::clone(&self.record());
         self.update_record(Record::step_down)?;
         // Else a power loss could bring a second primary back.
-        self.side.record.sync()?;
-        self.core().stepping_down = Some(SteppingDown { before, epoch, answer: None });
+        // At once: whoever gives this up from here on is a secondary.
+        self.core().stepping_down =
+            Some(SteppingDown { before: before.clone(), epoch, answer: None });
+        if let Err(error) = self.record.sync().await {
+            self.core().stepping_down = None;
+            self.update_record(|record| *record = before)?;
+            return Err(error);
+        }
         Ok(())
     }
 
@@ -72,7 +78,10 @@ impl Group {
     /// The session has ended. If this side had made room it is a secondary now: also if nobody
     /// knows whether the other one has taken over.
     pub(crate) fn end_switchover(&self) {
-        let Some(down) = self.core().stepping_down.take() else { return };
+        let Some(down) = self.core().stepping_down.take() else {
+            // One that was given up on the way has changed nothing.
+            return self.guest.release();
+        };
         if let Some(answer) = down.answer {
             let _ = answer.send(match self.is_superseded() {
                 true => Ok(down.epoch),
