@@ -10,6 +10,7 @@ use tokio_rustls::TlsConnector;
 
 use super::TlsError;
 use super::directory::{Directory, provider};
+use super::reload::Reload;
 use super::stream::TlsStream;
 use crate::{Endpoint, NbdUri, Stream, TlsKind};
 
@@ -19,7 +20,7 @@ const LOCAL_NAME: &str = "localhost";
 /// What a client needs for TLS. A client that has it never goes on without TLS. Cloning is cheap.
 #[derive(Clone)]
 pub struct TlsClient {
-    connector: TlsConnector,
+    connector: Arc<Reload<TlsConnector>>,
     server_name: Option<ServerName<'static>>,
 }
 
@@ -30,27 +31,7 @@ impl TlsClient {
     /// # Errors
     /// A file is missing or not usable, or certificate and key do not belong together.
     pub fn load(directory: &Path) -> Result<Self, TlsError> {
-        let directory = Directory(directory);
-        let provider = provider();
-        let servers =
-            WebPkiServerVerifier::builder_with_provider(directory.roots()?, Arc::clone(&provider))
-                .with_crls(directory.revoked()?)
-                .only_check_end_entity_revocation()
-                .build()
-                .map_err(|error| directory.unusable(error))?;
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|error| directory.unusable(error))?
-            .with_webpki_verifier(servers);
-        let config = if directory.has_identity("client") {
-            let identity = directory.identity("client")?;
-            config
-                .with_client_auth_cert(identity.chain, identity.key)
-                .map_err(|error| directory.unusable(error))?
-        } else {
-            config.with_no_client_auth()
-        };
-        Ok(TlsClient { connector: TlsConnector::from(Arc::new(config)), server_name: None })
+        Ok(TlsClient { connector: Reload::new(directory, connector)?, server_name: None })
     }
 
     /// What a URI demands: none if its scheme is not one of TLS, unless `directory` is given. The
@@ -95,9 +76,32 @@ impl TlsClient {
             (None, Endpoint::Unix { .. }) => parse_name(LOCAL_NAME),
         };
         let name = name.map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
-        let stream = self.connector.connect(name, Box::new(stream)).await?;
+        let stream = self.connector.get().await.connect(name, Box::new(stream)).await?;
         Ok(Stream::Tls(Box::new(TlsStream::new(stream.into())?)))
     }
+}
+
+fn connector(directory: &Directory<'_>) -> Result<TlsConnector, TlsError> {
+    let provider = provider();
+    let servers =
+        WebPkiServerVerifier::builder_with_provider(directory.roots()?, Arc::clone(&provider))
+            .with_crls(directory.revoked()?)
+            .only_check_end_entity_revocation()
+            .build()
+            .map_err(|error| directory.unusable(error))?;
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| directory.unusable(error))?
+        .with_webpki_verifier(servers);
+    let config = if directory.has_identity("client") {
+        let identity = directory.identity("client")?;
+        config
+            .with_client_auth_cert(identity.chain, identity.key)
+            .map_err(|error| directory.unusable(error))?
+    } else {
+        config.with_no_client_auth()
+    };
+    Ok(TlsConnector::from(Arc::new(config)))
 }
 
 fn parse_name(name: &str) -> Result<ServerName<'static>, TlsError> {

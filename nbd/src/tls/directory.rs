@@ -11,6 +11,10 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKey
 const CA_CERT: &str = "ca-cert.pem";
 const CA_CRL: &str = "ca-crl.pem";
 
+/// All files that count.
+pub(super) const FILES: [&str; 6] =
+    [CA_CERT, CA_CRL, "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem"];
+
 /// Why there is no TLS, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

@@ -11,10 +11,14 @@
 //! | `server-cert.pem`, `server-key.pem` | the server's certificate (its chain), and its key | server |
 //! | `client-cert.pem`, `client-key.pem` | the client's | client; without them it shows none |
 //!
+//! Files that have changed are read again for the next connection; if that fails, what there was
+//! stays in use.
+//!
 //! TLS 1.2 and 1.3 are spoken; neither anonymous TLS nor pre-shared keys.
 
 mod client;
 mod directory;
+mod reload;
 mod server;
 mod stream;
 mod subject;

@@ -111,6 +111,28 @@ async fn a_revoked_certificate_is_refused() {
 }
 
 #[tokio::test]
+async fn certificates_are_renewed_without_a_new_start() {
+    let pki = Pki::new();
+    let (server, endpoint) = serve_disk(pki.required()).await;
+    let options = pki.options(&endpoint, "disk");
+    let old = Connection::connect(&options).await.unwrap();
+    pki.issue("client", params("renewed", ExtendedKeyUsagePurpose::ClientAuth));
+    let mut renewed = params("new server", ExtendedKeyUsagePurpose::ServerAuth);
+    renewed.subject_alt_names.push(rcgen::SanType::IpAddress([127, 0, 0, 1].into()));
+    pki.issue("server", renewed);
+    let new = Connection::connect(&options).await.unwrap();
+    assert_eq!(new.tls_peer().unwrap().subject, "CN=new server");
+    assert_eq!(server.connections()[1].tls_peer().unwrap().subject, "CN=renewed");
+    assert!(old.failure().is_none(), "a connection that stands is not touched");
+
+    // What cannot be used does not take away what there was.
+    pki.write("server-cert.pem", "half of it");
+    pki.remove("client-key.pem");
+    let after = Connection::connect(&options).await.unwrap();
+    assert_eq!(after.tls_peer().unwrap().subject, "CN=new server");
+}
+
+#[tokio::test]
 async fn an_export_is_only_for_subjects_that_are_exactly_on_its_list() {
     let pki = Pki::new();
     let exports = StaticExports::new();
