@@ -24,7 +24,7 @@ use crate::node::Stage;
 use crate::primary::Primary;
 use crate::side::Side;
 use crate::state::{DiskRecord, Record};
-use crate::status::{LinkState, TlsStatus};
+use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Result};
 
 /// The time in which the guest's requests have to end when it is moved to a new active disk.
@@ -101,12 +101,6 @@ impl std::fmt::Debug for Group {
 }
 
 impl Core {
-    /// How the link is encrypted, while there is one.
-    pub(crate) fn peer_tls(&self) -> Option<TlsStatus> {
-        let peer = self.link_tls.as_ref().filter(|_| self.link == LinkState::Connected)?;
-        Some(TlsStatus::from(&**peer))
-    }
-
     pub(crate) fn session_is_sync(&self) -> Option<bool> {
         self.session.as_ref().map(|s| s.sync)
     }

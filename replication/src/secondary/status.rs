@@ -9,7 +9,9 @@ use super::rejoin::Refused;
 use crate::link::RefusalKind;
 use crate::node::Stage;
 use crate::state::{Record, SecondaryRecord};
-use crate::status::{Counters, Differences, DiskState, DiskStatus, LinkState, Role, Status};
+use crate::status::{
+    Counters, Differences, DiskState, DiskStatus, LinkState, Role, Status, TlsStatus,
+};
 use crate::written::show_written;
 
 impl Group {
@@ -41,7 +43,7 @@ impl Group {
             checkpoint_age_ms: core.last_commit.map(elapsed_ms),
             peer: core.peer.clone(),
             link: core.link,
-            tls: core.peer_tls(),
+            tls: tls(&core),
             last_contact_ms: core.last_contact.map(elapsed_ms),
             reason,
             advice,
@@ -70,6 +72,12 @@ impl Group {
             },
         }
     }
+}
+
+/// How the link is encrypted, while there is one.
+fn tls(core: &Core) -> Option<TlsStatus> {
+    let peer = core.link_tls.as_ref().filter(|_| core.link == LinkState::Connected)?;
+    Some(TlsStatus::from(&**peer))
 }
 
 fn elapsed_ms(since: Instant) -> u64 {
