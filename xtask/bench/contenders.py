@@ -10,6 +10,10 @@ import brep_qemu
 from brep_qemu import QemuPrimary, QemuSecondary
 
 
+# What QEMU promises: nobody flushes before a write is acknowledged.
+DURABILITY = ["--durability", "process"]
+
+
 class Contender:
     """`title` is its column; `durability` says what a guest's acknowledged write survives."""
 
@@ -109,7 +113,7 @@ class BrepPair(Contender):
             f"{self.name}-primary", "primary", "--name", "alpha", "--state-dir",
             f"{self.name}-alpha", "--disk", f"vda={self.disk('primary', base)}", "--peer",
             f"nbd://127.0.0.1:{self.port}", "--guest-listen", self.t.uri(self.socket_name),
-            "--checkpoint-interval", "off", "--ack", self.ack,
+            "--checkpoint-interval", "off", "--ack", self.ack, *DURABILITY,
             ready=lambda: self.t.listens(control) and self.t.listens(self.socket_name))
         self.control = self.t.control(control, 600)
         # The first copy has to end.
@@ -251,6 +255,6 @@ def _brep_secondary(contender, base, *options, listen=None, fresh=True):
     control = f"{name}-beta/control.sock"
     return t.brep_daemon(
         f"{name}-secondary", "secondary", "--name", "beta", "--state-dir", f"{name}-beta",
-        "--disk", f"vda={contender.disk('secondary', base)}", "--listen",
+        "--disk", f"vda={contender.disk('secondary', base)}", *DURABILITY, "--listen",
         listen or f"nbd://127.0.0.1:{contender.port}", *options,
         ready=lambda: t.listens(control))
