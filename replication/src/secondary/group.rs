@@ -363,25 +363,6 @@ impl Group {
         Ok(())
     }
 
-    /// Gives the pre-images up: nothing can be promoted before the next commit. What the last
-    /// checkpoint was stays known.
-    async fn discard_checkpoint(self: &Arc<Self>) -> Result<()> {
-        self.update_record(|record| {
-            self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
-            record.secondary.inconsistent = true;
-            record.secondary.latest_ok = false;
-        })?;
-        self.core().full = None;
-        let _held = match self.has_guest() {
-            true => Some(self.hold_guest().await?),
-            false => None,
-        };
-        for disk in &self.disks {
-            disk.drop_buffers().await?;
-        }
-        Ok(())
-    }
-
     /// Puts what `describe` says of each disk into the record.
     pub(crate) fn record_disks(
         &self,

@@ -1,11 +1,14 @@
 //! Room for pre-images: what the buffers may take, and what there is.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use brep_block::{Error as BlockError, ErrorKind, Operation};
 
 use super::group::Group;
 use super::session::Session;
+use crate::Result;
+use crate::state::DiskRecord;
 
 /// How often the room is looked at.
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
@@ -84,6 +87,25 @@ impl Group {
                 tokio::time::sleep(LOOK_PAUSE * 10).await;
             }
         }
+    }
+
+    /// Gives the pre-images up: nothing can be promoted before the next commit. What the last
+    /// checkpoint was stays known.
+    pub(super) async fn discard_checkpoint(self: &Arc<Self>) -> Result<()> {
+        self.update_record(|record| {
+            self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
+            record.secondary.inconsistent = true;
+            record.secondary.latest_ok = false;
+        })?;
+        self.core().full = None;
+        let _held = match self.has_guest() {
+            true => Some(self.hold_guest().await?),
+            false => None,
+        };
+        for disk in self.disks() {
+            disk.drop_buffers().await?;
+        }
+        Ok(())
     }
 
     fn is_short(&self) -> bool {
