@@ -202,8 +202,7 @@ impl Group {
         }))
     }
 
-    /// The NBD server where the primary connects; guests too, after a promotion, if they have no
-    /// address of their own.
+    /// The NBD server where the primary connects.
     pub(super) fn serve_with(&self, service: &Arc<Service>) {
         let _ = self.service.set(Arc::downgrade(service));
     }
