@@ -1,7 +1,6 @@
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
-use std::time::Duration;
 
 use brep_hbitmap::MapSet;
 use brep_nbd::server::{OptionError, OptionErrorCode};
@@ -27,9 +26,6 @@ use crate::state::{DiskRecord, Record};
 use crate::status::LinkState;
 use crate::{Commit, Epoch, Error, Result};
 
-/// The time in which the guest's requests have to end when it is moved to a new active disk.
-const GUEST_HOLD_LIMIT: Duration = Duration::from_secs(30);
-
 /// The disks of a secondary, and everything that concerns all of them: record, session, commits.
 pub(crate) struct Group {
     pub(super) side: Arc<Side>,
@@ -40,7 +36,7 @@ pub(crate) struct Group {
     /// Held while a hello is decided, a failover runs, or replication is stopped.
     pub(crate) transition: tokio::sync::Mutex<()>,
     /// Whoever holds the guest has this: one opens the door only for himself.
-    guest_hold: Arc<tokio::sync::Mutex<()>>,
+    pub(super) guest_hold: Arc<tokio::sync::Mutex<()>>,
     pub(crate) guest: Arc<Guest>,
     pub(crate) counters: Counters,
     /// The NBD server at the address where the primary connects.
@@ -510,18 +506,6 @@ impl Group {
         }
     }
 
-    /// Holds this side's guest on all disks until the result is dropped; none of its requests is
-    /// going on then.
-    pub(crate) async fn hold_guest(self: &Arc<Self>) -> Result<GuestHeld> {
-        let turn = Arc::clone(&self.guest_hold).lock_owned().await;
-        // Made before anything is held: whoever gives up in the middle lets the guest go on.
-        let held = GuestHeld { group: Arc::clone(self), _turn: turn };
-        for disk in &self.disks {
-            disk.gate().hold(GUEST_HOLD_LIMIT).await?;
-        }
-        Ok(held)
-    }
-
     pub(crate) fn count_replica_write(&self, len: u64) {
         self.counters.writes.fetch_add(1, Ordering::Relaxed);
         self.counters.write_bytes.fetch_add(len, Ordering::Relaxed);
@@ -570,20 +554,6 @@ impl Group {
             }
         }
         self.sync_record().await
-    }
-}
-
-/// This side's guest is held; it goes on when this is dropped.
-pub(crate) struct GuestHeld {
-    group: Arc<Group>,
-    _turn: tokio::sync::OwnedMutexGuard<()>,
-}
-
-impl Drop for GuestHeld {
-    fn drop(&mut self) {
-        for disk in &self.group.disks {
-            disk.gate().open();
-        }
     }
 }
 

@@ -7,6 +7,7 @@ mod durable;
 mod exports;
 mod failover;
 mod group;
+mod held;
 mod link;
 mod manager;
 mod named;
