@@ -45,6 +45,16 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Interval(pub(crate) Option<Duration>);
 
+/// What one bit of a map stands for.
+pub(crate) fn parse_granularity(text: &str) -> Result<u64, String> {
+    let size = parse_size(text)?;
+    if size.is_power_of_two() && (4 << 10..=16 << 20).contains(&size) {
+        Ok(size)
+    } else {
+        Err("expected a power of two from 4K to 16M, such as 64K".to_owned())
+    }
+}
+
 /// Parses an interval: a duration, or `off`.
 pub(crate) fn parse_interval(text: &str) -> Result<Interval, String> {
     if text == "off" {
@@ -195,6 +205,16 @@ mod tests {
         }
         assert!(parse_duration("0s").is_err());
         assert!(parse_duration("25h").is_err());
+    }
+
+    #[test]
+    fn a_granularity_is_a_power_of_two_within_bounds() {
+        for (text, size) in [("4K", 4096), ("65536", 65536), ("16M", 16 << 20)] {
+            assert_eq!(parse_granularity(text), Ok(size));
+        }
+        for text in ["2K", "32M", "96K", "0"] {
+            assert!(parse_granularity(text).unwrap_err().contains("power of two"), "{text}");
+        }
     }
 
     #[test]

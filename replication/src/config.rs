@@ -186,6 +186,9 @@ pub struct SideConfig {
     pub window_bytes: u64,
     /// Bound of the requests that are on their way to the secondary. Default 4096.
     pub window_requests: usize,
+    /// Bytes that one bit of the maps stands for: a power of two from 4096 to 16 MiB. None: 64 KiB,
+    /// or more for a disk so large that its maps would take more than 64 MiB of memory.
+    pub granularity: Option<u64>,
     /// Time between two checkpoints; none: only on command. Default 1 s.
     pub checkpoint_interval: Option<Duration>,
     /// Whether the secondary's disks were copied by other means.
@@ -232,6 +235,7 @@ impl SideConfig {
             buffer_limit: None,
             window_bytes: 64 << 20,
             window_requests: 4096,
+            granularity: None,
             checkpoint_interval: Some(Duration::from_secs(1)),
             seeded: Seeded::No,
             resync_limits: ResyncLimits::default(),

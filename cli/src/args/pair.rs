@@ -15,8 +15,8 @@ use super::drive::{self, Drives};
 use super::security::{ServerTls, TlsFlags};
 use crate::exit::Failure;
 use crate::units::{
-    Factor, Interval, Limit, Rate, parse_duration, parse_factor, parse_interval, parse_limit,
-    parse_rate, parse_size,
+    Factor, Interval, Limit, Rate, parse_duration, parse_factor, parse_granularity, parse_interval,
+    parse_limit, parse_rate, parse_size,
 };
 
 /// What both sides of a pair take.
@@ -148,6 +148,11 @@ pub(crate) struct ReplicateArgs {
     #[arg(long, value_name = "COUNT", default_value = "4096",
         value_parser = clap::value_parser!(u32).range(1..=65536))]
     window_requests: u32,
+
+    /// Bytes that are remembered as one when the secondary lacks any of them: a power of two from 4K
+    /// to 16M; by default 64K, more for disks beyond 4 TiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_granularity)]
+    granularity: Option<u64>,
 
     /// Time between two checkpoints, or off: only on command
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = parse_interval)]
@@ -368,6 +373,7 @@ impl ReplicateArgs {
         };
         config.window_bytes = self.window_bytes;
         config.window_requests = self.window_requests as usize;
+        config.granularity = self.granularity;
         config.checkpoint_interval = self.checkpoint_interval.0;
         config.seeded = match self.seeded {
             None => Seeded::No,

@@ -120,6 +120,7 @@ pub struct Options {
     identity: Identity,
     size: u64,
     granularity_log2: u32,
+    keep_granularity: bool,
     after_power_loss: AfterPowerLoss,
     boot_id: Option<[u8; 16]>,
 }
@@ -128,7 +129,22 @@ impl Options {
     /// Maps of `size` items in groups of `2^granularity_log2`.
     pub fn new(identity: Identity, size: u64, granularity_log2: u32) -> Self {
         let after_power_loss = AfterPowerLoss::Refuse;
-        Options { identity, size, granularity_log2, after_power_loss, boot_id: None }
+        let keep_granularity = false;
+        Options {
+            identity,
+            size,
+            granularity_log2,
+            keep_granularity,
+            after_power_loss,
+            boot_id: None,
+        }
+    }
+
+    /// A file that exists keeps the granularity that it has.
+    #[must_use]
+    pub fn keep_granularity(mut self) -> Self {
+        self.keep_granularity = true;
+        self
     }
 
     /// The granularity, as a power of two, with which the maps of a set for a disk of `size` bytes

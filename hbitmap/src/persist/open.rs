@@ -18,11 +18,12 @@ use crate::{Error, HBitmap, Result};
 /// another granularity, or of a disk that has grown, is converted.
 pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFile> {
     let mut file = open_as_is(path, options, maps)?;
-    let Header { size, granularity_log2, .. } = file.header;
-    if (size, granularity_log2) == (options.size, options.granularity_log2) {
+    let Header { size, granularity_log2: found, .. } = file.header;
+    let wanted = if options.keep_granularity { found } else { options.granularity_log2 };
+    if (size, found) == (options.size, wanted) {
         return Ok(file);
     }
-    rebuild(&mut file, options.size, options.granularity_log2)
+    rebuild(&mut file, options.size, wanted)
 }
 
 /// The same, with the size and the granularity that the file has.

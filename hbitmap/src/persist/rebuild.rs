@@ -23,6 +23,7 @@ pub(super) fn rebuild(old: &mut MapFile, size: u64, granularity_log2: u32) -> Re
         identity: header.identity,
         size,
         granularity_log2,
+        keep_granularity: false,
         after_power_loss: AfterPowerLoss::Refuse,
         boot_id: Some(header.boot_id),
     };

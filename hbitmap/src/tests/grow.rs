@@ -98,6 +98,9 @@ fn maps_of_another_granularity_are_converted_and_lose_nothing() {
         let maps = MapSet::open(&path, &sized(SIZE, log2)).unwrap();
         assert_eq!(maps.map(Role::Open).granularity_log2(), log2);
         assert_eq!(dirty(&maps, Role::Open), [open]);
+        drop(maps);
+        let maps = MapSet::open(&path, &sized(SIZE, 9).keep_granularity()).unwrap();
+        assert_eq!(maps.map(Role::Open).granularity_log2(), log2);
         assert!(maps.has_pending() && maps.tag(Role::Pending) == tag(1));
         maps.close().unwrap();
     }

@@ -81,7 +81,7 @@ pub(super) fn open_own_maps(
     let state_dir = &config.state_dir;
     let files = disks.iter().map(|(disk, size)| {
         let (set, size) = (record.set, *size);
-        MapsOf { state_dir, set, disk, size }
+        MapsOf { state_dir, set, disk, size, granularity_log2: None }
     });
     match (record.secondary.outdated, record.role) {
         (true, _) => files.map(|file| file.open()).collect(),
@@ -118,7 +118,7 @@ pub fn would_discard(config: &SideConfig) -> Result<Discard> {
     let names = || config.disks.iter().map(|d| d.name.as_str());
     let maps_of = |disk| {
         let (state_dir, set) = (&config.state_dir, record.set);
-        MapsOf { state_dir, set, disk, size: 0 }
+        MapsOf { state_dir, set, disk, size: 0, granularity_log2: None }
     };
     let known = names().all(|name| storage::exists(maps_of(name).path()));
     let disks: Option<Vec<_>> = names().map(sizes).collect();
@@ -173,7 +173,8 @@ impl Group {
     pub(super) fn remove_maps(&self) -> Result<()> {
         let (state_dir, set) = (&self.config.state_dir, self.record().set);
         let remove = |disk: &Arc<ReplicaDisk>| {
-            MapsOf { state_dir, set, disk: &disk.name, size: disk.size }.remove()
+            MapsOf { state_dir, set, disk: &disk.name, size: disk.size, granularity_log2: None }
+                .remove()
         };
         self.disks().iter().try_for_each(remove)
     }

@@ -16,9 +16,6 @@ use crate::status::Written;
 use crate::written::show_written;
 use crate::{Commit, Epoch, Error, Generation, Result, SetId};
 
-/// Bytes that one bit of a map stands for, as a power of two: 64 KiB.
-const GRANULE_LOG2: u32 = 16;
-
 /// Since when a map counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Since {
@@ -62,12 +59,17 @@ pub(crate) struct MapsOf<'a> {
     pub(crate) disk: &'a str,
     /// The disk's size in bytes.
     pub(crate) size: u64,
+    /// Bytes that a bit stands for, as a power of two. None: what the file has; in a new one, what
+    /// fits the size.
+    pub(crate) granularity_log2: Option<u32>,
 }
 
 impl<'a> MapsOf<'a> {
     pub(crate) fn new(side: &'a Side, disk: &'a str, size: u64) -> Self {
         let state_dir = &side.config.state_dir;
-        MapsOf { state_dir, set: side.record.get().set, disk, size }
+        let chosen = side.config.granularity.map(u64::ilog2);
+        let granularity_log2 = Some(chosen.unwrap_or_else(|| Options::granularity_log2_for(size)));
+        MapsOf { state_dir, set: side.record.get().set, disk, size, granularity_log2 }
     }
 
     pub(crate) fn path(&self) -> PathBuf {
@@ -81,14 +83,21 @@ impl<'a> MapsOf<'a> {
         hash.update(self.disk);
         let mut id = [0; 16];
         id.copy_from_slice(&hash.finalize()[..16]);
-        Options::new(Identity(id), self.size, GRANULE_LOG2)
+        match self.granularity_log2 {
+            Some(granularity_log2) => Options::new(Identity(id), self.size, granularity_log2),
+            None => {
+                let fitting = Options::granularity_log2_for(self.size);
+                Options::new(Identity(id), self.size, fitting).keep_granularity()
+            }
+        }
     }
 
     fn failed(&self, error: &MapError) -> Error {
         Error::failed(format!("dirty maps of disk {}: {error}", self.disk))
     }
 
-    /// Opens them. After a kill differs holds what was in flight. What cannot be trusted is made
+    /// Opens them; they are copied if the disk has grown, or another granularity is wanted. After a
+    /// kill differs holds what was in flight. What cannot be trusted is made
     /// anew: everything differs, since nobody knows when.
     ///
     /// # Errors
