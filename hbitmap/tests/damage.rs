@@ -75,6 +75,11 @@ fn edit_header(path: &Path, change: impl Fn(&mut [u8])) {
     });
 }
 
+/// Whoever had it kept a log.
+fn logged(path: &Path) {
+    edit_header(path, |header| header[216] = 1);
+}
+
 /// Opening fails, and changes nothing.
 fn refused(path: &Path, options: &Options) -> Error {
     let before = fs::read(path).unwrap();
@@ -309,9 +314,21 @@ fn a_file_that_was_in_use_when_power_was_lost_is_refused() {
 }
 
 #[test]
+fn a_log_of_other_times_does_not_vouch_for_a_file_that_was_in_use_without_one() {
+    let scratch = killed();
+    let accepting = after_reboot().after_power_loss(AfterPowerLoss::Accept);
+    assert_refused!(&scratch.path, &accepting, Error::PowerLost { .. }, "power was lost");
+    // One that was kept, and then not any more.
+    logged(&scratch.path);
+    drop(PersistentBitmap::open(&scratch.path, &options()).unwrap());
+    assert_refused!(&scratch.path, &accepting, Error::PowerLost { .. }, "power was lost");
+}
+
+#[test]
 fn after_a_power_loss_damaged_chunks_count_as_dirty() {
     let scratch = killed();
     edit(&scratch.path, |bytes| bytes[BITS + PAGE] ^= 1);
+    logged(&scratch.path);
     let accepting = after_reboot().after_power_loss(AfterPowerLoss::Accept);
     let map = PersistentBitmap::open(&scratch.path, &accepting).unwrap();
     assert_eq!(map.last_stop(), LastStop::PowerLost);
@@ -333,6 +350,7 @@ fn after_a_power_loss_a_header_older_than_the_chunks_loses_no_bit() {
     map.set(0, 1);
     drop(map);
     edit(&scratch.path, |bytes| bytes[..TABLE].copy_from_slice(&before[..TABLE]));
+    logged(&scratch.path);
     let accepting = after_reboot().after_power_loss(AfterPowerLoss::Accept);
     let mut map = PersistentBitmap::open(&scratch.path, &accepting).unwrap();
     assert_eq!(map.map().count() / 512, 32_768 + 1);
@@ -357,6 +375,7 @@ fn after_a_power_loss_a_cut_that_was_not_flushed_leaves_no_trace() {
     drop(maps);
     edit(&scratch.path, |bytes| bytes[..2 * PAGE].copy_from_slice(&flushed[..2 * PAGE]));
 
+    logged(&scratch.path);
     let accepting = after_reboot().after_power_loss(AfterPowerLoss::Accept);
     let mut maps = MapSet::open(&scratch.path, &accepting).unwrap();
     assert!(!maps.has_pending() && maps.map(Role::Pending).is_empty());

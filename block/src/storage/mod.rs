@@ -132,6 +132,19 @@ pub async fn sync(file: Arc<dyn PlainFile>) -> io::Result<()> {
     tokio::task::spawn_blocking(move || file.sync_data()).await.map_err(io::Error::other)?
 }
 
+/// Does what waits for a disk beside the thread, inside a tokio runtime; a simulation has nobody
+/// else to do it.
+///
+/// # Errors
+/// The runtime is going away.
+pub async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    #[cfg(feature = "simulation")]
+    if stand_in::installed().is_some() {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)
+}
+
 /// See [`Storage::open_disk`].
 ///
 /// # Errors

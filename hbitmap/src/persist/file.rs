@@ -171,6 +171,19 @@ impl MapFile {
         }
     }
 
+    /// Whether there is a log from now on: everything until now is on stable storage without it.
+    pub(super) fn set_logged(&mut self, logged: bool) -> Result<()> {
+        if logged {
+            self.unseal_all();
+        } else if !self.header.logged {
+            return Ok(());
+        }
+        self.sync(0..self.layout.file_len())?;
+        let header = Header { logged, ..self.header };
+        self.commit(header);
+        self.sync(self.layout.header_bytes())
+    }
+
     pub(super) fn flusher(&self) -> MapFlush {
         let words = Arc::clone(&self.words);
         MapFlush { path: self.path.clone(), words, len: self.layout.file_len() }

@@ -11,6 +11,7 @@ const CRC_OFFSET: usize = 12;
 const ENTRIES_OFFSET: usize = 88;
 const ENTRY_BYTES: usize = 40;
 const IN_FLIGHT_OFFSET: usize = 208;
+const LOGGED_OFFSET: usize = 216;
 pub(super) const MAPS_MAX: usize = 3;
 /// Far more than anybody has a use for.
 const IN_FLIGHT_MAX: u64 = 1 << 20;
@@ -39,6 +40,8 @@ pub(super) struct Header {
     pub(super) maps: usize,
     /// Words for what is in flight.
     pub(super) in_flight: u64,
+    /// While it is in use, a log says where a loss of power may take bits away.
+    pub(super) logged: bool,
     pub(super) entries: [Entry; MAPS_MAX],
 }
 
@@ -77,6 +80,7 @@ impl Header {
             clean: None,
             maps,
             in_flight: if maps > 1 { IN_FLIGHT_WORDS } else { 0 },
+            logged: false,
             entries,
         }
     }
@@ -102,6 +106,7 @@ impl Header {
         put(80, &state.to_le_bytes());
         put(84, &tables_crc.to_le_bytes());
         put(IN_FLIGHT_OFFSET, &self.in_flight.to_le_bytes());
+        put(LOGGED_OFFSET, &u32::from(self.logged).to_le_bytes());
         for (index, entry) in self.entries[..self.maps].iter().enumerate() {
             let offset = ENTRIES_OFFSET + index * ENTRY_BYTES;
             put(offset, &entry.bank.to_le_bytes());
@@ -146,6 +151,7 @@ impl Header {
         header.next_generation = u64_at(bytes, 56);
         header.clean = clean;
         header.in_flight = u64_at(bytes, IN_FLIGHT_OFFSET);
+        header.logged = u32_at(bytes, LOGGED_OFFSET) != 0;
         if !header.in_flight.is_multiple_of(CHUNK_WORDS) || header.in_flight > IN_FLIGHT_MAX {
             return Err(Bad::Contents);
         }

@@ -13,6 +13,10 @@ const CRC_OFFSET: usize = 12;
 const EXTENTS_OFFSET: usize = 64;
 const SLOT_LEN: usize = 16 << 10;
 const EXTENT_LEN: usize = 4;
+/// An extent that was not touched for so many syncs leaves with the next write,
+const IDLE_SYNCS: u64 = 16;
+/// and so many of them are worth a write of their own.
+const IDLE_MAX: usize = 64;
 /// Log₂ of an extent's bytes, unless the disk is so large that there would be too many.
 const EXTENT_LOG2: u32 = 22;
 
@@ -24,7 +28,7 @@ const EXTENT_LOG2: u32 = 22;
 /// No I/O here. The file is [`FILE_LEN`](ActivityLog::FILE_LEN) bytes long, and its owner writes
 /// what [`next_write`](ActivityLog::next_write) says, flushes, and calls
 /// [`written`](ActivityLog::written). One such write serves everybody who waits. An extent stays
-/// hot until its place is needed and its bits are durable, which the owner of the maps tells by
+/// hot until its bits are durable and either its place is needed or it was not touched for long, which the owner of the maps tells by
 /// [`begin_sync`](ActivityLog::begin_sync) and [`synced`](ActivityLog::synced).
 ///
 /// The file has two slots, written in turn, of which the newest valid one counts; so a torn write
@@ -157,16 +161,23 @@ impl ActivityLog {
         !cold
     }
 
-    /// What is to be written next, if anything is wanted and nothing is being written: all that is
-    /// hot, and what is wanted of it as far as there is room. What makes room is not hot any more.
+    /// What is to be written next, if anything is wanted, or much is hot for nothing, and nothing is
+    /// being written: all that is hot, and what is wanted as far as there is room. What makes room, or
+    /// was not touched for long, is not hot any more.
     pub fn next_write(&mut self) -> Option<LogWrite> {
-        if self.writing.is_some() || self.wanted.is_empty() {
+        if self.writing.is_some() {
             return None;
         }
+        let idle_before = self.synced.saturating_sub(IDLE_SYNCS);
+        let idle = self.hot.values().filter(|touched| **touched < idle_before).count();
+        if self.wanted.is_empty() && idle < IDLE_MAX {
+            return None;
+        }
+        self.hot.retain(|_, touched| *touched >= idle_before);
         self.make_room();
         let room = Self::CAPACITY - self.hot.len();
         let added: Vec<u32> = self.wanted.iter().copied().take(room).collect();
-        if added.is_empty() {
+        if added.is_empty() && idle == 0 {
             return None;
         }
         for extent in &added {

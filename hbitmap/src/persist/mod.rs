@@ -95,11 +95,9 @@ pub enum AfterPowerLoss {
     /// Fail with [`Error::PowerLost`](crate::Error::PowerLost).
     #[default]
     Refuse,
-    /// Take what is there: only for a caller who knows from elsewhere, on stable storage, what
-    /// was set since the last flush, and sets it again; see [`ActivityLog`]. Chunks whose checksum
-    /// or state does not fit are taken as dirty from end to end. That this is never so after a mere
-    /// loss of power, opening waits until everything is on stable storage, and chunks then have no
-    /// checksum until the file is closed.
+    /// Take what is there, if its last user kept a log ([`MapSet::set_logged`]): for a caller who
+    /// has that log, and sets what was hot in it before he says whether he keeps one himself. Chunks
+    /// whose checksum or state does not fit are taken as dirty from end to end.
     Accept,
 }
 

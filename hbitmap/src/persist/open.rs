@@ -39,7 +39,8 @@ pub(super) fn open_as_is(path: &Path, options: &Options, maps: usize) -> Result<
     }
     let boot_id = options.current_boot_id(path);
     let last_stop = last_stop(&header, boot_id);
-    if last_stop == LastStop::PowerLost && options.after_power_loss == AfterPowerLoss::Refuse {
+    let accepted = options.after_power_loss == AfterPowerLoss::Accept && header.logged;
+    if last_stop == LastStop::PowerLost && !accepted {
         return Err(Error::PowerLost { path: path.to_owned() });
     }
 
@@ -61,14 +62,11 @@ pub(super) fn open_as_is(path: &Path, options: &Options, maps: usize) -> Result<
     let mut header = this.header;
     header.clean = None;
     header.boot_id = boot_id;
+    // What the last user's log covers stays covered until this one says otherwise.
+    header.logged &= accepted;
     this.commit(header);
-    if options.after_power_loss == AfterPowerLoss::Accept {
-        this.unseal_all();
-        this.sync(0..layout.file_len())?;
-    } else {
-        // Before the first bit: a clean header must not be what a loss of power leaves behind.
-        this.sync(layout.header_bytes())?;
-    }
+    // Before the first bit: a clean header must not be what a loss of power leaves behind.
+    this.sync(layout.header_bytes())?;
     Ok(this)
 }
 

@@ -55,6 +55,7 @@ fn fill(old: &mut MapFile, new: &mut MapFile) -> Result<()> {
     for (to, from) in header.entries.iter_mut().zip(&old.header.entries) {
         (to.present, to.tag) = (from.present, from.tag);
     }
+    header.logged = old.header.logged;
     new.commit(header);
     for map in 0..old.header.maps {
         let from = old.maps[map].take();

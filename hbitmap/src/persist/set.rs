@@ -295,6 +295,17 @@ impl MapSet {
         self.file.flush()
     }
 
+    /// Whether the caller keeps an [`ActivityLog`](super::ActivityLog) from now on, in which nothing is
+    /// hot: waits until everything is on stable storage, and notes that after a loss of power the log
+    /// says what may be missing, or that there is none. With a log chunks have no checksum until the
+    /// file is closed.
+    ///
+    /// # Errors
+    /// As [`flush`](MapSet::flush).
+    pub fn set_logged(&mut self, logged: bool) -> Result<()> {
+        self.file.set_logged(logged)
+    }
+
     /// Puts the maps on stable storage from another thread, while they are in use.
     pub fn flusher(&self) -> MapFlush {
         self.file.flusher()

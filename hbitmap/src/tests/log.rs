@@ -88,6 +88,31 @@ fn an_extent_leaves_only_when_its_bits_are_durable_and_its_place_is_needed() {
 }
 
 #[test]
+fn extents_that_nobody_touches_leave_when_something_is_written() {
+    let mut owner = Owner::new();
+    owner.heat(0, 100 * EXTENT);
+    let sync = |owner: &mut Owner| {
+        let sync = owner.log.begin_sync();
+        owner.log.synced(sync);
+    };
+    for _ in 0..20 {
+        sync(&mut owner);
+        owner.heat(0, 50 * EXTENT);
+    }
+    assert!(owner.log.next_write().is_none(), "fifty are not worth a write");
+    owner.heat(200 * EXTENT, 1);
+    assert_eq!(hot(&owner.file), (0..50).chain([200]).collect::<Vec<_>>());
+    owner.heat(300 * EXTENT, 100 * EXTENT);
+    for _ in 0..20 {
+        sync(&mut owner);
+    }
+    let write = owner.log.next_write().expect("many are worth one");
+    owner.put(&write);
+    owner.log.written();
+    assert_eq!(hot(&owner.file), []);
+}
+
+#[test]
 fn a_torn_write_leaves_the_log_before_it() {
     let mut owner = Owner::new();
     owner.heat(0, 1);

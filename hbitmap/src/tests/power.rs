@@ -40,7 +40,8 @@ struct Owner {
 impl Owner {
     fn new(path: &Path) -> Self {
         drop(MapSet::create(path, &options(1), Tag::default()).unwrap());
-        let maps = MapSet::open(path, &options(1)).unwrap();
+        let mut maps = MapSet::open(path, &options(1)).unwrap();
+        maps.set_logged(true).unwrap();
         let log = ActivityLog::new(IDENTITY, SIZE);
         let mut this = Owner {
             path: path.to_owned(),
@@ -221,6 +222,7 @@ fn chunks_that_were_sealed_by_a_clean_stop_are_not_taken_as_damaged_after_a_loss
     owner.maps.set(Role::Differs, 0, GROUP);
     owner.maps.close().unwrap();
     let mut maps = MapSet::open(&path, &options(1)).unwrap();
+    maps.set_logged(true).unwrap();
     let before = fs::read(&path).unwrap();
     maps.set(Role::Differs, 5 * GROUP, GROUP);
     // The bits are kept, and the table that says that they have no checksum is not.

@@ -138,7 +138,8 @@ async fn skip_zeroes(
         if !is_zero(&*part.device, range).await {
             return range.start;
         }
-        group.assume_equal(disk, range.clone())
+        let Ok(assumed) = group.assume_equal(disk, range.clone()).await else { return range.start };
+        assumed
     };
     let mut end = range.start;
     while end < range.end {
@@ -176,7 +177,7 @@ async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Resul
         }
     };
     admission.resume();
-    let begun = group.begin_copy(disk, range.start, &change)?;
+    let begun = group.begin_copy(&admission, disk, range.start, &change).await?;
     drop(guard);
     group.local_done(begun.ticket, range.start, len, &Ok(()));
     let (group, start) = (Arc::clone(group), range.start);
@@ -217,7 +218,7 @@ async fn different_on_peer(
     let part = &group.disks()[disk];
     let (assumed, data) = {
         let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
-        let assumed = group.assume_equal(disk, range.clone());
+        let assumed = group.assume_equal(disk, range.clone()).await?;
         (assumed, part.device.read(range.start, len as usize).await)
     };
     let data = data.inspect_err(|error| group.report(disk, error))?;

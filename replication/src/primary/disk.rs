@@ -80,7 +80,7 @@ impl PrimaryDisk {
         let admission = self.group.admit(len).await;
         let locks = &self.group.disks()[self.index].locks;
         let guard = admission.lock(locks, offset..offset + len).await;
-        let begun = self.group.begin(self.index, offset, &change)?;
+        let begun = self.group.begin(&admission, self.index, offset, &change).await?;
         let ticket = begun.ticket;
         let local = async {
             let local = self.apply(offset, change).await;

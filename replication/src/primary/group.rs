@@ -1,6 +1,7 @@
 mod cut;
 mod durable;
 mod held;
+mod hot;
 mod maps;
 mod resync;
 mod role;
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use brep_block::{BlockDevice, Error as BlockError, RangeLock};
-use brep_hbitmap::{MapSet, Role as MapRole};
+use brep_hbitmap::MapSet;
 use brep_nbd::client::Connection;
 use serde_json::json;
 use tokio::sync::{Notify, Semaphore, watch};
@@ -22,8 +23,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use self::hot::{HotExtents, HotTasks, begin_logs};
 pub(crate) use self::maps::{MapsOf, Since};
-use self::maps::{begin_copy, trust};
 pub(crate) use self::role::check_role;
 pub(crate) use self::stage::no_peer;
 use self::switchover::SteppingDown;
@@ -56,6 +57,7 @@ pub(crate) struct Group {
     /// What is left of the secondary that was promoted in this process.
     pub(super) promoted: Option<Arc<secondary::Group>>,
     core: Mutex<Core>,
+    hot_tasks: HotTasks,
     window_bytes: Arc<Semaphore>,
     window_requests: Arc<Semaphore>,
     /// A write has ended that a cut may be waiting for.
@@ -168,10 +170,12 @@ pub(crate) struct Core {
     connections: Vec<Arc<Connection>>,
     /// One a disk: what is known of the differences to the peer.
     maps: Vec<MapSet>,
+    /// One a disk, if a loss of power is to be survived.
+    hot: Vec<HotExtents>,
     ages: Ages,
     /// The secondary is to take over, and this side's record says that it is none any more.
     stepping_down: Option<SteppingDown>,
-    /// Nothing more may be acknowledged: the record could not be saved.
+    /// Nothing more may be acknowledged: the record, or what the maps need, could not be saved.
     fatal: Option<String>,
     /// What a guest makes durable is durable on the peer too, before the guest is told.
     flushes_reach_peer: bool,
@@ -235,7 +239,7 @@ impl Group {
         side.secure_start().await?;
         let door = Door::new(&side.config.name);
         let guest = Arc::new(Guest::new(vec![Arc::clone(&door)]));
-        Ok(Self::new(side, disks, images, maps, door, guest, None))
+        Self::new(side, disks, images, maps, door, guest, None)
     }
 
     /// The primary that a promoted secondary is. Its guest stays with the doors that it passes.
@@ -244,7 +248,7 @@ impl Group {
         secondary: &Arc<secondary::Group>,
         devices: Vec<Arc<dyn BlockDevice>>,
         maps: Vec<MapSet>,
-    ) -> Arc<Self> {
+    ) -> Result<Arc<Self>> {
         let parts = side.config.disks.iter().zip(devices);
         let disks = parts.map(|(d, device)| DiskPart::new(d, device)).collect();
         let guest = Arc::clone(&secondary.guest);
@@ -260,14 +264,17 @@ impl Group {
         door: Arc<Door>,
         guest: Arc<Guest>,
         promoted: Option<Arc<secondary::Group>>,
-    ) -> Arc<Self> {
+    ) -> Result<Arc<Self>> {
         let config = &side.config;
+        let mut maps = maps;
+        let hot = begin_logs(side, &disks, &mut maps)?;
         let peer = side.peer();
         let window_bytes = u32::try_from(config.window_bytes).unwrap_or(u32::MAX >> 4);
         let core = Core {
             epochs: Epochs::new(side.record.get().epoch),
             connections: Vec::new(),
             maps,
+            hot,
             ages: Ages::default(),
             stepping_down: None,
             fatal: None,
@@ -292,7 +299,7 @@ impl Group {
             false => Stage::None,
         };
         let pace = Pace::new(config.resync_limits);
-        Arc::new(Group {
+        let group = Arc::new(Group {
             guest,
             door,
             window_bytes: Arc::new(Semaphore::new(window_bytes as usize)),
@@ -302,6 +309,7 @@ impl Group {
             images,
             promoted,
             core: Mutex::new(core),
+            hot_tasks: HotTasks::default(),
             ended: Notify::new(),
             stage: watch::Sender::new(stage),
             wake: Notify::new(),
@@ -314,7 +322,9 @@ impl Group {
             pace_changed: Notify::new(),
             measuring: AtomicBool::new(false),
             takeover: watch::Sender::new(Takeover::None),
-        })
+        });
+        group.start_hot_tasks();
+        Ok(group)
     }
 
     /// Ends the use of the disks, after the last request: flushed, if they are images. `flushed`:
@@ -370,21 +380,15 @@ impl Group {
         let Terms { epoch, session, copy, wish, trusted, connections, peer, peer_durability } =
             terms;
         {
-            let mut core = self.core();
+            let core = self.core();
             if !core.epochs.is_settled() {
                 return Err(Error::failed("writes to the lost secondary have not ended yet"));
             }
             if core.wish != wish {
                 return Err(Error::failed("the session was agreed on before the last command"));
             }
-            for (maps, disk) in core.maps.iter_mut().zip(&self.disks) {
-                if trusted {
-                    trust(maps, disk.size());
-                }
-                begin_copy(maps, copy, disk.size());
-            }
-            core.progress = Some(CopyProgress::begin(core.all_bytes_behind(), Instant::now()));
         }
+        self.prepare_maps(copy, trusted)?;
         self.record.update(|record| {
             record.epoch = epoch;
             record.session = session;
@@ -416,14 +420,8 @@ impl Group {
     /// Everything differs, as far as a copy in this session is concerned, until it has been
     /// compared or sent again.
     pub(crate) fn copy_again(&self) {
-        {
-            let mut core = self.core();
-            for (maps, disk) in core.maps.iter_mut().zip(&self.disks) {
-                maps.set(MapRole::Differs, 0, disk.size());
-            }
-            core.copying = true;
-            core.progress = Some(CopyProgress::begin(core.all_bytes_behind(), Instant::now()));
-        }
+        self.all_differs();
+        self.core().copying = true;
         self.set_resync_limits(self.resync_limits());
     }
 

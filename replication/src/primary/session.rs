@@ -363,6 +363,9 @@ impl Session {
     /// Cuts the current epoch on both sides. None: a write of it has failed, try again.
     async fn cut(&self) -> std::result::Result<Option<Cut>, Failure> {
         self.group.late_writes().await;
+        // Of what the last commit dropped nothing can come back, and what was set since survives a
+        // loss of power without the logs.
+        self.group.flush_maps().await.map_err(Failure::Lost)?;
         let begun = Instant::now();
         let mut answers = match &self.peer {
             Peer::Brep(link) => Some(link.expect_cut()),

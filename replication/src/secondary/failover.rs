@@ -152,7 +152,7 @@ impl Group {
         for disk in self.disks() {
             devices.push(disk.promoted().ok_or_else(|| Error::failed("not promoted"))?);
         }
-        let group = primary::Group::of_promoted(&self.side, self, devices, maps);
+        let group = primary::Group::of_promoted(&self.side, self, devices, maps)?;
         for (index, disk) in self.disks().iter().enumerate() {
             disk.gate().replace(Arc::new(PrimaryDisk::new(&group, index)));
         }

@@ -48,9 +48,9 @@ impl Group {
 
     /// The cut is not made, or not committed; its epoch runs on.
     pub(crate) fn void_cut(&self) {
+        self.void_pending();
         let mut core = self.core();
         core.dirty = true;
-        core.maps.iter_mut().for_each(MapSet::void_pending);
         let held = core.epochs.void_cut();
         core.send_held(held);
     }

@@ -5,12 +5,16 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use brep_block::storage;
-use brep_hbitmap::{Error as MapError, Identity, InFlight, MapSet, Options, Role, Tag};
+use brep_hbitmap::{
+    AfterPowerLoss, Error as MapError, Identity, InFlight, MapSet, Options, Role, Tag,
+};
 use sha2::{Digest, Sha256};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{Core, Group};
 use crate::link::CopyMode;
+use crate::primary::progress::CopyProgress;
 use crate::side::Side;
 use crate::status::Written;
 use crate::written::show_written;
@@ -77,33 +81,44 @@ impl<'a> MapsOf<'a> {
     }
 
     /// Maps belong to a disk of a set.
-    fn options(&self) -> Options {
+    pub(super) fn identity(&self) -> Identity {
         let mut hash = Sha256::new();
         hash.update(self.set.map_or([0; 16], |s| s.0.into_bytes()));
         hash.update(self.disk);
         let mut id = [0; 16];
         id.copy_from_slice(&hash.finalize()[..16]);
+        Identity(id)
+    }
+
+    fn options(&self) -> Options {
+        let identity = self.identity();
         match self.granularity_log2 {
-            Some(granularity_log2) => Options::new(Identity(id), self.size, granularity_log2),
+            Some(granularity_log2) => Options::new(identity, self.size, granularity_log2),
             None => {
                 let fitting = Options::granularity_log2_for(self.size);
-                Options::new(Identity(id), self.size, fitting).keep_granularity()
+                Options::new(identity, self.size, fitting).keep_granularity()
             }
         }
     }
 
-    fn failed(&self, error: &MapError) -> Error {
+    pub(super) fn failed(&self, error: &MapError) -> Error {
         Error::failed(format!("dirty maps of disk {}: {error}", self.disk))
     }
 
     /// Opens them; they are copied if the disk has grown, or another granularity is wanted. After a
-    /// kill differs holds what was in flight. What cannot be trusted is made
+    /// kill differs holds what was in flight; after a loss of power everything that was in the maps, and
+    /// what was hot, if there was a log. What cannot be trusted is made
     /// anew: everything differs, since nobody knows when.
     ///
     /// # Errors
     /// The file is in use, or cannot be read or written.
     pub(crate) fn open(&self) -> Result<MapSet> {
-        match MapSet::open(self.path(), &self.options()) {
+        self.open_with_log()
+    }
+
+    pub(super) fn open_after(&self, power_loss: AfterPowerLoss) -> Result<MapSet> {
+        let options = self.options().after_power_loss(power_loss);
+        match MapSet::open(self.path(), &options) {
             Ok(maps) => return Ok(maps),
             Err(MapError::Io { source, .. }) if source.kind() == ErrorKind::NotFound => {}
             Err(error @ (MapError::Locked { .. } | MapError::Io { .. })) => {
@@ -129,6 +144,13 @@ impl<'a> MapsOf<'a> {
         MapSet::create(self.path(), &self.options(), since.tag()).map_err(|e| self.failed(&e))
     }
 
+    /// What the next start finds is what a loss of power has left.
+    #[cfg(test)]
+    pub(crate) fn lose_power(&self) {
+        let options = self.options().after_power_loss(AfterPowerLoss::Accept);
+        drop(MapSet::open(self.path(), &options.boot_id([9; 16])).unwrap());
+    }
+
     /// Removes the file, if there is one: maps do not follow what a secondary is given.
     ///
     /// # Errors
@@ -145,7 +167,7 @@ impl<'a> MapsOf<'a> {
 }
 
 /// The operator says that the peer's disk is equal to this one: whatever differs is written later.
-pub(super) fn trust(maps: &mut MapSet, size: u64) {
+fn trust(maps: &mut MapSet, size: u64) {
     maps.transfer(Role::Differs, Role::Open, 0, size);
     maps.void_pending();
     for role in [Role::Open, Role::Differs] {
@@ -154,7 +176,7 @@ pub(super) fn trust(maps: &mut MapSet, size: u64) {
 }
 
 /// Brings the maps to what they have to be when a session begins.
-pub(super) fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
+fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
     match copy {
         CopyMode::Full | CopyMode::Compare => {
             maps.set(Role::Differs, 0, size);
@@ -174,7 +196,61 @@ pub(super) fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
     }
 }
 
+/// What has to be on stable storage before [`trust`] and [`begin_copy`] empty a map.
+fn unite_for(maps: &mut MapSet, copy: CopyMode, trusted: bool) {
+    maps.unite(Role::Open, Role::Pending);
+    if trusted {
+        maps.unite(Role::Open, Role::Differs);
+    }
+    if copy == CopyMode::Changed {
+        maps.unite(Role::Differs, Role::Open);
+    }
+}
+
 impl Group {
+    /// Brings all maps to what they have to be when a session begins.
+    ///
+    /// # Errors
+    /// They could not be put on stable storage where that is promised.
+    pub(super) fn prepare_maps(&self, copy: CopyMode, trusted: bool) -> Result<()> {
+        let unite = |core: &mut Core| {
+            core.maps.iter_mut().for_each(|maps| unite_for(maps, copy, trusted));
+        };
+        self.change_roles(unite, |core| {
+            for maps in &mut core.maps {
+                let size = maps.map(Role::Differs).size();
+                if trusted {
+                    trust(maps, size);
+                }
+                begin_copy(maps, copy, size);
+            }
+            core.progress = Some(CopyProgress::begin(core.all_bytes_behind(), Instant::now()));
+        });
+        match self.core().fatal() {
+            None => Ok(()),
+            Some(reason) => Err(Error::failed(reason)),
+        }
+    }
+
+    /// A cut has come to nothing.
+    pub(super) fn void_pending(&self) {
+        let unite = |core: &mut Core| {
+            core.maps.iter_mut().for_each(|maps| maps.unite(Role::Open, Role::Pending));
+        };
+        self.change_roles(unite, |core| core.maps.iter_mut().for_each(MapSet::void_pending));
+    }
+
+    /// Everything differs, in a session that goes on.
+    pub(super) fn all_differs(&self) {
+        let all = |core: &mut Core| {
+            for maps in &mut core.maps {
+                maps.set(Role::Differs, 0, maps.map(Role::Differs).size());
+            }
+            core.progress = Some(CopyProgress::begin(core.all_bytes_behind(), Instant::now()));
+        };
+        self.change_roles(|_| {}, all);
+    }
+
     /// Looks at the maps of a disk.
     pub(crate) fn with_maps<T>(&self, disk: usize, look: impl FnOnce(&MapSet) -> T) -> Option<T> {
         self.core().maps.get(disk).map(look)
@@ -238,13 +314,20 @@ impl Group {
 
     /// Takes whole granules as equal while they are compared. They differ again when the result is
     /// dropped, unless they were found equal.
-    pub(crate) fn assume_equal(&self, disk: usize, range: Range<u64>) -> AssumedEqual<'_> {
+    pub(crate) async fn assume_equal(
+        &self,
+        disk: usize,
+        range: Range<u64>,
+    ) -> brep_block::Result<AssumedEqual<'_>> {
         let (start, len) = (range.start, range.end - range.start);
-        let mut core = self.core();
-        // A kill before they are known to be equal makes them differ.
-        let in_flight = core.begin_in_flight(disk, start, len, 1);
-        core.clear_different(disk, start, len);
-        AssumedEqual { group: self, disk, range, in_flight }
+        let assume = |core: &mut Core| {
+            // A kill before they are known to be equal makes them differ.
+            let in_flight = core.begin_in_flight(disk, start, len, 1);
+            core.clear_different(disk, start, len);
+            in_flight
+        };
+        let in_flight = self.when_hot(disk, (start, len), None, assume).await?;
+        Ok(AssumedEqual { group: self, disk, range, in_flight })
     }
 
     /// Whether any range of any disk differs.
@@ -257,7 +340,9 @@ impl Group {
     /// # Errors
     /// A file could not be written.
     pub(crate) fn close_maps(&self) -> Result<()> {
+        self.stop_hot_tasks();
         let mut core = self.core();
+        core.hot.clear();
         let mut result = Ok(());
         for maps in std::mem::take(&mut core.maps) {
             result = result.and(maps.close().map_err(|e| Error::failed(e.to_string())));

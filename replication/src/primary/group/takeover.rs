@@ -1,7 +1,6 @@
 //! The loss of the secondary: it is gone, or takes over.
 
 use brep_block::{Error as BlockError, ErrorKind, Operation};
-use brep_hbitmap::MapSet;
 use serde_json::json;
 use tokio::time::{Instant, timeout_at};
 
@@ -132,14 +131,14 @@ impl Group {
             let wanted = by_command || left_behind || self.stage() != Stage::Running;
             self.without_peer(&reason, wanted);
         }
+        // What was on its way marks itself as different when its owner learns of the loss.
+        self.void_pending();
         let held = {
             let mut core = self.core();
             core.connections.clear();
             core.copying = false;
             core.link = LinkState::Disconnected;
             core.reason = Some(reason.clone());
-            // What was on its way marks itself as different when its owner learns of the loss.
-            core.maps.iter_mut().for_each(MapSet::void_pending);
             core.epochs.detach()
         };
         // Dropped outside the lock: each held write wakes its owner, who marks its range.

@@ -116,39 +116,55 @@ impl Group {
 
     /// A write begins: it gets its epoch, and is sent, held, or marked as different. The caller
     /// holds its range.
-    pub(crate) fn begin(
+    pub(crate) async fn begin(
         &self,
+        admission: &Admission,
         disk: usize,
         offset: u64,
         change: &Change,
     ) -> brep_block::Result<Begun> {
-        self.check_fatal(disk, change.operation()).map_err(|e| e.at(offset, change.len()))?;
-        self.check_superseded(disk, change.operation()).map_err(|e| e.at(offset, change.len()))?;
-        Ok(self.core().begin(disk, offset, change))
+        let begin = |core: &mut Core| {
+            // With the core locked: the last word before the write is submitted anywhere.
+            self.check_superseded(disk, change.operation())?;
+            Ok(core.begin(disk, offset, change))
+        };
+        let begun = self.when_hot(disk, (offset, change.len()), Some(admission), begin).await?;
+        begun.map_err(|e: BlockError| e.at(offset, change.len()))
     }
 
     /// As [`begin`](Self::begin), for what was read of whole granules: they do not differ any more.
     ///
     /// Not before: a copy that is given up while it reads has changed nothing. Whatever marked them
     /// until now had ended on the local disk when they were read, and so is part of the copy.
-    pub(crate) fn begin_copy(
+    pub(crate) async fn begin_copy(
         &self,
+        admission: &Admission,
         disk: usize,
         offset: u64,
         change: &Change,
     ) -> brep_block::Result<Begun> {
-        self.check_fatal(disk, change.operation()).map_err(|e| e.at(offset, change.len()))?;
-        let mut core = self.core();
-        let begun = core.begin(disk, offset, change);
-        if !matches!(begun.remote, Remote::Nowhere) {
-            core.clear_different(disk, offset, change.len());
-        }
-        Ok(begun)
+        let begin = |core: &mut Core| {
+            let begun = core.begin(disk, offset, change);
+            if !matches!(begun.remote, Remote::Nowhere) {
+                core.clear_different(disk, offset, change.len());
+            }
+            begun
+        };
+        self.when_hot(disk, (offset, change.len()), Some(admission), begin).await
     }
 
     /// Whether changes may still be acknowledged.
     pub(crate) fn check_fatal(&self, disk: usize, operation: Operation) -> brep_block::Result<()> {
-        match &self.core().fatal {
+        self.check_fatal_in(&self.core(), disk, operation)
+    }
+
+    pub(super) fn check_fatal_in(
+        &self,
+        core: &Core,
+        disk: usize,
+        operation: Operation,
+    ) -> brep_block::Result<()> {
+        match &core.fatal {
             None => Ok(()),
             Some(reason) => {
                 let node = &self.disks[disk].name;
