@@ -1,3 +1,5 @@
+#[cfg(test)]
+mod histories;
 mod refusal;
 #[cfg(test)]
 mod tests;
