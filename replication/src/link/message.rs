@@ -233,6 +233,15 @@ pub struct Side {
     pub maps: Option<MapsInfo>,
 }
 
+impl Side {
+    /// The lines that led to the session's, which may begin with it.
+    pub fn history_before(&self, cur: Generation) -> Vec<Commit> {
+        let left = self.cur.filter(|old| *old != cur);
+        let left = left.map(|old| Commit { cur: old, epoch: self.epoch });
+        self.history.iter().copied().chain(left).collect()
+    }
+}
+
 /// What the maps of a side hold: every range in which its disks may differ from what they were at
 /// some commit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

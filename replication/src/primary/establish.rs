@@ -107,13 +107,8 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         // the next time.
         take_over_maps(group, &mut reader, &mut writer, &answer).await?;
     }
-    let (Some(set), Some(cur)) = (me.set, me.cur) else {
-        return Err(Error::failed("the state record has no identity"));
-    };
     let epoch = me.epoch.max(answer.side.epoch).max(group.core().epoch()).next();
-    // Recorded first: a secondary that was given an epoch that its primary does not know of was
-    // given it by a newer one.
-    group.update_record(|record| record.epoch = record.epoch.max(epoch))?;
+    let (set, cur) = group.begin_terms(epoch)?;
     group.secure_record().await?;
     let sync = group.config.ack == Ack::Sync;
     let discard_checkpoint = wish.discard_checkpoint;

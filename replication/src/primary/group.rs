@@ -175,6 +175,8 @@ pub(crate) struct Core {
     ages: Ages,
     /// The secondary is to take over, and this side's record says that it is none any more.
     stepping_down: Option<SteppingDown>,
+    /// The present line was begun by this process.
+    has_own_line: bool,
     /// Nothing more may be acknowledged: the record, or what the maps need, could not be saved.
     fatal: Option<String>,
     /// What a guest makes durable is durable on the peer too, before the guest is told.
@@ -277,6 +279,7 @@ impl Group {
             hot,
             ages: Ages::default(),
             stepping_down: None,
+            has_own_line: false,
             fatal: None,
             flushes_reach_peer: config.durability == Durability::Power && config.ack == Ack::Sync,
             again: None,

@@ -32,12 +32,14 @@ use self::commands::PrimaryCommands;
 pub(crate) use self::disk::PrimaryDisk;
 use self::establish::{Attempt, establish};
 pub(crate) use self::group::{Group, MapsOf, Since, check_role};
+use self::hello::Refusal;
 use self::session::CheckpointRequest;
 use crate::commands::Service;
 use crate::config::PeerKind;
-use crate::link::{Side as Introduction, StopReason};
+use crate::link::{RefusalKind, Side as Introduction, StopReason};
+use crate::secondary::Refused;
 use crate::side::Side;
-use crate::status::LinkState;
+use crate::status::{Differences, LinkState};
 use crate::{Error, Result};
 
 /// The time in which requests in flight have to end at a clean stop.
@@ -103,6 +105,26 @@ impl Primary {
     /// Looks at the maps of a disk.
     pub(crate) fn with_maps<T>(&self, disk: usize, look: impl FnOnce(&MapSet) -> T) -> Option<T> {
         self.group.with_maps(disk, look)
+    }
+
+    /// Another primary came, and found that the two are no pair. While there is a session that
+    /// concerns nobody here.
+    pub(crate) fn refused_by(&self, peer: &str, refused: &Refused) {
+        let here = self.group.written();
+        let mut core = self.group.core();
+        if core.link == LinkState::Connected || refused.kind != RefusalKind::SplitBrain {
+            return;
+        }
+        core.link = LinkState::Refused;
+        core.refusal = Some(Refusal {
+            kind: refused.kind,
+            differences: Some(Differences { here, there: refused.theirs.clone() }),
+            ..Refusal::new(
+                format!("{peer} says: {}", refused.reason),
+                "to give this side's writes up: stop it, and start it with brep secondary \
+                 --discard-local; to keep them: do the same on the other side",
+            )
+        });
     }
 
     /// Whether guests may be served: not before it is known that no other side is the disk now.

@@ -82,16 +82,20 @@ impl Group {
                     writer.send(&self.own_ranges(disk, offset), limit).await?;
                 }
                 Message::Start { set, cur, epoch, copy: _, sync, discard_checkpoint } => {
-                    let history = hello.side.history.clone();
+                    let history = hello.side.history_before(cur);
                     break (Terms { set, cur, epoch, discard_checkpoint, history }, sync);
                 }
                 Message::Refuse { reason, advice, kind, written } => {
+                    let refused =
+                        Refused { kind, reason: reason.clone(), advice, theirs: written };
+                    if let Some(primary) = &*self.primary() {
+                        primary.refused_by(&hello.side.name, &refused);
+                    }
                     let mut core = self.core();
                     core.link = LinkState::Refused;
                     core.peer = Some(format!("{} ({peer})", hello.side.name));
                     core.reason = None;
-                    let theirs = written;
-                    core.refused = Some(Refused { kind, reason: reason.clone(), advice, theirs });
+                    core.refused = Some(refused);
                     return Err(Error::refused(reason));
                 }
                 other => return Err(Error::failed(format!("unexpected message {other:?}"))),

@@ -30,7 +30,7 @@ use self::commands::SecondaryCommands;
 use self::exports::{GuestExports, PeerExports};
 pub(crate) use self::failover::repeated;
 pub(crate) use self::group::Group;
-pub(crate) use self::rejoin::check as check_return;
+pub(crate) use self::rejoin::{Refused, check as check_return};
 use crate::commands::Service;
 use crate::link::StopReason;
 use crate::side::Side;

@@ -31,11 +31,11 @@ pub struct Discard {
 /// The primary's refusal.
 #[derive(Debug, Clone)]
 pub(crate) struct Refused {
-    pub(super) kind: RefusalKind,
-    pub(super) reason: String,
-    pub(super) advice: Option<String>,
+    pub(crate) kind: RefusalKind,
+    pub(crate) reason: String,
+    pub(crate) advice: Option<String>,
     /// What the primary has and this side lacks.
-    pub(super) theirs: Vec<Written>,
+    pub(crate) theirs: Vec<Written>,
 }
 
 /// Whether a side with this record becomes a secondary by being run as one.

@@ -5,9 +5,9 @@ use serde_json::json;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Group, Loss};
-use crate::Generation;
 use crate::node::Stage;
 use crate::status::LinkState;
+use crate::{Epoch, Error, Generation, Result, SetId};
 
 /// What the secondary has said of taking over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,6 +161,24 @@ impl Group {
         }
     }
 
+    /// A session is going to begin with `epoch`: on which set and line.
+    ///
+    /// A run's first session begins a line, as a stay without the peer does: if this side's files
+    /// were put back from an older copy, what it commits now is not to be mistaken for what it
+    /// committed then. All of it is recorded first: a secondary that was given an epoch that its
+    /// primary does not know of was given it by a newer one.
+    pub(crate) fn begin_terms(&self, epoch: Epoch) -> Result<(SetId, Generation)> {
+        let new_line = !std::mem::replace(&mut self.core().has_own_line, true);
+        self.record.update(|record| {
+            if new_line {
+                record.begin_line(Generation::random(), record.epoch);
+            }
+            record.epoch = record.epoch.max(epoch);
+        })?;
+        let record = self.record.get();
+        record.set.zip(record.cur).ok_or_else(|| Error::failed("the state record has no identity"))
+    }
+
     /// Records that this side writes alone, on a new line if it was not alone before.
     pub(super) fn go_alone(&self) {
         if !self.record().is_primary() {
@@ -174,6 +192,7 @@ impl Group {
         }
         let last = self.core().epochs.current().max(before.epoch);
         let new_line = before.primary.had_peer && !before.primary.alone;
+        self.core().has_own_line |= new_line;
         let saved = self.record.update(|record| {
             record.primary.alone = record.primary.had_peer;
             record.epoch = record.epoch.max(last);
