@@ -191,15 +191,11 @@ fn newer_there(me: &Side, answer: &HelloAnswer) -> Option<Refusal> {
     if let Some(cur) = peer.cur {
         match mine.last_epoch(cur) {
             None if me.cur.is_some_and(|cur| theirs.contains(cur)) => {
-                return Some(Refusal::stale(
-                    format!(
-                        "the secondary {} follows a line of writes that has left this side's: it \
-                         has served another primary, and this side is stale",
-                        peer.name
-                    ),
-                    "bring the primary back that it has followed since; or, to give up what this \
-                     side lacks: brep resync --discard-local on the secondary",
-                ));
+                return Some(newer(format!(
+                    "the secondary {} follows a line of writes that has left this side's: it has \
+                     served another primary, or this side was restored from an older copy",
+                    peer.name
+                )));
             }
             None => {
                 let what = format!(
@@ -238,8 +234,12 @@ fn received_more(me: &Side, answer: &HelloAnswer) -> bool {
 }
 
 fn restored(what: String) -> Refusal {
+    newer(format!("{what}: this side was restored from an older copy"))
+}
+
+fn newer(reason: String) -> Refusal {
     Refusal::stale(
-        format!("{what}: this side was restored from an older copy"),
+        reason,
         "bring the newer disks back; or let the secondary take over, which has more: stop this \
          side, and brep failover there; or give up what this side lacks: brep resync \
          --discard-local on the secondary",

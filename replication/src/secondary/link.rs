@@ -86,8 +86,7 @@ impl Group {
                     break (Terms { set, cur, epoch, discard_checkpoint, history }, sync);
                 }
                 Message::Refuse { reason, advice, kind, written } => {
-                    let refused =
-                        Refused { kind, reason: reason.clone(), advice, theirs: written };
+                    let refused = Refused { kind, reason: reason.clone(), advice, theirs: written };
                     if let Some(primary) = &*self.primary() {
                         primary.refused_by(&hello.side.name, &refused);
                     }

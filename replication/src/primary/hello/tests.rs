@@ -227,7 +227,7 @@ fn a_primary_whose_line_the_secondary_has_left_is_stale() {
     Pair::go_alone(&mut pair.answer.side, 9);
     let refused = pair.refused_always();
     assert_eq!(refused.kind, RefusalKind::StalePrimary);
-    assert!(refused.superseded && refused.reason.contains("stale"));
+    assert!(refused.superseded && refused.reason.contains("older copy"));
 }
 
 #[test]
