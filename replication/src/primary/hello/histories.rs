@@ -487,7 +487,7 @@ impl World {
         if until == Until::Line {
             return;
         }
-        let token = Uuid::new_v4();
+        let token = crate::random::uuid();
         theirs.session = Some(token);
         theirs.secondary.inconsistent = !keep;
         if !keep {
