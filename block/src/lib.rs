@@ -9,6 +9,8 @@ mod device;
 mod error;
 mod io;
 mod memory;
+#[cfg(feature = "simulation")]
+pub mod plant;
 mod range_lock;
 mod raw;
 pub mod storage;

@@ -172,6 +172,12 @@ impl Image {
     async fn write_in_table(&self, offset: u64, data: Bytes) -> Result<()> {
         let table = self.writable_l2(Operation::Write, self.g.l1_index(offset)).await?;
         let mut pieces = self.plan(&table, offset, data.len() as u64).await?;
+        #[cfg(feature = "simulation")]
+        if brep_block::plant::is(brep_block::plant::Plant::MappingBeforeData) {
+            self.allocate_pieces(&mut pieces).await?;
+            let changes: Vec<Change> = pieces.iter().map(|p| p.change).collect();
+            self.relink(&table, &changes).await?;
+        }
         if let Err(error) = self.write_pieces(&mut pieces, offset, &data).await {
             for piece in pieces.iter().filter(|p| p.allocated) {
                 self.give_back(piece.host >> self.g.cluster_bits, 1);

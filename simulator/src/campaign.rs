@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use brep_block::plant::Plant;
+
 use crate::files::Files;
 use crate::history::History;
 use crate::network::Net;
@@ -25,6 +27,7 @@ const WALL_LIMIT: Duration = Duration::from_secs(60);
 pub(crate) struct Plan {
     pub(crate) first: u64,
     pub(crate) runs: u64,
+    pub(crate) plant: Option<Plant>,
     pub(crate) jobs: u64,
     pub(crate) verbose: bool,
 }
@@ -54,8 +57,9 @@ fn watch_panics() {
 }
 
 /// Lives through one history.
-pub(crate) fn run_one(seed: u64, verbose: bool) -> Outcome {
+pub(crate) fn run_one(seed: u64, plant: Option<Plant>, verbose: bool) -> Outcome {
     PANIC.set(None);
+    brep_block::plant::install(plant);
     let world = World::new(seed, verbose);
     let files = Rc::new(Files(Arc::clone(&world)));
     brep_block::storage::install(Some(files.clone()));
@@ -99,6 +103,9 @@ pub(crate) fn run_one(seed: u64, verbose: bool) -> Outcome {
 /// Runs all; tells whether every one has passed.
 pub(crate) fn run(plan: &Plan) -> bool {
     watch_panics();
+    if let Some(plant) = plan.plant {
+        return find(plan, plant);
+    }
     let started = Instant::now();
     let next = AtomicU64::new(plan.first);
     let end = plan.first + plan.runs;
@@ -128,7 +135,7 @@ pub(crate) fn run(plan: &Plan) -> bool {
                         return;
                     }
                     running.lock().expect("no panic").insert(seed, Instant::now());
-                    let outcome = run_one(seed, plan.verbose);
+                    let outcome = run_one(seed, None, plan.verbose);
                     running.lock().expect("no panic").remove(&seed);
                     ended.fetch_add(1, Ordering::Relaxed);
                     let mut all = counts.lock().expect("no panic under this lock");
@@ -160,6 +167,24 @@ pub(crate) fn run(plan: &Plan) -> bool {
         seconds * 1000.0 / (passed.max(1) as f64) * plan.jobs as f64
     );
     passed == plan.runs
+}
+
+/// Looks for a planted bug.
+fn find(plan: &Plan, plant: Plant) -> bool {
+    for seed in plan.first..plan.first + plan.runs {
+        let outcome = run_one(seed, Some(plant), plan.verbose);
+        let Some(why) = outcome.failure else { continue };
+        println!("{plant:?}: found in history {seed}: {why}");
+        return match run_one(seed, None, false).failure {
+            None => true,
+            Some(why) => {
+                println!("and without it: FAILED: {why}");
+                false
+            }
+        };
+    }
+    println!("FAILED: {plant:?} was not found in {} histories", plan.runs);
+    false
 }
 
 fn print_failure(outcome: &Outcome, verbose: bool) {

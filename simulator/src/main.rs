@@ -14,6 +14,7 @@ mod world;
 
 use std::process::ExitCode;
 
+use brep_block::plant::Plant;
 use clap::Parser;
 
 /// Runs histories of a replicated pair over simulated disks, links and time.
@@ -29,6 +30,9 @@ struct Args {
     /// Threads
     #[arg(long, default_value_t = 2)]
     jobs: u64,
+    /// A bug to plant: the run ends when it is found, and the same history has to pass without it
+    #[arg(long)]
+    plant: Option<String>,
     /// Print every event
     #[arg(long)]
     verbose: bool,
@@ -36,11 +40,23 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    let plant = match &args.plant {
+        None => None,
+        Some(wanted) => match Plant::ALL.iter().find(|(name, _)| name == wanted) {
+            Some((_, plant)) => Some(*plant),
+            None => {
+                let names = Plant::ALL.map(|(name, _)| name).join(", ");
+                eprintln!("no bug {wanted:?}; there are {names}");
+                return ExitCode::from(2);
+            }
+        },
+    };
     let first = args.seed.unwrap_or(1);
     let runs = args.runs.unwrap_or(if args.seed.is_some() { 1 } else { 1000 });
     let passed = campaign::run(&campaign::Plan {
         first,
         runs,
+        plant,
         jobs: args.jobs.max(1),
         verbose: args.verbose || args.seed.is_some() && args.runs.is_none(),
     });

@@ -441,7 +441,7 @@ impl Group {
             self.give_back(fresh).await;
             return Err(error);
         }
-        self.update_record(|record| {
+        let save = |record: &mut Record| {
             if let Some(cur) = record.cur {
                 record.com = Some(Commit { cur, epoch });
             }
@@ -453,7 +453,18 @@ impl Group {
             secondary.latest_ok = latest_ok;
             secondary.disks = disks;
             secondary.buffer_seq = secondary.buffer_seq.max(seq);
-        })?;
+        };
+        #[cfg(feature = "simulation")]
+        if brep_block::plant::is(brep_block::plant::Plant::BuffersDroppedEarly) {
+            let mut retired = Vec::new();
+            for (disk, fresh) in self.disks.iter().zip(fresh) {
+                retired.push((Arc::clone(disk), disk.committed(fresh).await?));
+            }
+            self.recycle(retired).await;
+            self.update_record(save)?;
+            return Ok(Vec::new());
+        }
+        self.update_record(save)?;
         // Nor is there one between the record and what follows it here.
         let mut retired = Vec::new();
         for (disk, fresh) in self.disks.iter().zip(fresh) {

@@ -150,6 +150,11 @@ impl Session {
     /// called again, by several at a time: success always means that all has ended. The link stays
     /// while the primary is to be told of a promotion.
     pub(crate) async fn close(&self, reason: StopReason) -> Result<()> {
+        #[cfg(feature = "simulation")]
+        if brep_block::plant::is(brep_block::plant::Plant::LateWriteApplied) {
+            self.ending.cancel();
+            return Ok(());
+        }
         let promoting = self.promoting.load(Ordering::Acquire);
         let bound: Vec<_> = {
             let mut slots = self.slots();

@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+#[cfg(feature = "simulation")]
+use brep_block::plant::{self, Plant};
 use brep_block::{
     Error as BlockError, ErrorKind, Io, LockMode, Operation, RangeGuard, RangeLock, ZeroFlags,
 };
@@ -225,6 +227,21 @@ impl Group {
             },
             Remote::Nowhere => return false,
         };
+        #[cfg(feature = "simulation")]
+        let result = match result {
+            Err(error) if error.kind() == ErrorKind::Io && plant::is(Plant::ErrorLost) => Ok(()),
+            Err(error) if plant::is(Plant::BitClearedEarly) => {
+                let mut core = self.core();
+                core.epochs.remote_done(epoch, false);
+                core.end_in_flight(disk, in_flight);
+                drop(core);
+                self.remote_failed(disk, epoch, &error);
+                drop(admission);
+                self.ended.notify_waiters();
+                return false;
+            }
+            result => result,
+        };
         let replicated = result.is_ok();
         match result {
             Ok(()) => {
@@ -299,6 +316,11 @@ impl Core {
                 Remote::Held(wait)
             }
             Route::Nowhere => {
+                #[cfg(feature = "simulation")]
+                if plant::is(Plant::BitForgotten) && offset % 8192 == 4096 {
+                    let ticket = Ticket { epoch, disk, in_flight };
+                    return Begun { ticket, remote: Remote::Nowhere };
+                }
                 self.mark(disk, Role::Differs, offset, change.len());
                 Remote::Nowhere
             }
