@@ -201,14 +201,14 @@ impl Storage for Files {
         Ok(Disk::over(handle, name, options.growable, options.read_only))
     }
 
-    fn open_file(&self, path: &Path) -> io::Result<Box<dyn PlainFile>> {
+    fn open_file(&self, path: &Path) -> io::Result<Arc<dyn PlainFile>> {
         let (life, name) = Self::place(path)?;
         self.alive(life, 11)?;
         let file = match self.find(life.side, &name) {
             Some(file) => file,
             None => self.create(life, &name)?,
         };
-        Ok(Box::new(self.handle(life, name, file)?))
+        Ok(Arc::new(self.handle(life, name, file)?))
     }
 
     fn create_dir(&self, _: &Path) -> io::Result<()> {
