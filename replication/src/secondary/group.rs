@@ -455,15 +455,9 @@ impl Group {
             secondary.buffer_seq = secondary.buffer_seq.max(seq);
         };
         #[cfg(feature = "simulation")]
-        if brep_block::plant::is(brep_block::plant::Plant::BuffersDroppedEarly) {
-            let mut retired = Vec::new();
-            for (disk, fresh) in self.disks.iter().zip(fresh) {
-                retired.push((Arc::clone(disk), disk.committed(fresh).await?));
-            }
-            self.recycle(retired).await;
-            self.update_record(save)?;
-            return Ok(Vec::new());
-        }
+        let Some(fresh) = self.drop_early(fresh).await? else {
+            return self.update_record(save).map(|()| Vec::new());
+        };
         self.update_record(save)?;
         // Nor is there one between the record and what follows it here.
         let mut retired = Vec::new();
@@ -499,7 +493,7 @@ impl Group {
         self.recycle(unused.map(|(d, f)| (Arc::clone(d), f.into_buffers())).collect()).await;
     }
 
-    async fn recycle(&self, retired: Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>) {
+    pub(super) async fn recycle(&self, retired: Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>) {
         for (disk, buffers) in retired {
             for buffer in buffers {
                 if let Err(error) = disk.pool.recycle(buffer).await {

@@ -13,6 +13,8 @@ mod manager;
 mod named;
 mod opening;
 mod plain;
+#[cfg(feature = "simulation")]
+mod planted;
 mod rejoin;
 mod room;
 mod session;
