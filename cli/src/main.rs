@@ -40,6 +40,7 @@ fn run(command: Command) -> Outcome {
         Command::Start(args) => cmd::control::start(&args),
         Command::Stop(args) => cmd::control::stop(&args),
         Command::Resync(args) => cmd::control::resync(&args),
+        Command::Resize(args) => cmd::control::resize(&args),
         Command::Peer(args) => cmd::control::peer(&args),
         Command::Resume(args) => cmd::control::resume(&args),
         Command::Switchover(args) => cmd::control::switchover(&args),

@@ -19,11 +19,11 @@ impl Image {
     /// # Errors
     /// With the path, and what to do.
     pub(crate) async fn open(config: &DiskConfig) -> Result<Self> {
-        let growable = config.format == DiskFormat::Qcow2;
         let options = RawFileOptions {
             name: Some(config.name.clone()),
             cache: config.cache,
-            growable,
+            // Of a raw disk too: by command, and by nobody's write.
+            growable: true,
             lock: true,
             ..RawFileOptions::default()
         };
@@ -40,6 +40,11 @@ impl Image {
                 Ok(Image { device: Arc::clone(&image) as _, qcow2: Some(image) })
             }
         }
+    }
+
+    /// Whether it can be made larger; a block device cannot.
+    pub(crate) fn is_growable(&self) -> bool {
+        self.qcow2.is_some() || self.device.limits().growable
     }
 
     pub(crate) fn device(&self) -> &Arc<dyn BlockDevice> {

@@ -1,6 +1,7 @@
 //! Small devices that join buffers and disks.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use brep_block::{
@@ -11,13 +12,18 @@ use bytes::Bytes;
 
 /// What lies below a buffer: nothing at first, which reads as zeroes, and later a view.
 pub(crate) struct Below {
-    size: u64,
+    size: AtomicU64,
     device: Mutex<Option<Arc<dyn BlockDevice>>>,
 }
 
 impl Below {
     pub(crate) fn nothing(size: u64) -> Arc<Self> {
-        Arc::new(Below { size, device: Mutex::new(None) })
+        Arc::new(Below { size: AtomicU64::new(size), device: Mutex::new(None) })
+    }
+
+    /// The disk has grown.
+    pub(crate) fn grow(&self, size: u64) {
+        self.size.fetch_max(size, Ordering::AcqRel);
     }
 
     /// Puts something else below. Nobody may be reading.
@@ -43,7 +49,7 @@ impl BlockDevice for Below {
         "below"
     }
     fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
     }
     fn limits(&self) -> Limits {
         Limits { read_only: true, ..Limits::default() }

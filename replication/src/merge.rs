@@ -2,8 +2,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use brep_block::{
-    BlockDevice, BlockStatus, FlushLevel, Io, Limits, LockMode, Operation, RangeLock, Result,
-    StatusFlags, WriteFlags, ZeroFlags, detach,
+    BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, LockMode, Operation,
+    RangeLock, Result, StatusFlags, WriteFlags, ZeroFlags, detach,
 };
 use brep_qcow2::Qcow2;
 use bytes::Bytes;
@@ -279,6 +279,19 @@ impl BlockDevice for MergedDisk {
                 Some(stack) => stack.top.block_status(offset, len).await,
                 None => self.shared.base.block_status(offset, len).await,
             }
+        })
+    }
+
+    /// Not before the merge has ended.
+    fn truncate(&self, size: u64) -> Io<'_, ()> {
+        Io::future(async move {
+            let _all = self.shared.locks.lock(0..u64::MAX, LockMode::Exclusive).await;
+            if self.shared.stack().is_some() {
+                let what = "the promoted disk is being merged; its size can be changed afterwards";
+                let kind = ErrorKind::Unsupported;
+                return Err(Error::new(Operation::Truncate, kind, &self.shared.name, what));
+            }
+            self.shared.base.truncate(size).await
         })
     }
 

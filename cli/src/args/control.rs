@@ -4,7 +4,7 @@ use std::time::Duration;
 use brep_nbd::NbdUri;
 use clap::{Args, Subcommand, ValueEnum};
 
-use crate::units::{Factor, Rate, parse_duration, parse_factor, parse_rate};
+use crate::units::{Factor, Rate, parse_duration, parse_factor, parse_rate, parse_size};
 
 /// Which instance to talk to, and how.
 #[derive(Debug, Args)]
@@ -163,6 +163,25 @@ take over nothing is changed.")]
 pub(crate) struct SwitchoverArgs {
     #[command(flatten)]
     pub(crate) control: ControlArgs,
+}
+
+/// Make a disk larger while it is used
+#[derive(Debug, Args)]
+#[command(after_help = "\
+On the primary. Its disk grows at once and the secondary's follows; the secondary connects again for
+it. Guests learn the new size when they connect again. Image files grow, raw or qcow2; block devices
+do not.")]
+pub(crate) struct ResizeArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+
+    /// Name of the disk
+    #[arg(value_name = "NAME")]
+    pub(crate) disk: String,
+
+    /// The new size in bytes, or with K, M, G, T
+    #[arg(value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) size: u64,
 }
 
 /// Say where the other side is, while this one runs

@@ -11,8 +11,8 @@ mod tls;
 
 pub(crate) use address::endpoint_without_export;
 pub(crate) use control::{
-    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResumeArgs, ResyncArgs,
-    StartArgs, StatusArgs, StopArgs, SwitchoverArgs, Target, Wait,
+    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResizeArgs, ResumeArgs,
+    ResyncArgs, StartArgs, StatusArgs, StopArgs, SwitchoverArgs, Target, Wait,
 };
 pub(crate) use disk::{format_by_name, unknown_format};
 pub(crate) use image::{
@@ -63,6 +63,7 @@ pub(crate) enum Command {
     Start(StartArgs),
     Stop(StopArgs),
     Resync(ResyncArgs),
+    Resize(ResizeArgs),
     Peer(PeerArgs),
     Resume(ResumeArgs),
     Switchover(SwitchoverArgs),

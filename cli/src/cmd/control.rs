@@ -8,8 +8,8 @@ use brep_replication::status::{DiskState, LinkState, ResyncStatus, Status};
 use serde_json::{Value, json};
 
 use crate::args::{
-    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResumeArgs, ResyncArgs,
-    StartArgs, StopArgs, SwitchoverArgs, Target, Wait, endpoint_without_export,
+    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResizeArgs, ResumeArgs,
+    ResyncArgs, StartArgs, StopArgs, SwitchoverArgs, Target, Wait, endpoint_without_export,
 };
 use crate::exit::{Failure, OK, Outcome};
 use crate::instances::Registry;
@@ -209,6 +209,12 @@ pub(crate) fn switchover(args: &SwitchoverArgs) -> Outcome {
             number(&answer, "epoch").map_or_else(String::new, |e| format!(" with checkpoint {e}"));
         format!("the other side has taken over{epoch}; this one becomes its secondary")
     })
+}
+
+pub(crate) fn resize(args: &ResizeArgs) -> Outcome {
+    let arguments = json!({ "device": args.disk, "size": args.size });
+    let answer = ask(&args.control, "block_resize", arguments)?;
+    report(&args.control, &answer, || format!("{} has {} bytes", args.disk, args.size))
 }
 
 pub(crate) fn peer(args: &PeerArgs) -> Outcome {

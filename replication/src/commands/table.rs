@@ -61,6 +61,14 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
         ],
     )
     .returning("ResyncReport"),
+    command(
+        "block_resize",
+        &[
+            optional("device", Kind::String),
+            optional("node-name", Kind::String),
+            required("size", Kind::Integer),
+        ],
+    ),
     command("peer-set", &[required("uri", Kind::String)]),
     command("peer-clear", &[]),
     command("resume", &[optional("lonely", Kind::Boolean)]),

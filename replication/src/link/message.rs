@@ -261,6 +261,8 @@ pub struct DiskInfo {
     pub name: String,
     /// Its size in bytes.
     pub size: u64,
+    /// It can be made larger, as the primary's is.
+    pub growable: bool,
 }
 
 /// The primary's first message.

@@ -104,6 +104,12 @@ impl PrimaryCommands {
             }
             "resync" => Ok(resync(group, arguments)?),
             "switchover" => self.switchover(arguments.checkpoint_limit()).await,
+            "block_resize" => {
+                let disk = arguments.text("device").or(arguments.text("node-name"));
+                let size = arguments.number("size").and_then(|size| u64::try_from(size).ok());
+                let size = size.ok_or_else(|| CommandError::usage("size: a number of bytes"))?;
+                Ok(group.resize(disk.unwrap_or_default(), size).await.map(done)?)
+            }
             "peer-set" => Ok(group
                 .change_peer(peer_argument(arguments, group.config.tls.is_some())?)
                 .map(done)?),

@@ -34,7 +34,8 @@ impl PrimaryDisk {
     }
 
     fn start_change(&self, offset: u64, change: Change) -> Io<'_, ()> {
-        if let Err(error) = self.device.check_range(change.operation(), offset, change.len()) {
+        let me: &dyn BlockDevice = self;
+        if let Err(error) = me.check_range(change.operation(), offset, change.len()) {
             return Io::err(error);
         }
         if change.len() == 0 {
@@ -126,7 +127,7 @@ impl BlockDevice for PrimaryDisk {
     }
 
     fn size(&self) -> u64 {
-        self.device.size()
+        self.group.disks()[self.index].size()
     }
 
     fn limits(&self) -> Limits {

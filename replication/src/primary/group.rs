@@ -3,6 +3,7 @@ mod durable;
 mod held;
 mod hot;
 mod maps;
+mod resize;
 mod resync;
 mod role;
 mod stage;
@@ -11,7 +12,7 @@ mod takeover;
 mod window;
 
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use brep_block::{BlockDevice, Error as BlockError, RangeLock};
@@ -83,6 +84,8 @@ pub(crate) struct Group {
     measuring: AtomicBool,
     /// What the secondary has said of taking over.
     takeover: watch::Sender<Takeover>,
+    /// Held while a disk is made larger.
+    resizing: tokio::sync::Mutex<()>,
 }
 
 impl Deref for Group {
@@ -144,6 +147,8 @@ pub(crate) struct DiskPart {
     pub(crate) file: String,
     /// What the guest's requests are carried out on, here.
     pub(crate) device: Arc<dyn BlockDevice>,
+    /// In bytes: what guests and maps know of. The device is never smaller.
+    size: AtomicU64,
     /// Serialises what overlaps, over the local leg of a write.
     pub(crate) locks: RangeLock,
 }
@@ -151,13 +156,14 @@ pub(crate) struct DiskPart {
 impl DiskPart {
     /// In bytes.
     pub(crate) fn size(&self) -> u64 {
-        self.device.size()
+        self.size.load(Ordering::Acquire)
     }
 
     fn new(config: &DiskConfig, device: Arc<dyn BlockDevice>) -> Self {
         DiskPart {
             name: config.name.clone(),
             file: config.path.display().to_string(),
+            size: AtomicU64::new(device.size()),
             device,
             locks: RangeLock::new(),
         }
@@ -325,6 +331,7 @@ impl Group {
             pace_changed: Notify::new(),
             measuring: AtomicBool::new(false),
             takeover: watch::Sender::new(Takeover::None),
+            resizing: tokio::sync::Mutex::default(),
         });
         group.start_hot_tasks();
         Ok(group)
@@ -366,7 +373,9 @@ impl Group {
     /// What hello tells of this side.
     pub(crate) fn introduce(&self) -> link::Side {
         let maps = describe(self.core().maps.iter());
-        let disks = self.disks.iter().map(|d| DiskInfo { name: d.name.clone(), size: d.size() });
+        let growable = true;
+        let disks =
+            self.disks.iter().map(|d| DiskInfo { name: d.name.clone(), size: d.size(), growable });
         self.side.introduce(disks.collect(), maps)
     }
 
@@ -386,6 +395,10 @@ impl Group {
             let core = self.core();
             if !core.epochs.is_settled() {
                 return Err(Error::failed("writes to the lost secondary have not ended yet"));
+            }
+            let fits = |(d, c): (&DiskPart, &Arc<Connection>)| d.size() == c.export().size;
+            if !self.disks.iter().zip(&connections).all(fits) {
+                return Err(Error::failed("a disk has grown since the session was agreed on"));
             }
             if core.wish != wish {
                 return Err(Error::failed("the session was agreed on before the last command"));

@@ -8,7 +8,7 @@ pub(crate) use refusal::Refusal;
 
 use crate::Commit;
 use crate::config::Seeded;
-use crate::link::{CopyMode, HelloAnswer, LINK_VERSION, RefusalKind, Side};
+use crate::link::{CopyMode, DiskInfo, HelloAnswer, LINK_VERSION, RefusalKind, Side};
 use crate::state::Lines;
 
 /// What the primary makes of a secondary's answer.
@@ -141,7 +141,9 @@ fn disks_differ(me: &Side, peer: &Side) -> Option<String> {
         |side: &Side| side.disks.iter().map(|d| d.name.as_str()).collect::<Vec<_>>().join(", ");
     for disk in &me.disks {
         let theirs = peer.disks.iter().find(|d| d.name == disk.name);
-        if let Some(theirs) = theirs.filter(|theirs| theirs.size != disk.size) {
+        let grows = |theirs: &&DiskInfo| theirs.growable && theirs.size < disk.size;
+        let grows = |theirs: &&DiskInfo| peer.set.is_some() && grows(theirs);
+        if let Some(theirs) = theirs.filter(|t| t.size != disk.size && !grows(t)) {
             return Some(format!(
                 "disk {}: {} bytes here, {} on the secondary {}",
                 disk.name, disk.size, theirs.size, peer.name

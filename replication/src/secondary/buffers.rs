@@ -1,5 +1,6 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use brep_block::{BlockDevice, CacheMode, FlushLevel, RawFileOptions, storage};
@@ -55,6 +56,18 @@ impl Buffer {
         self.image.header_extension(TAG_EXTENSION).and_then(|data| Tag::decode(&data))
     }
 
+    /// Makes it as large as its disk, which has grown.
+    pub(crate) async fn grow(&mut self, size: u64) -> Result<()> {
+        let whole = size.next_multiple_of(512);
+        if self.image.size() < whole {
+            // Before what lies below is larger: the image takes care that nothing of that shows up.
+            self.image.truncate(whole).await?;
+        }
+        self.below.grow(size);
+        self.size = size;
+        Ok(())
+    }
+
     /// Gives the buffer up: its tag first, then its contents.
     async fn retire(&self, disk: &str) -> Result<()> {
         // Its next use may be another: a hidden disk over the view that it is part of would ask
@@ -88,7 +101,7 @@ impl Buffer {
 pub(crate) struct BufferPool {
     dir: PathBuf,
     disk: String,
-    size: u64,
+    size: AtomicU64,
     /// What the operator has named for the first epoch.
     files: Option<BufferFiles>,
     durability: Durability,
@@ -123,7 +136,7 @@ impl BufferPool {
         BufferPool {
             dir: dir.to_owned(),
             disk: disk.to_owned(),
-            size,
+            size: AtomicU64::new(size),
             files,
             durability,
             state: Mutex::new(PoolState::default()),
@@ -132,6 +145,31 @@ impl BufferPool {
 
     pub(crate) fn durability(&self) -> Durability {
         self.durability
+    }
+
+    /// Of the disk, in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// The operator has named files for the first epoch: they have a size of their own.
+    pub(crate) fn has_named_files(&self) -> bool {
+        self.files.is_some()
+    }
+
+    /// The disk has grown; the spares follow, and what is made from now on.
+    pub(crate) async fn grow(&self, size: u64) -> Result<()> {
+        let mut spares = std::mem::take(&mut self.state().spares);
+        let mut grown = Ok(());
+        for spare in &mut spares {
+            if grown.is_ok() {
+                grown = spare.grow(size).await;
+            }
+        }
+        self.state().spares.append(&mut spares);
+        grown?;
+        self.size.store(size, Ordering::Release);
+        Ok(())
     }
 
     /// An epoch has ended that had so many bytes of pre-images.
@@ -271,7 +309,7 @@ impl BufferPool {
     async fn open_file(&self, path: &Path) -> Result<Buffer> {
         let options = RawFileOptions { growable: true, ..file_options(path) };
         let file = storage::open_disk(path, options)?;
-        let below = Below::nothing(self.size);
+        let below = Below::nothing(self.size());
         let options = OpenOptions {
             name: node_name(path),
             backing: Some(Arc::clone(&below) as Arc<dyn BlockDevice>),
@@ -285,7 +323,7 @@ impl BufferPool {
     }
 
     async fn open_named(&self, used_as: BufferUse, path: &Path) -> Result<Buffer> {
-        let below = Below::nothing(self.size);
+        let below = Below::nothing(self.size());
         let image = named::open(used_as, path, Arc::clone(&below) as _, self.durability).await?;
         Ok(self.buffer(path, image, below, Some(used_as)))
     }
@@ -298,7 +336,7 @@ impl BufferPool {
         named: Option<BufferUse>,
     ) -> Buffer {
         let mut buffer =
-            Buffer { seq: 0, image, below, size: self.size, path: path.to_owned(), named };
+            Buffer { seq: 0, image, below, size: self.size(), path: path.to_owned(), named };
         buffer.seq = buffer.tag().map_or(0, |tag| tag.seq);
         buffer
     }
@@ -385,7 +423,7 @@ impl BufferPool {
         let options = CreateOptions {
             header_extensions: vec![(TAG_EXTENSION, Tag::retired(&self.disk, 0).encode())],
             // The format knows multiples of 512 only.
-            ..CreateOptions::buffer(self.size.next_multiple_of(512))
+            ..CreateOptions::buffer(self.size().next_multiple_of(512))
         };
         Qcow2::create(&file, &options).await.map_err(brep_block::Error::from)?;
         Ok(())

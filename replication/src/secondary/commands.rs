@@ -79,6 +79,9 @@ impl SecondaryCommands {
                 "this is the secondary: run brep switchover on the primary, or brep failover here",
             )
             .into()),
+            "block_resize" => Err(CommandError::refused(
+                "a secondary's disks grow with its primary's: run brep resize there",
+            )),
             "peer-set" => Ok(group
                 .set_peer(Some(peer_argument(arguments, group.config.tls.is_some())?))
                 .map(done)?),

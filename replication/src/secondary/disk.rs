@@ -1,4 +1,5 @@
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -25,7 +26,8 @@ use crate::{Error, Result, SetId};
 pub(crate) struct ReplicaDisk {
     pub(crate) name: String,
     pub(crate) file: String,
-    pub(crate) size: u64,
+    /// In bytes. It grows with the primary's.
+    size: AtomicU64,
     pub(crate) pool: Arc<BufferPool>,
     image: Image,
     /// In front of this side's guest.
@@ -96,7 +98,7 @@ impl ReplicaDisk {
         let disk = ReplicaDisk {
             name: config.name.clone(),
             file: config.path.display().to_string(),
-            size,
+            size: AtomicU64::new(size),
             pool: Arc::new(pool),
             image,
             gate,
@@ -115,6 +117,7 @@ impl ReplicaDisk {
             state.active = record.active.and_then(|_| buffers.next());
         }
         let top = record.top.and_then(|_| buffers.next());
+        disk.grow_buffers(size).await?;
         disk.adopt_next().await?;
         disk.note_contents().await?;
         disk.make_durable().await?;
@@ -126,6 +129,62 @@ impl ReplicaDisk {
             None => disk.show_guest().await?,
         }
         Ok(disk)
+    }
+
+    /// In bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Whether [`grow`](Self::grow) can be done.
+    pub(crate) fn is_growable(&self) -> bool {
+        self.image.is_growable() && !self.pool.has_named_files()
+    }
+
+    /// Makes image and buffers as large as the primary's disk. There is no session, and the guest
+    /// is held. The checkpoint has zeroes beyond its old end.
+    ///
+    /// The record follows; a larger image than it names is one that has grown.
+    pub(crate) async fn grow(&self, size: u64) -> Result<()> {
+        if size <= self.size() {
+            return Ok(());
+        }
+        tracing::info!(disk = self.name, from = self.size(), to = size, "the disk grows");
+        self.grow_buffers(size).await?;
+        self.image.device().truncate(size).await?;
+        // Before the record names the size.
+        self.image.device().flush(FlushLevel::Durable).await?;
+        self.size.store(size, Ordering::Release);
+        let was_built = self.state().replica.take().is_some();
+        if was_built {
+            self.start_replica(Copied::AllocatedInTarget)?;
+            self.show_guest().await?;
+        }
+        Ok(())
+    }
+
+    async fn grow_buffers(&self, size: u64) -> Result<()> {
+        if size <= self.pool.size() {
+            return Ok(());
+        }
+        let mut buffers: Vec<Buffer> = {
+            let state = self.state();
+            let named = state.chain.iter().chain(&state.next).chain(&state.active);
+            named.cloned().collect()
+        };
+        for buffer in &mut buffers {
+            buffer.grow(size).await?;
+        }
+        {
+            let mut state = self.state();
+            let mut grown = buffers.into_iter();
+            let state = &mut *state;
+            let places = state.chain.iter_mut().chain(&mut state.next).chain(&mut state.active);
+            for (place, buffer) in places.zip(&mut grown) {
+                *place = buffer;
+            }
+        }
+        self.pool.grow(size).await
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -318,7 +377,7 @@ impl ReplicaDisk {
             chain: state.chain.last().map(Buffer::reference).into_iter().collect(),
             next: Some(fresh.next.reference()),
             active: fresh.active.as_ref().or(state.active.as_ref()).map(Buffer::reference),
-            ..DiskRecord::new(&self.name, self.size)
+            ..DiskRecord::new(&self.name, self.size())
         }
     }
 
@@ -330,7 +389,7 @@ impl ReplicaDisk {
             next: state.next.as_ref().map(Buffer::reference),
             active: state.active.as_ref().map(Buffer::reference),
             top: state.top.as_ref().map(Buffer::reference),
-            ..DiskRecord::new(&self.name, self.size)
+            ..DiskRecord::new(&self.name, self.size())
         }
     }
 
@@ -462,8 +521,8 @@ impl ReplicaDisk {
         };
         for layer in layers {
             let mut at = 0;
-            while at < self.size {
-                let status = layer.image.layer_status(at, self.size - at).await?;
+            while at < self.size() {
+                let status = layer.image.layer_status(at, self.size() - at).await?;
                 if status.flags.allocated {
                     maps.set(brep_hbitmap::Role::Differs, at, status.len);
                 }
@@ -482,7 +541,7 @@ impl ReplicaDisk {
     pub(crate) async fn drop_buffers(&self) -> Result<()> {
         match self.promoted() {
             Some(promoted) => promoted.finish().await,
-            None => self.gate.replace(unavailable(&self.name, self.size)),
+            None => self.gate.replace(unavailable(&self.name, self.size())),
         }
         let buffers = {
             let mut state = self.state();
@@ -511,7 +570,7 @@ impl ReplicaDisk {
             image.close().await?;
         }
         // What lies behind the door of a promoted disk holds its group, and so this disk.
-        self.gate.replace(unavailable(&self.name, self.size));
+        self.gate.replace(unavailable(&self.name, self.size()));
         self.pool.close().await?;
         self.image.close().await
     }

@@ -225,7 +225,7 @@ impl Group {
             });
             // Before the record: once this side is a primary, its maps count from the fork.
             let since = record.com.map_or(Since::Ever, Since::Commit);
-            let mut map = MapsOf::new(&self.side, &disk.name, disk.size).create(since)?;
+            let mut map = MapsOf::new(&self.side, &disk.name, disk.size()).create(since)?;
             disk.mark_beyond_checkpoint(target, &mut map).await?;
             maps.push(map);
         }
@@ -238,7 +238,7 @@ impl Group {
             });
             record.role = Role::Primary;
             record.session = None;
-            let disks = self.disks().iter().map(|d| (d.name.clone(), d.size)).collect();
+            let disks = self.disks().iter().map(|d| (d.name.clone(), d.size())).collect();
             // Nobody else can be the disk: a restart serves the guest at once.
             record.primary = PrimaryRecord { had_peer: true, alone: true, disks };
             record.secondary.latest_ok = false;
@@ -291,7 +291,7 @@ impl Group {
         }
         // The record gives the buffers up before anything is done to them.
         self.update_record(|record| {
-            self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
+            self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size()));
             if let Some(promotion) = &mut record.secondary.promotion {
                 promotion.merged = true;
             }
@@ -303,7 +303,7 @@ impl Group {
         self.core().reason = None;
         self.errors.clear_latch();
         for disk in self.disks() {
-            let job = Job::ended(JobKind::Commit, &disk.name, disk.size);
+            let job = Job::ended(JobKind::Commit, &disk.name, disk.size());
             self.events.emit("BLOCK_JOB_COMPLETED", job.completed());
         }
         self.events.emit("BREP_MERGED", json!({}));
@@ -313,7 +313,7 @@ impl Group {
     /// Goes on with a failover that an earlier run began.
     pub(crate) async fn resume_promotion(self: &Arc<Self>) -> Result<()> {
         if self.is_promoted() {
-            let open = |d: &Arc<ReplicaDisk>| MapsOf::new(&self.side, &d.name, d.size).open();
+            let open = |d: &Arc<ReplicaDisk>| MapsOf::new(&self.side, &d.name, d.size()).open();
             let maps = self.disks().iter().map(open).collect::<Result<Vec<_>>>()?;
             self.become_primary(maps)?;
             self.spawn_merge();
@@ -352,7 +352,7 @@ impl Group {
         self.end_session(StopReason::Stopped).await?;
         if discard {
             self.update_record(|record| {
-                self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
+                self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size()));
                 record.com = None;
                 record.secondary.inconsistent = true;
                 record.secondary.latest_ok = false;

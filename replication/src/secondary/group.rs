@@ -146,7 +146,7 @@ impl Group {
         store.update(|record| {
             record.begin_run(boot, config.durability);
         })?;
-        let sizes: Vec<_> = disks.iter().map(|d: &Arc<ReplicaDisk>| (&*d.name, d.size)).collect();
+        let sizes: Vec<_> = disks.iter().map(|d: &Arc<ReplicaDisk>| (&*d.name, d.size())).collect();
         let own_maps = rejoin::open_own_maps(&store.get(), config, &sizes)?;
         // Else a power loss could bring the clean stop before this run back.
         side.secure_start().await?;
@@ -282,7 +282,11 @@ impl Group {
 
     /// What hello tells of this side.
     pub(crate) fn introduce(&self) -> link::Side {
-        let disks = self.disks.iter().map(|d| DiskInfo { name: d.name.clone(), size: d.size });
+        let disks = self.disks.iter().map(|d| DiskInfo {
+            name: d.name.clone(),
+            size: d.size(),
+            growable: d.is_growable(),
+        });
         self.side.introduce(disks.collect(), self.own_writes())
     }
 

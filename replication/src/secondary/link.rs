@@ -104,7 +104,11 @@ impl Group {
             return refuse(writer, limit, reason, None).await;
         }
         let (session, outbox) = Session::new(sync, heartbeat_pause(limit, hello.timeout_ms));
-        if let Err(error) = self.begin_session(&terms, &session).await {
+        let begun = match self.grow_disks(&hello.side.disks).await {
+            Ok(()) => self.begin_session(&terms, &session).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = begun {
             let reason = format!("the secondary cannot begin: {error}");
             tracing::error!(%error, "cannot begin a session");
             self.core().reason = Some(reason.clone());
@@ -269,7 +273,7 @@ impl Group {
     ) -> Result<Vec<String>> {
         let disk = self.disks().get(disk as usize).ok_or_else(|| Error::usage("no such disk"))?;
         let chunk = u64::from(chunk);
-        let fits = offset <= disk.size && length <= disk.size - offset;
+        let fits = offset <= disk.size() && length <= disk.size() - offset;
         if !fits || chunk < 512 || length > HASH_BYTES_MAX || length.div_ceil(chunk) > HASHES_MAX {
             return Err(Error::usage("a hash request out of bounds"));
         }

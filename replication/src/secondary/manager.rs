@@ -41,12 +41,12 @@ impl Group {
                 .into_iter()
                 .map(|(layer, path)| (name(&layer), "qcow2", path.display().to_string()));
             for (name, driver, file) in layers.chain(buffers) {
-                let node = Node { name, driver, file, size: disk.size, backing: below.clone() };
+                let node = Node { name, driver, file, size: disk.size(), backing: below.clone() };
                 below.insert(0, node.clone());
                 nodes.push(node);
             }
             let (name, driver) = (disk.name.clone(), "replication");
-            nodes.push(Node { name, driver, file: file(), size: disk.size, backing: Vec::new() });
+            nodes.push(Node { name, driver, file: file(), size: disk.size(), backing: Vec::new() });
         }
         nodes.iter().map(|node| node.to_value(flat)).collect()
     }

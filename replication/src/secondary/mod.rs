@@ -7,6 +7,7 @@ mod durable;
 mod exports;
 mod failover;
 mod group;
+mod growth;
 mod held;
 mod link;
 mod manager;

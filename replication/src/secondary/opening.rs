@@ -16,7 +16,7 @@ pub(super) async fn open_disk(
     let image = Image::open(disk).await?;
     let size = image.device().size();
     if let Some(known) = known
-        && known.size != size
+        && known.size > size
     {
         return Err(Error::refused(format!(
             "disk {}: {} is {size} bytes long, but it was {} when it was last used; nothing was \
@@ -26,8 +26,10 @@ pub(super) async fn open_disk(
             known.size
         )));
     }
+    // An image that is larger than the record knows has grown; its buffers follow.
+    let known_size = known.map_or(size, |known| known.size);
     let (files, durability) = (disk.buffers.clone(), config.durability);
-    let pool = BufferPool::new(&config.state_dir, &disk.name, size, files, durability);
+    let pool = BufferPool::new(&config.state_dir, &disk.name, known_size, files, durability);
     let seq_max = record.secondary.buffer_seq;
     ReplicaDisk::open(disk, pool, image, known, record.set, seq_max, power_lost).await
 }

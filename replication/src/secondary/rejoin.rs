@@ -173,7 +173,7 @@ impl Group {
     pub(super) fn remove_maps(&self) -> Result<()> {
         let (state_dir, set) = (&self.config.state_dir, self.record().set);
         let remove = |disk: &Arc<ReplicaDisk>| {
-            MapsOf { state_dir, set, disk: &disk.name, size: disk.size, granularity_log2: None }
+            MapsOf { state_dir, set, disk: &disk.name, size: disk.size(), granularity_log2: None }
                 .remove()
         };
         self.disks().iter().try_for_each(remove)

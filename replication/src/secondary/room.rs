@@ -93,7 +93,7 @@ impl Group {
     /// checkpoint was stays known.
     pub(super) async fn discard_checkpoint(self: &Arc<Self>) -> Result<()> {
         self.update_record(|record| {
-            self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size));
+            self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size()));
             record.secondary.inconsistent = true;
             record.secondary.latest_ok = false;
         })?;

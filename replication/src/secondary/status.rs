@@ -99,7 +99,7 @@ fn disk_status(disk: &ReplicaDisk, secondary: &SecondaryRecord, core: &Core) -> 
     DiskStatus {
         name: disk.name.clone(),
         file: disk.file.clone(),
-        size: disk.size,
+        size: disk.size(),
         state,
         bytes_behind: 0,
         progress: None,

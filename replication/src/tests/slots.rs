@@ -31,7 +31,7 @@ fn identity() -> Identity {
         primary: true,
         session: None,
         durability: crate::config::Durability::Power,
-        disks: vec![DiskInfo { name: "vda".into(), size: MIB }],
+        disks: vec![DiskInfo { name: "vda".into(), size: MIB, growable: false }],
         maps: None,
     }
 }

@@ -125,6 +125,18 @@ async fn write(file: Arc<dyn PlainFile>, write: LogWrite) -> io::Result<()> {
 }
 
 impl Core {
+    /// The disk has grown: what is added differs. On stable storage when this returns, as is what was
+    /// set before.
+    pub(super) fn grow_maps(&mut self, disk: usize, size: u64) -> brep_hbitmap::Result<()> {
+        if let Some(maps) = self.maps.get_mut(disk) {
+            maps.grow(size)?;
+        }
+        if let Some(hot) = self.hot.get_mut(disk) {
+            hot.log.resize(size);
+        }
+        Ok(())
+    }
+
     /// Whether bits of a range may be set now.
     fn heat(&mut self, disk: usize, offset: u64, len: u64) -> bool {
         self.hot.get_mut(disk).is_none_or(|hot| hot.log.heat(offset, len))

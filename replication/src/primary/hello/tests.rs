@@ -27,7 +27,7 @@ impl Pair {
             history: vec![],
             primary: true,
             session: None,
-            disks: vec![DiskInfo { name: "vda".into(), size: 1 << 20 }],
+            disks: vec![DiskInfo { name: "vda".into(), size: 1 << 20, growable: false }],
             durability: crate::config::Durability::Power,
             maps: Some(MapsInfo { since: Some(at(line, 5)), bytes: vec![65536] }),
         };

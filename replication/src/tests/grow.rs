@@ -1,0 +1,150 @@
+use brep_block::{BlockDevice, Operation, Rule};
+use serde_json::{Value, json};
+
+use super::common::{MIB, Scratch, Side, connect, file, fill, read};
+use crate::image::faults;
+
+async fn resize(side: &Side, size: u64) -> Result<Value, String> {
+    let arguments = json!({ "device": "vda", "size": size });
+    side.command("block_resize", arguments).await.map_err(|e| e.to_string())
+}
+
+fn has_size(size: u64) -> impl Fn(&Value) -> bool {
+    move |s| s["disks"][0]["size"] == size
+}
+
+async fn start(scratch: &Scratch) -> (Side, Side) {
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    (primary, secondary)
+}
+
+fn pair_of_files(scratch: &Scratch) {
+    scratch.raw("p.raw", 2 * MIB, 1);
+    scratch.raw("s.raw", 2 * MIB, 2);
+}
+
+#[tokio::test]
+async fn a_disk_grows_on_both_sides_while_its_guest_is_connected() {
+    let scratch = Scratch::new();
+    pair_of_files(&scratch);
+    let (primary, secondary) = start(&scratch).await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    fill(&*guest, 0, 4096, 0x11).await;
+    resize(&primary, 4 * MIB).await.unwrap();
+    fill(&*guest, 8192, 4096, 0x22).await;
+    let new_guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    assert_eq!(new_guest.size(), 4 * MIB);
+    fill(&*new_guest, 3 * MIB, 4096, 0x33).await;
+    let in_sync = |s: &Value| has_size(4 * MIB)(s) && s["disks"][0]["state"] == "in-sync";
+    primary.wait("in sync again", in_sync).await;
+    secondary.wait("grown", has_size(4 * MIB)).await;
+    fill(&*new_guest, 3 * MIB + 8192, 4096, 0x44).await;
+    primary.checkpoint().await;
+    let here = file(&scratch.path("p.raw"));
+    assert_eq!(here.len() as u64, 4 * MIB);
+    assert!(here == file(&scratch.path("s.raw")), "both sides are equal");
+    guest.close();
+    new_guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+
+    // Both know the new size when they are started again.
+    let (primary, secondary) = start(&scratch).await;
+    assert_eq!(primary.status().await["disks"][0]["size"], 4 * MIB);
+    primary.stop().await;
+    secondary.stop().await;
+}
+
+/// I3, I10: the last checkpoint is promotable after the disk has grown and before anything else was
+/// committed; what it has beyond its old end is zeroes.
+#[tokio::test]
+async fn the_checkpoint_from_before_stays_promotable() {
+    let scratch = Scratch::new();
+    pair_of_files(&scratch);
+    let (primary, secondary) = start(&scratch).await;
+    let before = file(&scratch.path("p.raw"));
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    fill(&*guest, 4096, 8192, 0x55).await;
+    // The copy of the tail does not end.
+    let here = faults::of(&scratch.path("p.raw"));
+    let hang = here.upper.hang(Rule::new(Operation::BlockStatus));
+    resize(&primary, 4 * MIB).await.unwrap();
+    secondary.wait("grown", has_size(4 * MIB)).await;
+    hang.reached(1).await;
+    let new_guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    fill(&*new_guest, 3 * MIB, 4096, 0x66).await;
+    secondary.command("failover", json!({})).await.unwrap();
+    let promoted = connect(scratch.endpoint("s.sock"), "vda").await;
+    assert_eq!(promoted.size(), 4 * MIB);
+    assert!(read(&*promoted, 0, 2 << 20).await == before, "the checkpoint");
+    assert!(read(&*promoted, 2 * MIB, 2 << 20).await.iter().all(|b| *b == 0), "nothing beyond it");
+    promoted.close();
+    secondary.wait_state("promoted").await;
+    hang.release();
+    guest.close();
+    new_guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+    let after = file(&scratch.path("s.raw"));
+    assert!(after[..2 << 20] == before && after[2 << 20..].iter().all(|b| *b == 0), "merged");
+}
+
+#[tokio::test]
+async fn a_secondary_that_was_away_follows() {
+    let scratch = Scratch::new();
+    pair_of_files(&scratch);
+    let (primary, secondary) = start(&scratch).await;
+    secondary.stop().await;
+    primary.wait_state("disconnected").await;
+    resize(&primary, 3 * MIB).await.unwrap();
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    secondary.stop().await;
+    assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")));
+}
+
+/// A kill between the growth of the files and the record.
+#[tokio::test]
+async fn files_that_are_larger_than_the_record_knows_have_grown() {
+    let scratch = Scratch::new();
+    pair_of_files(&scratch);
+    let (primary, secondary) = start(&scratch).await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    fill(&*guest, 0, 4096, 0x77).await;
+    guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+    for name in ["p.raw", "s.raw"] {
+        let file = std::fs::File::options().write(true).open(scratch.path(name)).unwrap();
+        file.set_len(3 * MIB).unwrap();
+    }
+    let (primary, secondary) = start(&scratch).await;
+    let sent = primary.status().await["counters"]["replicated-bytes"].as_u64().unwrap();
+    assert!(sent <= MIB + 128 * 1024, "only what was added is copied: {sent}");
+    primary.stop().await;
+    secondary.stop().await;
+    assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")));
+}
+
+#[tokio::test]
+async fn a_disk_neither_shrinks_nor_grows_by_halves() {
+    let scratch = Scratch::new();
+    pair_of_files(&scratch);
+    let (primary, secondary) = start(&scratch).await;
+    for size in [MIB, 2 * MIB + 100, 0] {
+        let error = resize(&primary, size).await.unwrap_err();
+        assert!(error.contains("only grows"), "{size}: {error}");
+    }
+    let unknown = json!({ "device": "vdb", "size": 4 * MIB });
+    let error = primary.command("block_resize", unknown).await.unwrap_err();
+    assert!(error.to_string().contains("no disk"), "{error}");
+    let error = resize(&secondary, 4 * MIB).await.unwrap_err();
+    assert!(error.contains("primary"), "{error}");
+    resize(&primary, 2 * MIB).await.unwrap();
+    assert_eq!(file(&scratch.path("p.raw")).len() as u64, 2 * MIB);
+    primary.stop().await;
+    secondary.stop().await;
+}
