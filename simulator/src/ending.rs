@@ -70,8 +70,11 @@ impl History {
             if advice.contains("resync --full") {
                 self.world.count("advice: resync --full");
                 self.tell(A, "resync", &[("full", Value::Bool(true))]).await;
-            } else if advice.contains("brep start") && !advice.contains("secondary") {
-                self.tell(A, "replication-start", &[]).await;
+            } else if advice.contains("brep start") {
+                // "There" is the secondary.
+                let side = if advice.contains("brep start, there") { B } else { A };
+                self.world.count("advice: start");
+                self.tell(side, "replication-start", &[]).await;
             } else if advice.contains("restart this side") || reason.contains("restart brep") {
                 self.world.count("advice: restart");
                 // The secondary's reason is shown on the primary too.

@@ -7,6 +7,7 @@ mod guest;
 mod history;
 mod model;
 mod network;
+mod parts;
 mod rng;
 mod side;
 mod watch;
@@ -53,12 +54,17 @@ fn main() -> ExitCode {
     };
     let first = args.seed.unwrap_or(1);
     let runs = args.runs.unwrap_or(if args.seed.is_some() { 1 } else { 1000 });
-    let passed = campaign::run(&campaign::Plan {
+    let plan = campaign::Plan {
         first,
         runs,
         plant,
         jobs: args.jobs.max(1),
         verbose: args.verbose || args.seed.is_some() && args.runs.is_none(),
-    });
+    };
+    let passed = if runs > parts::PART_RUNS && plant.is_none() {
+        parts::run(&plan)
+    } else {
+        campaign::run(&plan)
+    };
     if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
