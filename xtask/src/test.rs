@@ -106,7 +106,7 @@ impl Stage {
         match self {
             Self::Build => Some(Duration::from_secs(6 * 60)),
             Self::Unit => Some(Duration::from_secs(3 * 60)),
-            Self::Simulate => Some(Duration::from_secs(4 * 60)),
+            Self::Simulate => Some(Duration::from_secs(5 * 60)),
             Self::Iotests => Some(Duration::from_secs(5 * 60)),
             Self::Fmt | Self::Tidy | Self::Clippy | Self::Doctests => None,
         }
