@@ -38,10 +38,7 @@ fn command_lines_that_make_no_sense_exit_2_and_say_what_is_allowed() {
         (primary(&[&GUEST[..], &["--disk", DISK, "--checkpoint-interval", "no"]].concat()), "off"),
         (primary(&[&GUEST[..], &["--disk", DISK, "--ack", "maybe"]].concat()), "sync"),
         (primary(&[&GUEST[..], &["--disk", DISK, "--durability", "maybe"]].concat()), "process"),
-        (
-            primary(&[&GUEST[..], &["--disk", DISK, "--on-peer-lost", "stall"]].concat()),
-            "degrade",
-        ),
+        (primary(&[&GUEST[..], &["--disk", DISK, "--on-peer-lost", "stall"]].concat()), "degrade"),
         (primary(&["--disk", DISK, "--guest-listen", "nbd://0.0.0.0:0"]), "--allow-plaintext"),
         (
             vec!["secondary", "--disk", DISK, "--state-dir", "s", "--listen", "nbd://[::]:0"],
