@@ -11,7 +11,7 @@
 //!
 //! Locks of the standard library protect memory only and are never held over an await.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -54,7 +54,7 @@ pub(crate) struct Image {
     /// References that may be dropped once what no longer needs them is on stable storage.
     pub(crate) deferred: Mutex<Deferred>,
     /// Where clusters lie that have been staged and not published: guest to host cluster.
-    pub(crate) staged: Mutex<HashMap<u64, u64>>,
+    pub(crate) staged: Mutex<BTreeMap<u64, u64>>,
     /// The cluster that was inflated last.
     pub(crate) inflated: Mutex<Option<Inflated>>,
     health: Health,

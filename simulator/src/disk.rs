@@ -7,7 +7,8 @@ use brep_block::{
 };
 use bytes::Bytes;
 
-use crate::files::{FileData, Handle};
+use crate::file::FileData;
+use crate::files::Handle;
 
 /// Bytes whose state is asked for at once.
 const STATUS_BYTES: u64 = 4096;
@@ -102,6 +103,7 @@ impl Open {
     fn finish<T>(&self, operation: Operation, offset: u64, len: u64, work: Work<T>) -> Result<T> {
         let failed =
             |e: io::Error| Error::from_os(operation, self.name.as_str(), &e).at(offset, len);
+        self.handle.world.mix(offset ^ len << 40);
         self.handle.operate(50 + operation as u64).map_err(failed)?;
         if matches!(operation, Operation::Write | Operation::WriteZeroes | Operation::Truncate) {
             self.handle.admit_len(offset + len).map_err(failed)?;
@@ -148,7 +150,8 @@ impl BlockDevice for Disk {
         let work = move |file: &mut FileData| {
             file.write(offset, &data);
             if flags.fua {
-                file.sync();
+                let flush = file.begin_flush();
+                file.end_flush(flush, offset..offset + data.len() as u64);
             }
         };
         self.run(Operation::Write, (offset, len), first, Box::new(work))
@@ -158,7 +161,8 @@ impl BlockDevice for Disk {
         let work = move |file: &mut FileData| {
             file.zero(offset, len);
             if flags.fua {
-                file.sync();
+                let flush = file.begin_flush();
+                file.end_flush(flush, offset..offset + len);
             }
         };
         self.run(Operation::WriteZeroes, (offset, len), None, Box::new(work))
@@ -196,7 +200,10 @@ impl BlockDevice for Disk {
         match level {
             FlushLevel::Process => Io::ok(()),
             FlushLevel::Durable => {
-                self.run(Operation::Flush, (0, 0), None, Box::new(FileData::sync))
+                // It may take a while, in which others write on.
+                let flush = self.open.handle.file().begin_flush();
+                let work = move |file: &mut FileData| file.end_flush(flush, 0..u64::MAX);
+                self.run(Operation::Flush, (0, 0), None, Box::new(work))
             }
         }
     }

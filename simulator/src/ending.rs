@@ -12,7 +12,7 @@ use crate::history::{History, millis};
 use crate::model::{Model, stamps};
 use crate::network::{REPLICA_PORT, reach};
 use crate::watch::Contact;
-use crate::world::{A, B, name};
+use crate::world::{A, B, End, name};
 
 /// The time in which everything has to be in order again when nothing is wrong any more.
 const HEALED_WITHIN: Duration = Duration::from_secs(120);
@@ -144,7 +144,7 @@ impl History {
             let healthy = Default::default();
             self.world.lock().machines[B].faults = healthy;
         }
-        self.world.lock().machines[B].killed_in = None;
+        self.world.lock().machines[B].ends_in = None;
         self.restart_if_ended(B);
         self.pass(millis(50)).await?;
         let target = if latest { "latest" } else { "checkpoint" };
@@ -237,12 +237,12 @@ impl History {
                 rng.below(most)
             });
             self.world.count("fault: kill in a merge");
-            self.world.lock().machines[B].killed_in = Some(operations);
+            self.world.lock().machines[B].ends_in = Some((operations, End::Kill));
             let pause = self.world.with_rng(|rng| rng.range(1, 100));
             self.pass(millis(pause)).await?;
             self.restart_if_ended(B);
         }
-        self.world.lock().machines[B].killed_in = None;
+        self.world.lock().machines[B].ends_in = None;
         let until = Instant::now() + HEALED_WITHIN;
         loop {
             self.pass(millis(50)).await?;

@@ -4,54 +4,16 @@ use std::ffi::OsString;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 
 use brep_block::storage::{PlainFile, Storage};
 use brep_block::{BlockDevice, Error, ErrorKind, Operation, RawFileOptions};
 use brep_hbitmap::persist::{MapMemory, MapStorage};
 
 use crate::disk::Disk;
+use crate::file::{FileData, PAGE};
+use crate::names::File;
 use crate::world::{Life, Side, World};
-
-/// What a disk writes as a whole.
-pub(crate) const SECTOR: u64 = 512;
-
-/// A file.
-#[derive(Debug, Default)]
-pub(crate) struct FileData {
-    pub(crate) data: Vec<u8>,
-    /// Who has it open, by a number that is never used twice.
-    owner: Option<(Life, u64)>,
-    opened: u64,
-    syncs: u64,
-}
-
-impl FileData {
-    fn grow(&mut self, len: u64) {
-        if self.data.len() < len as usize {
-            self.data.resize(len as usize, 0);
-        }
-    }
-
-    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
-        self.grow(offset + data.len() as u64);
-        self.data[offset as usize..][..data.len()].copy_from_slice(data);
-    }
-
-    pub(crate) fn zero(&mut self, offset: u64, len: u64) {
-        self.grow(offset + len);
-        self.data[offset as usize..][..len as usize].fill(0);
-    }
-
-    pub(crate) fn truncate(&mut self, size: u64) {
-        self.data.resize(size as usize, 0);
-    }
-
-    /// What was written is on stable storage: of no consequence while nothing loses power.
-    pub(crate) fn sync(&mut self) {
-        self.syncs += 1;
-    }
-}
 
 /// A file that a process has open.
 #[derive(Debug)]
@@ -59,7 +21,7 @@ pub(crate) struct Handle {
     pub(crate) world: Arc<World>,
     pub(crate) life: Life,
     pub(crate) name: String,
-    pub(crate) file: Arc<Mutex<FileData>>,
+    pub(crate) file: File,
     number: u64,
 }
 
@@ -131,11 +93,11 @@ impl Files {
         Ok((Life { side, number: number.parse().map_err(|_| missing())? }, rest.to_owned()))
     }
 
-    fn find(&self, side: Side, name: &str) -> Option<Arc<Mutex<FileData>>> {
-        self.0.lock().files.get(&(side, name.to_owned())).cloned()
+    fn find(&self, side: Side, name: &str) -> Option<File> {
+        self.0.lock().machines[side].names.get(name).cloned()
     }
 
-    fn handle(&self, life: Life, name: String, file: Arc<Mutex<FileData>>) -> io::Result<Handle> {
+    fn handle(&self, life: Life, name: String, file: File) -> io::Result<Handle> {
         let number = {
             let mut data = file.lock().expect("one thread");
             if data.owner.is_some_and(|(owner, _)| self.0.is_alive(owner)) {
@@ -148,17 +110,23 @@ impl Files {
         Ok(Handle { world: Arc::clone(&self.0), life, name, file, number })
     }
 
+    fn sync_folder_of(&self, life: Life, name: &str) {
+        let folder = name.rsplit_once('/').map_or("", |(folder, _)| folder);
+        self.0.lock().machines[life.side].names.sync(folder);
+    }
+
     fn alive(&self, life: Life, kind: u64) -> io::Result<()> {
         if self.0.operate(life, kind) { Ok(()) } else { Err(Handle::dead()) }
     }
 
-    fn create(&self, life: Life, name: &str) -> io::Result<Arc<Mutex<FileData>>> {
+    fn create(&self, life: Life, name: &str) -> io::Result<File> {
         let mut world = self.0.lock();
-        if world.machines[life.side].faults.full {
+        let machine = &mut world.machines[life.side];
+        if machine.faults.full {
             return Err(io::Error::from_raw_os_error(28));
         }
-        let file = Arc::new(Mutex::new(FileData::default()));
-        world.files.insert((life.side, name.to_owned()), Arc::clone(&file));
+        let file = File::default();
+        machine.names.make(name, &file);
         Ok(file)
     }
 }
@@ -215,7 +183,10 @@ impl Storage for Files {
         Ok(())
     }
 
-    fn sync_dir(&self, _: &Path) -> io::Result<()> {
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        let (life, folder) = Self::place(path)?;
+        self.alive(life, 15)?;
+        self.0.lock().machines[life.side].names.sync(&folder);
         Ok(())
     }
 
@@ -223,12 +194,8 @@ impl Storage for Files {
         let (life, folder) = Self::place(directory)?;
         self.alive(life, 12)?;
         let world = self.0.lock();
-        let names = world.files.keys().filter(|(side, _)| *side == life.side);
-        let names = names.filter_map(|(_, name)| {
-            let rest = name.strip_prefix(folder.as_str())?.strip_prefix('/')?;
-            (!rest.contains('/')).then(|| OsString::from(rest))
-        });
-        Ok(names.collect())
+        let names = world.machines[life.side].names.in_folder(&folder);
+        Ok(names.map(OsString::from).collect())
     }
 
     fn exists(&self, path: &Path) -> bool {
@@ -240,17 +207,15 @@ impl Storage for Files {
         let (life, from) = Self::place(from)?;
         let (_, to) = Self::place(to)?;
         self.alive(life, 13)?;
-        let mut world = self.0.lock();
-        let file = world.files.remove(&(life.side, from)).ok_or(io::ErrorKind::NotFound)?;
-        world.files.insert((life.side, to), file);
-        Ok(())
+        let renamed = self.0.lock().machines[life.side].names.rename(&from, &to);
+        renamed.then_some(()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let (life, name) = Self::place(path)?;
         self.alive(life, 14)?;
-        let removed = self.0.lock().files.remove(&(life.side, name));
-        removed.map(drop).ok_or_else(|| io::ErrorKind::NotFound.into())
+        let removed = self.0.lock().machines[life.side].names.remove(&name);
+        removed.then_some(()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn boot_id(&self, path: &Path) -> Option<String> {
@@ -296,10 +261,26 @@ impl MapStorage for Files {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         let file = Files::create(self, life, &name)?;
-        let mut file = file.lock().expect("one thread");
-        file.write(0, &contents);
-        file.sync();
+        {
+            let mut file = file.lock().expect("one thread");
+            file.write(0, &contents);
+            file.sync();
+        }
+        self.sync_folder_of(life, &name);
         Ok(())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        Storage::rename(self, from, to)?;
+        let (life, to) = Self::place(to)?;
+        // Its process may end between the two.
+        self.alive(life, 32)?;
+        self.sync_folder_of(life, &to);
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        Storage::remove(self, path)
     }
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn MapMemory>> {
@@ -337,9 +318,12 @@ impl MapMemory for Handle {
         }
     }
 
-    fn flush(&self, _: Range<u64>) -> io::Result<()> {
+    fn flush(&self, bytes: Range<u64>) -> io::Result<()> {
         self.operate(41)?;
-        self.file().sync();
+        let pages = bytes.start / PAGE * PAGE..bytes.end.next_multiple_of(PAGE);
+        let mut file = self.file();
+        let flush = file.begin_flush();
+        file.end_flush(flush, pages);
         Ok(())
     }
 }

@@ -9,7 +9,7 @@ use brep_nbd::client::{ConnectOptions, Connection};
 use bytes::Bytes;
 use tokio::time::Instant;
 
-use crate::files::SECTOR;
+use crate::file::SECTOR;
 use crate::model::{Model, fill, stamp_of};
 use crate::side::{Setup, disk_name};
 use crate::world::World;

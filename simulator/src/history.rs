@@ -7,14 +7,15 @@ use brep_replication::config::Ack;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use crate::files::{FileData, SECTOR};
+use crate::file::SECTOR;
 use crate::guest::Guest;
 use crate::model::{Model, fill, stamps};
+use crate::names::File;
 use crate::network::{GUEST_PORT, reach};
 use crate::rng::Rng;
 use crate::side::{Process, Setup, disk_name};
 use crate::watch::Watch;
-use crate::world::{A, B, DiskFaults, Side, World, name};
+use crate::world::{A, B, DiskFaults, End, Side, World, name};
 
 /// What a history has at least.
 const REQUESTS_MIN: u64 = 200;
@@ -215,7 +216,7 @@ impl History {
                     rng.below(most)
                 });
                 self.fault("kill in an operation");
-                self.world.lock().machines[side].killed_in = Some(operations);
+                self.world.lock().machines[side].ends_in = Some((operations, End::Kill));
             }
             72..77 => self.stop_cleanly(side),
             77..84 => {
@@ -365,22 +366,28 @@ impl History {
         let mut world = self.world.lock();
         for machine in &mut world.machines {
             machine.faults = usual.clone();
-            machine.killed_in = None;
+            machine.ends_in = None;
         }
     }
 
     /// What a disk's file holds, by sector.
     pub(crate) fn file_stamps(&self, side: Side, disk: usize) -> Result<Vec<u64>, String> {
-        let file = self.world.lock().files[&(side, format!("{}.raw", disk_name(disk)))].clone();
+        let name = format!("{}.raw", disk_name(disk));
+        let file = self.world.lock().machines[side].names.get(&name).cloned();
+        let file = file.ok_or_else(|| format!("{name} is gone"))?;
         let file = file.lock().expect("one thread");
         stamps(disk, &file.data)
     }
 }
 
 fn put_file(world: &World, side: Side, disk: usize, data: &[u8]) {
-    let mut file = FileData::default();
-    file.write(0, data);
-    file.sync();
-    let place = (side, format!("{}.raw", disk_name(disk)));
-    world.lock().files.insert(place, Arc::new(std::sync::Mutex::new(file)));
+    let file = File::default();
+    {
+        let mut file = file.lock().expect("one thread");
+        file.write(0, data);
+        file.sync();
+    }
+    let names = &mut world.lock().machines[side].names;
+    names.make(&format!("{}.raw", disk_name(disk)), &file);
+    names.sync("");
 }

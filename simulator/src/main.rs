@@ -2,10 +2,12 @@
 mod campaign;
 mod disk;
 mod ending;
+mod file;
 mod files;
 mod guest;
 mod history;
 mod model;
+mod names;
 mod network;
 mod parts;
 mod rng;

@@ -1,6 +1,6 @@
 //! What guests may see: the writes of one line, by disk and sector.
 
-use crate::files::SECTOR;
+use crate::file::SECTOR;
 
 /// A write of a guest to a sector. Times are the world's ticks.
 #[derive(Debug, Clone, Copy)]

@@ -355,6 +355,7 @@ impl Pipe for End {
         if self.life.is_some_and(|life| !self.world.operate(life, 3)) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
+        self.world.mix(data.len() as u64);
         let arrival = self.arrival();
         let mut flow = self.outgoing.flow();
         if flow.reset {

@@ -50,7 +50,7 @@ pub(crate) fn next_life(world: &World, side: Side) -> Life {
     let machine = &mut world.machines[side];
     machine.life += 1;
     machine.alive = true;
-    machine.killed_in = None;
+    machine.ends_in = None;
     let life = Life { side, number: machine.life };
     world.note(format!("{life} starts"));
     life

@@ -6,7 +6,7 @@ use std::task::Waker;
 
 use tokio::time::{Duration, Instant};
 
-use crate::files::FileData;
+use crate::names::Names;
 use crate::network::{Direction, Waiting};
 use crate::rng::Rng;
 
@@ -41,14 +41,26 @@ pub(crate) struct DiskFaults {
     pub(crate) slow_ms_max: u64,
 }
 
+/// How a process ends that is not asked to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// `kill -9`.
+    Kill,
+    /// Its machine loses its power.
+    PowerLoss,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Machine {
     pub(crate) life: u32,
     pub(crate) alive: bool,
     pub(crate) boot: u32,
     pub(crate) faults: DiskFaults,
-    /// The process is killed at this operation of its, counted down.
-    pub(crate) killed_in: Option<u64>,
+    pub(crate) names: Names,
+    /// Operations on files, maps and connections that its processes have begun.
+    pub(crate) operations: u64,
+    /// The process ends at this operation of its, counted down.
+    pub(crate) ends_in: Option<(u64, End)>,
 }
 
 /// What is wrong with the link between the machines.
@@ -65,7 +77,6 @@ pub(crate) struct Inner {
     pub(crate) rng: Rng,
     pub(crate) machines: [Machine; 2],
     pub(crate) link: LinkFaults,
-    pub(crate) files: BTreeMap<(Side, String), Arc<Mutex<FileData>>>,
     pub(crate) listeners: BTreeMap<(Side, u16), (Life, Arc<Waiting>)>,
     pub(crate) directions: Vec<Arc<Direction>>,
     pub(crate) counts: BTreeMap<String, u64>,
@@ -95,7 +106,6 @@ impl World {
             rng: Rng::new(seed),
             machines: Default::default(),
             link: LinkFaults::default(),
-            files: BTreeMap::new(),
             listeners: BTreeMap::new(),
             directions: Vec::new(),
             counts: BTreeMap::new(),
@@ -164,6 +174,11 @@ impl World {
         self.lock().is_alive(life)
     }
 
+    /// Something that has no line of its own in the trace, and belongs to it.
+    pub(crate) fn mix(&self, value: u64) {
+        self.lock().mix(value);
+    }
+
     /// An operation of a process. False: the process is dead, and nothing happens.
     pub(crate) fn operate(&self, life: Life, kind: u64) -> bool {
         let woken = {
@@ -171,15 +186,17 @@ impl World {
             if !inner.is_alive(life) {
                 return false;
             }
-            inner.mix(kind ^ (life.side as u64) << 8);
+            let ms = inner.start.map_or(0, |start| start.elapsed().as_millis() as u64);
+            inner.mix(kind ^ (life.side as u64) << 8 ^ ms << 16);
             let machine = &mut inner.machines[life.side];
-            match &mut machine.killed_in {
-                Some(0) => {
-                    machine.killed_in = None;
-                    inner.note(format!("{life} is killed in an operation"));
-                    inner.kill(life.side)
+            machine.operations += 1;
+            match &mut machine.ends_in {
+                Some((0, end)) => {
+                    let end = *end;
+                    inner.note(format!("{life} ends in an operation: {end:?}"));
+                    inner.end(life.side, end)
                 }
-                Some(left) => {
+                Some((left, _)) => {
                     *left -= 1;
                     return true;
                 }
@@ -191,7 +208,11 @@ impl World {
     }
 
     pub(crate) fn kill(&self, side: Side) {
-        let woken = self.lock().kill(side);
+        self.end(side, End::Kill);
+    }
+
+    pub(crate) fn end(&self, side: Side, end: End) {
+        let woken = self.lock().end(side, end);
         woken.into_iter().for_each(Waker::wake);
     }
 
@@ -248,6 +269,24 @@ impl Inner {
         self.last.push_back(line);
     }
 
+    fn end(&mut self, side: Side, end: End) -> Vec<Waker> {
+        let woken = self.kill(side);
+        if end == End::PowerLoss {
+            self.lose_power(side);
+        }
+        woken
+    }
+
+    fn lose_power(&mut self, side: Side) {
+        let machine = &mut self.machines[side];
+        machine.boot += 1;
+        let losses = machine.names.lose_power(&mut self.rng);
+        self.note(format!("power of {}: {losses:?}", name(side)));
+        for (what, count) in losses.counts() {
+            *self.counts.entry(format!("power: {what}")).or_default() += count;
+        }
+    }
+
     /// Ends the process at once. What it had sent still arrives; whoever waits for it is woken.
     fn kill(&mut self, side: Side) -> Vec<Waker> {
         let machine = &mut self.machines[side];
@@ -255,7 +294,7 @@ impl Inner {
             return Vec::new();
         }
         machine.alive = false;
-        machine.killed_in = None;
+        machine.ends_in = None;
         self.listeners.retain(|(owner, _), _| *owner != side);
         let mut woken = Vec::new();
         self.directions.retain(|direction| {

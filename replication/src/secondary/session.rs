@@ -1,4 +1,4 @@
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -39,7 +39,7 @@ pub(crate) struct Session {
     slots: Mutex<Slots>,
     /// A replica write has failed since the last cut.
     write_failed: AtomicBool,
-    requests: Mutex<HashMap<u64, oneshot::Sender<Result<Epoch>>>>,
+    requests: Mutex<BTreeMap<u64, oneshot::Sender<Result<Epoch>>>>,
     request_id: AtomicU64,
     /// This side is about to be promoted: the link stays until the primary has been told.
     promoting: AtomicBool,
@@ -51,7 +51,7 @@ pub(crate) struct Session {
 #[derive(Debug, Default)]
 struct Slots {
     closed: bool,
-    bound: HashMap<u32, Arc<Connection>>,
+    bound: BTreeMap<u32, Arc<Connection>>,
 }
 
 impl Session {
@@ -68,7 +68,7 @@ impl Session {
             outbox,
             slots: Mutex::new(Slots::default()),
             write_failed: AtomicBool::new(false),
-            requests: Mutex::new(HashMap::new()),
+            requests: Mutex::new(BTreeMap::new()),
             request_id: AtomicU64::new(0),
             promoting: AtomicBool::new(false),
             held: CancellationToken::new(),

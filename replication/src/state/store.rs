@@ -249,13 +249,13 @@ fn read_exact(file: &dyn PlainFile, offset: u64, len: usize) -> io::Result<Optio
 /// Lets tests make the file system of a record hang.
 #[cfg(test)]
 pub(crate) mod stuck {
-    use std::collections::HashMap;
+    use std::collections::BTreeMap;
     use std::path::{Path, PathBuf};
     use std::sync::{Condvar, Mutex};
     use std::time::Duration;
 
     /// Files whose saves hang, and whether one does.
-    static FILES: Mutex<Option<HashMap<PathBuf, bool>>> = Mutex::new(None);
+    static FILES: Mutex<Option<BTreeMap<PathBuf, bool>>> = Mutex::new(None);
     static CHANGED: Condvar = Condvar::new();
 
     /// Saves into a directory hang until this is dropped.
