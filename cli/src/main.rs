@@ -35,6 +35,7 @@ fn run(command: Command) -> Outcome {
             cmd::pair::run(args.resolve()?, dry_run)
         }
         Command::Status(args) => cmd::status::run(&args),
+        Command::Events(args) => cmd::events::run(&args),
         Command::Checkpoint(args) => cmd::control::checkpoint(&args),
         Command::Failover(args) => cmd::control::failover(&args),
         Command::Start(args) => cmd::control::start(&args),

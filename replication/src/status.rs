@@ -9,6 +9,9 @@ use crate::node::Stage;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Status {
+    /// Number of the last event that is contained in this status.
+    #[serde(default)]
+    pub sequence: u64,
     /// Name of this side.
     pub name: String,
     /// What this side is now.
@@ -70,6 +73,71 @@ pub struct Status {
     pub errors: Vec<ErrorStatus>,
     /// Totals since the process started.
     pub counters: Counters,
+}
+
+/// What of a status changes with what happens, and not with time or amounts: the data of the event
+/// `BREP_STATE`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct State {
+    /// As in [`Status`], here and below.
+    pub role: Role,
+    /// See `role`.
+    pub replication: Stage,
+    /// See `role`.
+    pub link: LinkState,
+    /// See `role`.
+    pub peer: Option<String>,
+    /// See `role`.
+    pub promotable: Option<bool>,
+    /// See `role`.
+    pub latest_ok: Option<bool>,
+    /// See `role`.
+    pub guest_stopped: bool,
+    /// Writes of the guest are held because the secondary is lost.
+    pub writes_held: bool,
+    /// See `role`.
+    pub reason: Option<String>,
+    /// See `role`.
+    pub advice: Option<String>,
+    /// One entry a disk.
+    pub disks: Vec<StateOfDisk>,
+}
+
+/// One disk in a [`State`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StateOfDisk {
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub state: DiskState,
+    /// Size in bytes.
+    pub size: u64,
+}
+
+impl Status {
+    /// What of it is worth an event when it changes.
+    pub fn state(&self) -> State {
+        let disk = |disk: &DiskStatus| StateOfDisk {
+            name: disk.name.clone(),
+            state: disk.state,
+            size: disk.size,
+        };
+        State {
+            role: self.role,
+            replication: self.replication,
+            link: self.link,
+            peer: self.peer.clone(),
+            promotable: self.promotable,
+            latest_ok: self.latest_ok,
+            guest_stopped: self.guest_stopped,
+            writes_held: self.held_writes.is_some(),
+            reason: self.reason.clone(),
+            advice: self.advice.clone(),
+            disks: self.disks.iter().map(disk).collect(),
+        }
+    }
 }
 
 /// A connection inside TLS.

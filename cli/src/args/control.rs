@@ -34,6 +34,17 @@ pub(crate) struct StatusArgs {
     pub(crate) watch: Option<Duration>,
 }
 
+/// Show the present state, and then what happens
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A line each: time, number, name, and what belongs to it; with --json an object a line. The first is
+the state as it is now, BREP_STATE; another follows whenever it changes. A reader that is too slow
+loses events: it is told EVENTS_LOST with their count, and the state again. Ends with the instance.")]
+pub(crate) struct EventsArgs {
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+}
+
 /// Take a checkpoint now
 #[derive(Debug, Args)]
 pub(crate) struct CheckpointArgs {

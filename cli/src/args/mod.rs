@@ -11,8 +11,8 @@ mod tls;
 
 pub(crate) use address::endpoint_without_export;
 pub(crate) use control::{
-    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResizeArgs, ResumeArgs,
-    ResyncArgs, StartArgs, StatusArgs, StopArgs, SwitchoverArgs, Target, Wait,
+    CheckpointArgs, ControlArgs, EventsArgs, FailoverArgs, PeerArgs, PeerCommand, ResizeArgs,
+    ResumeArgs, ResyncArgs, StartArgs, StatusArgs, StopArgs, SwitchoverArgs, Target, Wait,
 };
 pub(crate) use disk::{format_by_name, unknown_format};
 pub(crate) use image::{
@@ -58,6 +58,7 @@ pub(crate) enum Command {
     Primary(Box<PrimaryArgs>),
     Secondary(Box<SecondaryArgs>),
     Status(StatusArgs),
+    Events(EventsArgs),
     Checkpoint(CheckpointArgs),
     Failover(FailoverArgs),
     Start(StartArgs),

@@ -252,6 +252,7 @@ mod tests {
 
     fn status() -> Status {
         Status {
+            sequence: 0,
             name: "host-a".into(),
             role: Role::Primary,
             replication: Stage::Running,

@@ -8,6 +8,22 @@ use crate::control::{ArgumentKind, ArgumentSpec, CommandSpec, SERVER_COMMANDS, V
 
 /// The events of either side, and the members of their data.
 const EVENTS: &[(&str, &[&str])] = &[
+    (
+        "BREP_STATE",
+        &[
+            "role",
+            "replication",
+            "link",
+            "peer",
+            "promotable",
+            "latest-ok",
+            "guest-stopped",
+            "writes-held",
+            "reason",
+            "advice",
+            "disks",
+        ],
+    ),
     ("BREP_CONNECTED", &["peer"]),
     ("BREP_REFUSED", &["reason"]),
     ("BREP_PEER_LOST", &["reason"]),
@@ -58,6 +74,7 @@ const TYPES: &[Type] = &[
     (
         "Status",
         &[
+            ("sequence", "integer"),
             ("name", "string"),
             ("role", "string"),
             ("pid", "integer"),
@@ -279,7 +296,7 @@ mod tests {
             }
             let text = std::fs::read_to_string(entry.path()).unwrap();
             let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
-            for call in code.split("emit(").skip(1).chain(code.split("event_line(").skip(1)) {
+            for call in code.split("emit(").skip(1).chain(code.split("event(").skip(1)) {
                 if let Some(name) = call.trim_start().strip_prefix('"') {
                     found.extend(name.split('"').next().map(str::to_owned));
                 }

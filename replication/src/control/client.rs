@@ -76,6 +76,8 @@ pub struct Event {
     pub data: Value,
     /// Seconds since 1970, with microseconds; negative if the server's clock failed.
     pub timestamp: (i64, i64),
+    /// Its number; none if it is for this client alone, such as `EVENTS_LOST`.
+    pub sequence: Option<u64>,
 }
 
 /// A client of the control socket that waits for its answers.
@@ -188,6 +190,7 @@ impl ControlClient {
             name: name.to_owned(),
             data: message.get("data").cloned().unwrap_or(Value::Null),
             timestamp: (time("seconds"), time("microseconds")),
+            sequence: message.get("sequence").and_then(Value::as_u64),
         });
     }
 

@@ -7,10 +7,9 @@ use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::broadcast::{self, error::RecvError};
 use tokio_util::sync::CancellationToken;
 
-use super::event::event_line;
+use super::event::Subscription;
 use super::frame::{Frame, Framer};
 use super::json::{to_double_quotes, to_line};
 use super::request::Request;
@@ -43,7 +42,7 @@ pub(super) struct Connection {
     limits: ServerLimits,
     framer: Framer,
     /// Present once the client has negotiated.
-    events: Option<broadcast::Receiver<Arc<[u8]>>>,
+    events: Option<Subscription>,
     /// The client may have commands executed out of band.
     oob: bool,
     /// What is to be executed and answered in order. Bounded: nothing is read while it is full.
@@ -144,7 +143,7 @@ impl Connection {
             let outcome = running.execution.await;
             self.reply(outcome, running.id).await?;
         }
-        while let Some(event) = self.events.as_mut().and_then(|events| events.try_recv().ok()) {
+        while let Some(event) = self.events.as_mut().and_then(Subscription::waiting) {
             self.send(&event).await?;
         }
         Ok(())
@@ -346,14 +345,10 @@ async fn outcome_of(running: &mut Option<Running>) -> Outcome {
     }
 }
 
-async fn next_event(events: &mut Option<broadcast::Receiver<Arc<[u8]>>>) -> Arc<[u8]> {
-    let Some(receiver) = events else { return std::future::pending().await };
-    match receiver.recv().await {
-        Ok(event) => event,
-        Err(RecvError::Lagged(count)) => {
-            event_line("EVENTS_LOST", json!({ "count": count })).into()
-        }
-        Err(RecvError::Closed) => std::future::pending().await,
+async fn next_event(events: &mut Option<Subscription>) -> Arc<[u8]> {
+    match events {
+        Some(events) => events.next().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -53,4 +53,10 @@ pub trait Handler: Send + Sync + 'static {
         command: &str,
         arguments: Map<String, Value>,
     ) -> BoxFuture<'_, Result<Value, CommandError>>;
+
+    /// What the event `BREP_STATE` tells whenever it has changed; none: nothing can be said now.
+    /// Has to answer at once.
+    fn state(&self) -> Option<Value> {
+        None
+    }
 }

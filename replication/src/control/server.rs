@@ -13,6 +13,9 @@ use super::connection::Connection;
 use super::json::to_line;
 use super::{CommandError, EventBus, Handler};
 
+/// How long a change of the state that no other event tells of is unknown at most.
+const STATE_PERIOD: Duration = Duration::from_millis(250);
+
 /// What a client of the control socket is allowed.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
@@ -87,9 +90,11 @@ impl ControlServer {
     ) -> io::Result<()> {
         let listener = tokio::net::UnixListener::from_std(self.listener)?;
         let mut clients = JoinSet::new();
+        let mut told = std::pin::pin!(tell_states(&*handler, &events));
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => break,
+                never = &mut told => match never {},
                 Some(_) = clients.join_next() => {}
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) if clients.len() >= self.limits.clients_max => turn_away(&stream),
@@ -129,6 +134,20 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> io::Result<()> {
     ControlServer::bind(path)?.serve(handler, events, shutdown).await
+}
+
+/// Sends `BREP_STATE` whenever the state has changed: looked at after each event, and now and then.
+async fn tell_states(handler: &dyn Handler, events: &EventBus) -> std::convert::Infallible {
+    let mut last = handler.state();
+    loop {
+        // Both ways are the same: it is time to look.
+        let _ = tokio::time::timeout(STATE_PERIOD, events.sent()).await;
+        let Some(state) = handler.state() else { continue };
+        if last.as_ref() != Some(&state) {
+            events.emit("BREP_STATE", state.clone());
+            last = Some(state);
+        }
+    }
 }
 
 /// Says why to a client that is one too many, if it can be said without waiting.

@@ -22,6 +22,7 @@ struct TestHandler {
     executed: AtomicU32,
     entered: Notify,
     release: Notify,
+    state: AtomicU32,
 }
 
 impl Handler for TestHandler {
@@ -69,6 +70,10 @@ impl Handler for TestHandler {
             }
         }
         .boxed()
+    }
+
+    fn state(&self) -> Option<Value> {
+        Some(json!({ "number": self.state.load(Ordering::SeqCst) }))
     }
 }
 
@@ -458,7 +463,25 @@ async fn a_client_that_does_not_read_loses_events_first_and_is_told() {
     let lost = first["data"]["count"].as_u64().unwrap();
     let next = client.message().await;
     assert_eq!(next["data"]["number"], lost);
+    assert_eq!(next["sequence"], lost + 1);
     assert!(client.ask(r#"{"execute":"query-status"}"#).await.get("event").is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_state_that_has_changed_is_told_once() {
+    let server = Server::start();
+    let mut client = Client::negotiated(&server.path).await;
+    server.handler.state.store(7, Ordering::SeqCst);
+    let told = client.message().await;
+    assert_eq!((&told["event"], &told["data"]), (&json!("BREP_STATE"), &json!({ "number": 7 })));
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    server.events.emit("TICK", Value::Null);
+    assert_eq!(client.message().await["event"], "TICK");
+    // It is looked at after each event, not only now and then.
+    server.handler.state.store(8, Ordering::SeqCst);
+    server.events.emit("TICK", Value::Null);
+    assert_eq!(client.message().await["event"], "TICK");
+    assert_eq!(client.message().await["data"]["number"], 8);
 }
 
 #[tokio::test]

@@ -13,6 +13,8 @@ use crate::status::{Counters, DiskState, DiskStatus, LinkState, Role, Status};
 impl Group {
     /// The state of this side; never waits for a disk or a peer.
     pub(crate) fn status(&self) -> Status {
+        // First: what comes meanwhile may be in the status already, and is told again.
+        let sequence = self.events.sequence();
         let behind = self.all_bytes_behind();
         let resync = self.resync_status();
         let record = self.record();
@@ -38,6 +40,7 @@ impl Group {
         let disks = disks.collect();
         let (reason, advice) = self.explain(&core);
         Status {
+            sequence,
             name: self.config.name.clone(),
             role: if promoted { Role::Promoted } else { Role::Primary },
             replication: self.overall_stage(),

@@ -17,6 +17,8 @@ use crate::written::show_written;
 impl Group {
     /// The state of this side; never waits for a disk or a peer.
     pub(crate) fn status(&self) -> Status {
+        // First: what comes meanwhile may be in the status already, and is told again.
+        let sequence = self.events.sequence();
         let record = self.record();
         let secondary = record.secondary.clone();
         let replication = self.stage();
@@ -32,6 +34,7 @@ impl Group {
             there: refused.theirs.clone(),
         });
         Status {
+            sequence,
             name: self.config.name.clone(),
             role: Role::Secondary,
             replication,

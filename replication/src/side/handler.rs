@@ -82,6 +82,13 @@ impl Handler for SideHandler {
             }
         })
     }
+
+    fn state(&self) -> Option<Value> {
+        let side = self.side.upgrade()?;
+        // A side that ends closes its disks one after the other: that is no news.
+        let role = side.role().filter(|_| !side.stopping.is_cancelled())?;
+        Some(json!(role.status().state()))
+    }
 }
 
 /// What every role answers alike.
