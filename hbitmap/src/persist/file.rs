@@ -27,6 +27,8 @@ pub(super) struct MapFile {
     pub(super) maps: Vec<HBitmap>,
     pub(super) in_flight: InFlightWords,
     pub(super) last_stop: LastStop,
+    /// The present boot. In the header it stands when the last user's loss of power is made good.
+    pub(super) boot_id: [u8; 16],
     pub(super) flush_failed: bool,
 }
 
@@ -179,7 +181,7 @@ impl MapFile {
             return Ok(());
         }
         self.sync(0..self.layout.file_len())?;
-        let header = Header { logged, ..self.header };
+        let header = Header { logged, boot_id: self.boot_id, ..self.header };
         self.commit(header);
         self.sync(self.layout.header_bytes())
     }

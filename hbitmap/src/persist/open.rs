@@ -55,13 +55,17 @@ pub(super) fn open_as_is(path: &Path, options: &Options, maps: usize) -> Result<
         maps: vec![empty; maps],
         in_flight: InFlightWords::default(),
         last_stop,
+        boot_id,
         flush_failed: false,
     };
     load(&mut this)?;
     settle(&mut this)?;
     let mut header = this.header;
     header.clean = None;
-    header.boot_id = boot_id;
+    if last_stop != LastStop::PowerLost {
+        // Else whoever is killed before he has set what was hot would find a kill the next time.
+        header.boot_id = boot_id;
+    }
     // What the last user's log covers stays covered until this one says otherwise.
     header.logged &= accepted;
     this.commit(header);

@@ -55,7 +55,7 @@ fn fill(old: &mut MapFile, new: &mut MapFile) -> Result<()> {
     for (to, from) in header.entries.iter_mut().zip(&old.header.entries) {
         (to.present, to.tag) = (from.present, from.tag);
     }
-    header.logged = old.header.logged;
+    (header.logged, header.boot_id) = (old.header.logged, old.header.boot_id);
     new.commit(header);
     for map in 0..old.header.maps {
         let from = old.maps[map].take();
@@ -73,7 +73,7 @@ fn fill(old: &mut MapFile, new: &mut MapFile) -> Result<()> {
         );
     }
     new.copy_in_flight(old)?;
-    new.last_stop = old.last_stop;
+    (new.last_stop, new.boot_id) = (old.last_stop, old.boot_id);
     new.flush_failed = old.flush_failed;
     Ok(())
 }

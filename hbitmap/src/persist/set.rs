@@ -298,7 +298,8 @@ impl MapSet {
     /// Whether the caller keeps an [`ActivityLog`](super::ActivityLog) from now on, in which nothing is
     /// hot: waits until everything is on stable storage, and notes that after a loss of power the log
     /// says what may be missing, or that there is none. With a log chunks have no checksum until the
-    /// file is closed.
+    /// file is closed. Until then a file that was opened after a loss of power stays one that has
+    /// lost power, whoever is killed meanwhile.
     ///
     /// # Errors
     /// As [`flush`](MapSet::flush).

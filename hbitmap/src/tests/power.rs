@@ -236,6 +236,26 @@ fn chunks_that_were_sealed_by_a_clean_stop_are_not_taken_as_damaged_after_a_loss
     assert_eq!(dirty, [0, 5]);
 }
 
+/// Whoever opens maps after a loss of power sets what was hot, and may be killed before: the next
+/// one has to do it too.
+#[test]
+fn a_loss_of_power_is_found_again_until_its_hot_extents_may_have_been_set() {
+    let directory = scratch();
+    let path = directory.path().join("maps");
+    drop(Owner::new(&path));
+    let finer = Options::new(IDENTITY, SIZE, LOG2 + 1).boot_id([2; 16]);
+    for options in [options(2), finer.after_power_loss(AfterPowerLoss::Accept)] {
+        for _ in 0..2 {
+            let maps = MapSet::open(&path, &options).unwrap();
+            assert_eq!(maps.last_stop(), LastStop::PowerLost);
+        }
+    }
+    let mut maps = MapSet::open(&path, &options(2)).unwrap();
+    maps.set_logged(true).unwrap();
+    drop(maps);
+    assert_eq!(MapSet::open(&path, &options(2)).unwrap().last_stop(), LastStop::Killed);
+}
+
 #[test]
 fn maps_can_be_flushed_while_they_change() {
     let directory = scratch();
