@@ -296,6 +296,19 @@ impl ReplicaDisk {
         keep_checkpoint: bool,
     ) -> Result<()> {
         self.adopt_next().await?;
+        if keep_checkpoint && self.state().chain.is_empty() {
+            // The checkpoint of a side that made room is its files alone, until now. What the next
+            // cut switches to has to stay empty until then.
+            let next = self.state().next.take();
+            let first = match next {
+                Some(next) => next,
+                None => self.pool.take_first(set, BufferUse::Hidden).await?,
+            };
+            let mut state = self.state();
+            state.chain.push(first);
+            // The view is to show it.
+            state.replica = None;
+        }
         if self.state().next.is_none() {
             let next = self.pool.take_first(set, BufferUse::Hidden).await?;
             self.state().next = Some(next);

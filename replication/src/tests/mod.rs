@@ -14,6 +14,7 @@ mod killed;
 mod policies;
 mod slots;
 mod stall;
+mod stepped_down;
 
 use std::sync::Arc;
 use std::time::Duration;
