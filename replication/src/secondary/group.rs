@@ -520,6 +520,13 @@ impl Group {
         self.counters.write_bytes.fetch_add(len, Ordering::Relaxed);
     }
 
+    /// Something has failed that no guest is told of.
+    pub(crate) fn note_error(&self, disk: &str, error: &brep_block::Error) {
+        let entry = self.errors.add(disk, error);
+        tracing::warn!(disk, %error, count = entry.count, "replication error");
+        self.events.emit("BREP_ERROR", json!(entry));
+    }
+
     /// A write of the primary has failed. The record knows it before the primary does.
     pub(crate) fn replica_write_failed(&self, disk: &str, error: &brep_block::Error) {
         if let Some(session) = self.session() {
@@ -529,8 +536,7 @@ impl Group {
             plain.break_claim(format!("one failed ({error})"));
         }
         self.note_full(error);
-        let entry = self.errors.add(disk, error);
-        self.events.emit("BREP_ERROR", json!(entry));
+        self.note_error(disk, error);
         self.note_failed_flushes();
         let saved = self.update_record(|record| record.secondary.latest_ok = false);
         if let Err(error) = saved {

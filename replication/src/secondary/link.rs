@@ -282,7 +282,8 @@ impl Group {
         let mut at = offset;
         while at < offset + length {
             let len = chunk.min(offset + length - at);
-            let data = brep_block::BlockDevice::read(&*filter, at, len as usize).await?;
+            let read = brep_block::BlockDevice::read(&*filter, at, len as usize).await;
+            let data = read.inspect_err(|error| self.note_error(&disk.name, error))?;
             hashes.push(hash_hex(&data));
             at += len;
             tokio::task::yield_now().await;

@@ -78,3 +78,26 @@ async fn a_secondary_gets_what_was_sent_to_another_one_in_its_place() {
     secondary.stop().await;
     assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")), "the disks differ");
 }
+
+/// I13: a block of the secondary that cannot be read is found while its hash is taken, by nobody's
+/// request.
+#[tokio::test]
+async fn a_read_that_fails_while_hashes_are_taken_is_in_the_secondarys_errors() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", 2 * MIB, 1);
+    scratch.raw("s.raw", 2 * MIB, 1);
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    let there = faults::of(&scratch.path("s.raw"));
+    there.lower.fail(Rule::new(Operation::Read).range(MIB..MIB + 4096));
+    primary.command("resync", json!({ "compare": true })).await.unwrap();
+    let told = |s: &serde_json::Value| {
+        let error = &s["errors"][0];
+        error["disk"] == "vda" && error["operation"] == "read" && error["errno"] == 5
+    };
+    secondary.wait("the failed read", told).await;
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    secondary.stop().await;
+}
