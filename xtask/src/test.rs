@@ -12,7 +12,7 @@ use crate::programs;
 use crate::simulate;
 use crate::skips::{self, Skip};
 use crate::tidy;
-use crate::workspace::Workspace;
+use crate::workspace::{self, Workspace};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -105,6 +105,7 @@ impl Stage {
     fn budget(self) -> Option<Duration> {
         match self {
             Self::Build => Some(Duration::from_secs(6 * 60)),
+            _ if workspace::is_long() => None,
             Self::Unit => Some(Duration::from_secs(3 * 60)),
             Self::Simulate => Some(Duration::from_secs(5 * 60)),
             Self::Iotests => Some(Duration::from_secs(5 * 60)),
@@ -134,9 +135,13 @@ impl Stage {
             Self::Build => {
                 plain(cargo.args(["build", "--workspace", "--all-targets"]).args(PRODUCT))
             }
-            Self::Unit => {
-                unit(workspace, cargo.args(["nextest", "run", "--workspace"]).args(PRODUCT))
-            }
+            Self::Unit => unit(
+                workspace,
+                cargo
+                    .args(["nextest", "run", "--profile", workspace::nextest_profile()])
+                    .args(["--workspace"])
+                    .args(PRODUCT),
+            ),
             Self::Doctests => doctests(cargo.args(["test", "--doc", "--workspace"]).args(PRODUCT)),
             Self::Simulate => simulate(workspace),
             Self::Iotests => iotests(workspace),
@@ -147,14 +152,16 @@ impl Stage {
 /// A build together with the simulator would give the product doors for it.
 const PRODUCT: [&str; 2] = ["--exclude", simulate::PACKAGE];
 
-/// Histories that every test run lives through.
-const HISTORIES: &str = "2000";
+/// Histories that a test run lives through.
+fn histories() -> &'static str {
+    if workspace::is_long() { "20000" } else { "2000" }
+}
 
 fn simulate(workspace: &Workspace) -> Result<Report> {
     if !process::run(&mut simulate::tests(workspace))?.success {
         return Ok(Report { failed: true, ..Report::default() });
     }
-    let outcome = process::run(simulate::command(workspace).args(["--runs", HISTORIES]))?;
+    let outcome = process::run(simulate::command(workspace).args(["--runs", histories()]))?;
     let closing = outcome.lines.iter().rev().find(|line| line.contains("histories passed"));
     let closing = closing.cloned();
     Ok(Report { failed: !outcome.success, closing, ..Report::default() })

@@ -47,7 +47,7 @@ impl Workspace {
     /// Where nextest's JUnit report lies (see `.config/nextest.toml`): in the workspace, wherever
     /// cargo's target directory is.
     pub(crate) fn junit(&self) -> PathBuf {
-        self.root.join("target/nextest/default/junit.xml")
+        self.root.join("target/nextest").join(nextest_profile()).join("junit.xml")
     }
 
     /// The numbered end-to-end tests.
@@ -75,4 +75,14 @@ impl Workspace {
 
 fn cargo() -> Command {
     Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Whether `BREP_LONG=1` asks for the long forms of the tests that have one.
+pub(crate) fn is_long() -> bool {
+    std::env::var_os("BREP_LONG").is_some_and(|value| value == "1")
+}
+
+/// The profile of the unit tests' runner.
+pub(crate) fn nextest_profile() -> &'static str {
+    if is_long() { "long" } else { "default" }
 }

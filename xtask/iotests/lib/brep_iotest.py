@@ -95,6 +95,8 @@ class Test:
     def __init__(self):
         self.dir = pathlib.Path.cwd()
         self.brep_path = os.environ["BREP"]
+        # The long form of a test that has one, with twenty times the time.
+        self.long = os.environ.get("BREP_LONG") == "1"
         self._daemons = []
         self._filters = []
         self._stale_sockets = []

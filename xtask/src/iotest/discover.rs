@@ -6,8 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::workspace;
+
 /// A test that says nothing else has this long.
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// How many times as long as it says a test has in its long form.
+const LONGER: u32 = 20;
 
 /// One numbered test.
 #[derive(Clone, Debug)]
@@ -77,6 +82,7 @@ fn parse(script: PathBuf) -> Result<Test> {
         },
         None => DEADLINE,
     };
+    let deadline = if workspace::is_long() { deadline * LONGER } else { deadline };
     Ok(Test { name, script, purpose, deadline })
 }
 
