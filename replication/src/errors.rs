@@ -7,6 +7,11 @@ use crate::status::ErrorStatus;
 /// Failures kept for `query-status` and `get_error`.
 const ERRORS_MAX: usize = 32;
 
+/// Seconds since 1970.
+pub(crate) fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
 /// The failures that no guest was told of. Repetitions are counted, not listed.
 #[derive(Debug, Default)]
 pub(crate) struct ErrorLog {
@@ -18,7 +23,7 @@ pub(crate) struct ErrorLog {
 impl ErrorLog {
     /// Adds a failure of a device operation; returns the entry as it now stands.
     pub(crate) fn add(&self, disk: &str, error: &brep_block::Error) -> ErrorStatus {
-        let now_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+        let now_s = now_s();
         let new = ErrorStatus {
             disk: disk.to_owned(),
             operation: error.operation().to_string(),

@@ -65,6 +65,9 @@ pub struct Status {
     /// Writes of the guest that are held because the secondary is lost; absent: they are not held
     /// (primary).
     pub held_writes: Option<u64>,
+    /// The failover, while it can still be undone (promoted).
+    #[serde(default)]
+    pub held: Option<HeldStatus>,
     /// The copy to the secondary, while one runs (primary).
     pub resync: Option<ResyncStatus>,
     /// One entry a disk.
@@ -196,6 +199,8 @@ pub enum DiskState {
     Inconsistent,
     /// Taken over and served; the merge runs behind.
     Promoting,
+    /// Taken over and served; nothing is merged, so that it can be undone.
+    Held,
     /// Taken over; the disk file alone is the disk.
     Promoted,
     /// No peer is configured, or none was ever seen.
@@ -262,6 +267,20 @@ pub struct Differences {
     pub here: Vec<Written>,
     /// Written there, lacking here.
     pub there: Vec<Written>,
+}
+
+/// A failover that can still be undone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct HeldStatus {
+    /// Seconds since 1970 when this side was promoted.
+    pub since_s: u64,
+    /// Milliseconds since then.
+    pub age_ms: u64,
+    /// What would be lost if it were undone: at most so many bytes, by granules, of all disks.
+    pub written_bytes: u64,
+    /// Bytes that the file system of the state directory has left for more, as far as it says.
+    pub space_bytes: Option<u64>,
 }
 
 /// How far a background activity has come.

@@ -67,7 +67,10 @@ pub(crate) enum Wait {
 #[command(after_help = "\
 A failover to the checkpoint is possible whenever there is one. A failover to the latest write is
 possible after unbroken synchronous replication; it loses nothing that was acknowledged while the
-two sides were in contact. See `brep status` for which is offered.")]
+two sides were in contact. See `brep status` for which is offered.
+
+With --hold it can be undone: guests are served and may write, nothing is merged, and there is no
+secondary. --commit makes it final, --rollback gives up what was written since.")]
 pub(crate) struct FailoverArgs {
     #[command(flatten)]
     pub(crate) control: ControlArgs,
@@ -75,6 +78,26 @@ pub(crate) struct FailoverArgs {
     /// What the disks become: the last checkpoint, or everything that was received
     #[arg(long, value_name = "TARGET", default_value = "checkpoint")]
     pub(crate) to: Target,
+
+    /// Keep a way back, until --commit or --rollback
+    #[arg(long)]
+    pub(crate) hold: bool,
+
+    /// Make a failover that is held final
+    #[arg(long, conflicts_with_all = ["to", "hold"])]
+    pub(crate) commit: bool,
+
+    /// Undo a failover that is held: this side is a secondary again
+    #[arg(long, conflicts_with_all = ["to", "hold", "commit"])]
+    pub(crate) rollback: bool,
+
+    /// With --rollback: give up what was written since the failover
+    #[arg(long, requires = "rollback")]
+    pub(crate) discard_local: bool,
+
+    /// With --rollback: only say what would be lost
+    #[arg(long, requires = "rollback")]
+    pub(crate) dry_run: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

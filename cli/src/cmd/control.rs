@@ -47,11 +47,28 @@ pub(crate) fn checkpoint(args: &CheckpointArgs) -> Outcome {
 }
 
 pub(crate) fn failover(args: &FailoverArgs) -> Outcome {
+    if args.commit {
+        let answer = ask(&args.control, "failover-commit", Value::Null)?;
+        return report(&args.control, &answer, || {
+            "the failover is final; the merge goes on in the background, see `brep status`".into()
+        });
+    }
+    if args.rollback {
+        let arguments = json!({ "discard-local": args.discard_local, "dry-run": args.dry_run });
+        let answer = ask(&args.control, "failover-rollback", arguments)?;
+        return report(&args.control, &answer, || match args.dry_run {
+            true => discard_text(&answer),
+            false => format!(
+                "the failover is undone; this side becomes a secondary again\n{}",
+                discard_text(&answer)
+            ),
+        });
+    }
     let target = match args.to {
         Target::Checkpoint => "checkpoint",
         Target::Latest => "latest",
     };
-    let answer = ask(&args.control, "failover", json!({ "to": target }))?;
+    let answer = ask(&args.control, "failover", json!({ "to": target, "hold": args.hold }))?;
     report(&args.control, &answer, || promotion(args.to, &answer))
 }
 
@@ -76,6 +93,13 @@ fn promotion(target: Target, answer: &Value) -> String {
         text.push_str(&format!(
             "\nlast contact with the primary {ago} ago; if it went on alone since, it has more"
         ));
+    }
+    if answer.get("held").and_then(Value::as_bool) == Some(true) {
+        text.push_str(
+            "\nguests are served; held: brep failover --commit makes it final, brep failover \
+             --rollback undoes it",
+        );
+        return text;
     }
     text.push_str(match target {
         Target::Latest => "\nguests are served; the disk files alone are the disks",

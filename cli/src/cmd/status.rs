@@ -3,7 +3,9 @@ use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use brep_replication::status::{DiskState, DiskStatus, LinkState, ResyncStatus, Role, Status};
+use brep_replication::status::{
+    DiskState, DiskStatus, HeldStatus, LinkState, ResyncStatus, Role, Status,
+};
 use serde_json::Value;
 
 use super::control::connect;
@@ -65,6 +67,9 @@ fn render(status: &Status, paint: Paint) -> String {
     if let Some(held) = status.held_writes {
         let held = units::count(held);
         let _ = write!(text, "\nheld writes    {held}: the guest waits for the secondary");
+    }
+    if let Some(held) = &status.held {
+        let _ = write!(text, "\nheld           {}", self::held(held));
     }
     if let Some(running) = &status.resync {
         let _ = write!(text, "\nresync         {}", resync(running));
@@ -176,12 +181,25 @@ fn state(disk: &DiskStatus) -> (String, Colour) {
         DiskState::Disconnected => ("disconnected".into(), Colour::Yellow),
         DiskState::Inconsistent => (format!("inconsistent{}", percent()), Colour::Red),
         DiskState::Promoting => (format!("promoted, merging{}", percent()), Colour::Yellow),
+        DiskState::Held => ("promoted, held".into(), Colour::Yellow),
         DiskState::Promoted => ("promoted".into(), Colour::Green),
         DiskState::Alone => ("alone".into(), Colour::Yellow),
         DiskState::Outdated => ("outdated".into(), Colour::Red),
         DiskState::SplitBrain => ("split brain".into(), Colour::Red),
         DiskState::Failed => ("failed".into(), Colour::Red),
     }
+}
+
+/// A failover that can be undone, in one line.
+fn held(held: &HeldStatus) -> String {
+    let mut parts = vec![
+        format!("for {}", units::age(held.age_ms)),
+        format!("at most {} written", units::bytes(held.written_bytes)),
+    ];
+    if let Some(space) = held.space_bytes {
+        parts.push(format!("room for {}", units::bytes(space)));
+    }
+    parts.join(" · ")
 }
 
 /// How far a resync is, in one line.
@@ -277,6 +295,7 @@ mod tests {
             promotable: None,
             latest_ok: None,
             held_writes: None,
+            held: None,
             resync: None,
             disks: vec![disk()],
             errors: Vec::new(),
@@ -367,6 +386,21 @@ mod tests {
         assert!(resync(&running).starts_with("0 B of 0 B · 0 B/s"));
         let status = Status { resync: Some(running), ..status() };
         assert!(render(&status, Paint::plain()).contains("resync         0 B of"));
+    }
+
+    #[test]
+    fn a_failover_that_is_held_says_how_long_and_how_much_room_there_is() {
+        let mut status = status();
+        status.held = Some(HeldStatus {
+            since_s: 0,
+            age_ms: 125_000,
+            written_bytes: 3 << 20,
+            space_bytes: Some(7 << 30),
+        });
+        status.disks[0].state = DiskState::Held;
+        let text = render(&status, Paint::plain());
+        assert!(text.contains("promoted, held"), "{text}");
+        assert!(text.contains("at most 3 MiB written · room for 7 GiB"), "{text}");
     }
 
     #[test]

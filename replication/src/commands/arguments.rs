@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use crate::secondary::Wanted;
 use crate::state::Target;
 
 /// How long a checkpoint command waits unless it says otherwise.
@@ -44,12 +45,13 @@ impl<'a> Arguments<'a> {
         list.filter_map(Value::as_object).map(Arguments)
     }
 
-    /// What a failover makes of the disks.
-    pub(crate) fn target(self) -> Target {
-        match self.text("to") {
+    /// What a failover is to do.
+    pub(crate) fn wanted(self) -> Wanted {
+        let target = match self.text("to") {
             Some("latest") => Target::Latest,
             _ => Target::Checkpoint,
-        }
+        };
+        Wanted { target, hold: self.flag("hold") }
     }
 
     /// The time that a checkpoint command may take.

@@ -44,8 +44,17 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
         &[optional("wait", Kind::Enum(&["cut", "commit"])), optional("timeout-ms", Kind::Integer)],
     )
     .returning("CheckpointReport"),
-    command("failover", &[optional("to", Kind::Enum(&["checkpoint", "latest"]))])
-        .returning("FailoverReport"),
+    command(
+        "failover",
+        &[optional("to", Kind::Enum(&["checkpoint", "latest"])), optional("hold", Kind::Boolean)],
+    )
+    .returning("FailoverReport"),
+    command("failover-commit", &[]),
+    command(
+        "failover-rollback",
+        &[optional("discard-local", Kind::Boolean), optional("dry-run", Kind::Boolean)],
+    )
+    .returning("DiscardReport"),
     command("replication-start", &[]),
     command("replication-stop", &[optional("discard-checkpoint", Kind::Boolean)]),
     command(

@@ -94,13 +94,19 @@ impl PrimaryCommands {
             }
             "failover" => {
                 let last = group.promoted.as_ref().and_then(|s| s.last_contact_ms());
-                let report = secondary::repeated(&group.record(), arguments.target(), last);
+                let report = secondary::repeated(&group.record(), arguments.wanted(), last);
                 Ok(json!(report.unwrap_or_else(|| {
                     Err(Error::refused(
                         "this is the primary: it is the disk already; run brep failover on the \
                          secondary",
                     ))
                 })?))
+            }
+            "failover-commit" => Ok(self.promoted()?.commit_failover().await.map(done)?),
+            "failover-rollback" => {
+                let (discard, dry_run) =
+                    (arguments.flag("discard-local"), arguments.flag("dry-run"));
+                Ok(json!(self.promoted()?.roll_back(discard, dry_run).await?))
             }
             "resync" => Ok(resync(group, arguments)?),
             "switchover" => self.switchover(arguments.checkpoint_limit()).await,
@@ -148,6 +154,7 @@ impl PrimaryCommands {
             )
             .into());
         }
+        group.check_final()?;
         if !group.record().is_merged() {
             return Err(Error::refused(
                 "the merge of the last failover has not ended (see brep status): try again then",
@@ -155,6 +162,11 @@ impl PrimaryCommands {
             .into());
         }
         self.ask(RequestKind::Switchover, limit).await
+    }
+
+    /// What is left of the secondary that was promoted.
+    fn promoted(&self) -> Result<&Arc<secondary::Group>> {
+        self.group.promoted.as_ref().ok_or_else(|| Error::refused(secondary::NOTHING_HELD))
     }
 
     async fn checkpoint(&self, wait_cut: bool, limit: Duration) -> CommandResult<Value> {

@@ -426,6 +426,8 @@ impl Group {
         core.peer_durability = peer_durability;
         core.epochs.attach(epoch);
         drop(core);
+        // A secondary that had taken over, and has undone that.
+        self.takeover.send_replace(Takeover::None);
         // What was measured of the guest was with another load.
         self.set_resync_limits(self.resync_limits());
         self.let_go("the secondary is back");

@@ -148,13 +148,16 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
     let mut peers = group.watch_peer();
     let leaving = group.leaving();
     while !leaving.is_cancelled() {
-        let Some(peer) = peers.borrow_and_update().clone() else {
+        let known = peers.borrow_and_update().clone();
+        // What may be undone is nothing that a secondary could follow.
+        let held = group.record().held().is_some();
+        let Some(peer) = known.filter(|_| !held) else {
             group.allow_guest(true);
             tokio::select! {
                 biased;
                 _ = peers.changed() => continue,
                 () = leaving.cancelled() => return,
-                () = refuse_requests(&group, &mut requests, "there is no peer") => return,
+                () = refuse_requests(&group, &mut requests, why_alone(held)) => return,
             }
         };
         tokio::select! {
@@ -178,6 +181,15 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
             () = leaving.cancelled() => {}
             () = refuse_requests(&group, &mut requests, "the secondary is not connected") => {}
         }
+    }
+}
+
+/// Why there is no session, and no attempt at one.
+fn why_alone(held: bool) -> &'static str {
+    if held {
+        "the failover is held: brep failover --commit, or --rollback"
+    } else {
+        "there is no peer"
     }
 }
 

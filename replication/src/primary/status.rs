@@ -16,6 +16,7 @@ impl Group {
         // First: what comes meanwhile may be in the status already, and is told again.
         let sequence = self.events.sequence();
         let behind = self.all_bytes_behind();
+        let held = self.promoted.as_ref().and_then(|s| s.held_status(behind.iter().sum()));
         let resync = self.resync_status();
         let record = self.record();
         let core = self.core();
@@ -25,11 +26,15 @@ impl Group {
         let disks = self.disks().iter().zip(behind).enumerate();
         let disks = disks.map(|(index, (disk, behind))| {
             let merging = merges.as_ref().and_then(|merges| merges[index]);
+            let merging = merging.filter(|_| held.is_none());
             DiskStatus {
                 name: disk.name.clone(),
                 file: disk.file.clone(),
                 size: disk.size(),
-                state: disk_state(&core, &record, merging.is_some(), promoted),
+                state: match held {
+                    Some(_) => DiskState::Held,
+                    None => disk_state(&core, &record, merging.is_some(), promoted),
+                },
                 bytes_behind: if promoted { 0 } else { behind },
                 progress: core.copy_progress(index, behind).or(merging),
                 merging,
@@ -74,6 +79,7 @@ impl Group {
             },
             guest_stopped: self.guest.is_stopped(),
             held_writes: self.held_writes(),
+            held,
             resync,
             disks,
             errors: self.errors.list(),
@@ -102,6 +108,17 @@ impl Group {
                 )),
                 Some(
                     "bring the secondary back; or, to go on without it: brep resume --lonely"
+                        .to_owned(),
+                ),
+            );
+        }
+        if self.record().held().is_some() {
+            return (
+                Some(
+                    "the failover is held: nothing is merged, and there is no secondary".to_owned(),
+                ),
+                Some(
+                    "brep failover --commit makes it final; brep failover --rollback undoes it"
                         .to_owned(),
                 ),
             );

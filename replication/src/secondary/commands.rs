@@ -3,13 +3,14 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
 
+use super::failover::Wanted;
 use super::group::Group;
+use super::hold::NOTHING_HELD;
 use crate::commands::{self, Arguments, CommandResult, Service};
 use crate::control::CommandError;
 use crate::link::StopReason;
 use crate::node::Stage;
 use crate::side::{RoleCommands, peer_argument};
-use crate::state::Target;
 use crate::status::Status;
 use crate::{Error, Result};
 
@@ -74,7 +75,8 @@ impl SecondaryCommands {
         match command {
             "checkpoint" => Ok(self.checkpoint(arguments).await?),
             "xen-colo-do-checkpoint" => Ok(self.checkpoint(arguments).await.map(|_| json!({}))?),
-            "failover" => Ok(json!(group.failover(arguments.target()).await?)),
+            "failover" => Ok(json!(group.failover(arguments.wanted()).await?)),
+            "failover-commit" | "failover-rollback" => Err(CommandError::refused(NOTHING_HELD)),
             "switchover" => Err(Error::refused(
                 "this is the secondary: run brep switchover on the primary, or brep failover here",
             )
@@ -110,7 +112,7 @@ impl SecondaryCommands {
             "xen-set-replication" => self.set_replication(arguments).await.map(done),
             "x-colo-lost-heartbeat" => {
                 group.colo.check()?;
-                Ok(group.failover(Target::Checkpoint).await.map(|_| json!({}))?)
+                Ok(group.failover(Wanted::CHECKPOINT).await.map(|_| json!({}))?)
             }
             "stop" => {
                 Ok(group.guest.stop(std::future::ready(()), &group.events).await.map(done)?)
@@ -152,7 +154,7 @@ impl SecondaryCommands {
             return Ok(group.start_replication().await?);
         }
         if arguments.flag("failover") {
-            if let Err(error) = group.failover(Target::Checkpoint).await {
+            if let Err(error) = group.failover(Wanted::CHECKPOINT).await {
                 tracing::error!(%error, "no failover");
             }
             return Ok(());

@@ -1,3 +1,5 @@
+mod promoted;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -5,7 +7,6 @@ use std::time::Duration;
 
 use brep_backup::{CbwOptions, Copied, CopyBeforeWrite};
 use brep_block::{BlockDevice, ErrorKind, FlushLevel};
-use brep_hbitmap::MapSet;
 use brep_qcow2::Qcow2;
 use futures_util::FutureExt;
 
@@ -15,7 +16,7 @@ use crate::config::{DiskConfig, Durability};
 use crate::gate::Gate;
 use crate::image::Image;
 use crate::merge::MergedDisk;
-use crate::state::{DiskRecord, Target};
+use crate::state::{DiskRecord, Record};
 use crate::unavailable::Unavailable;
 use crate::view::ChainView;
 use crate::{Error, Result, SetId};
@@ -88,11 +89,11 @@ impl ReplicaDisk {
         config: &DiskConfig,
         pool: BufferPool,
         image: Image,
-        record: Option<&DiskRecord>,
-        set: Option<SetId>,
-        seq_max: u64,
+        known: Option<&DiskRecord>,
+        record: &Record,
         power_lost: bool,
     ) -> Result<Self> {
+        let (set, seq_max) = (record.set, record.secondary.buffer_seq);
         let size = image.device().size();
         let gate = Gate::new(&config.name, unavailable(&config.name, size));
         let disk = ReplicaDisk {
@@ -104,27 +105,27 @@ impl ReplicaDisk {
             gate,
             state: Mutex::new(State::default()),
         };
-        let Some(record) = record else {
+        let Some(known) = known else {
             disk.pool.open(set, &[], seq_max, power_lost).await?;
             return Ok(disk);
         };
-        let wanted: Vec<_> = record.buffers().collect();
+        let wanted: Vec<_> = known.buffers().collect();
         let mut buffers = disk.pool.open(set, &wanted, seq_max, power_lost).await?.into_iter();
         {
             let mut state = disk.state();
-            state.chain = buffers.by_ref().take(record.chain.len()).collect();
-            state.next = record.next.and_then(|_| buffers.next());
-            state.active = record.active.and_then(|_| buffers.next());
+            state.chain = buffers.by_ref().take(known.chain.len()).collect();
+            state.next = known.next.and_then(|_| buffers.next());
+            state.active = known.active.and_then(|_| buffers.next());
         }
-        let top = record.top.and_then(|_| buffers.next());
+        let top = known.top.and_then(|_| buffers.next());
         disk.grow_buffers(size).await?;
         disk.adopt_next().await?;
         disk.note_contents().await?;
         disk.make_durable().await?;
         disk.start_replica(Copied::AllocatedInTarget)?;
-        match top {
-            Some(top) => {
-                disk.promote_onto(Some(top)).await?;
+        match top.zip(record.secondary.promotion.as_ref()) {
+            Some((top, promotion)) => {
+                disk.promote_onto(Some(top), promotion.target);
             }
             None => disk.show_guest().await?,
         }
@@ -485,68 +486,6 @@ impl ReplicaDisk {
     /// Bytes written to hidden disks as pre-images since this session's parts were built.
     pub(crate) fn preimage_bytes(&self) -> u64 {
         self.state().replica.as_ref().map_or(0, |r| r.filter.stats().written_bytes)
-    }
-
-    /// Makes the promoted disk out of the checkpoint: a fresh top over the active disk, if any,
-    /// over the chain, over the image. Without a `top` the image itself becomes the disk.
-    pub(crate) async fn promote_onto(&self, top: Option<Buffer>) -> Result<Arc<MergedDisk>> {
-        let base = Arc::clone(self.image.device());
-        let promoted = match top {
-            None => MergedDisk::direct(&self.name, base),
-            Some(top) => {
-                let (active, view, chain) = {
-                    let state = self.state();
-                    let Some(replica) = &state.replica else {
-                        return Err(Error::refused(format!("disk {}: no checkpoint", self.name)));
-                    };
-                    (state.active.clone(), Arc::clone(&replica.view), state.chain.clone())
-                };
-                let mut below = view as Arc<dyn BlockDevice>;
-                if let Some(active) = &active {
-                    active.below.set(Some(below));
-                    below = active.device();
-                }
-                top.below.set(Some(below));
-                let layers = [&top].into_iter().chain(&active).chain(&chain);
-                let layers = layers.map(|b| Arc::clone(&b.image)).collect();
-                let promoted = MergedDisk::merging(&self.name, base, top.device(), layers);
-                self.state().top = Some(top);
-                promoted
-            }
-        };
-        self.state().promoted = Some(Arc::clone(&promoted));
-        self.gate.replace(Arc::clone(&promoted) as Arc<dyn BlockDevice>);
-        Ok(promoted)
-    }
-
-    /// Marks where the disk differs from its last checkpoint once it has been promoted to `target`.
-    pub(crate) async fn mark_beyond_checkpoint(
-        &self,
-        target: Target,
-        maps: &mut MapSet,
-    ) -> Result<()> {
-        let layers: Vec<Buffer> = {
-            let state = self.state();
-            match target {
-                Target::Checkpoint => state.active.iter().cloned().collect(),
-                Target::Latest => state.chain.clone(),
-            }
-        };
-        for layer in layers {
-            let mut at = 0;
-            while at < self.size() {
-                let status = layer.image.layer_status(at, self.size() - at).await?;
-                if status.flags.allocated {
-                    maps.set(brep_hbitmap::Role::Differs, at, status.len);
-                }
-                at += status.len;
-            }
-        }
-        Ok(())
-    }
-
-    pub(crate) fn promoted(&self) -> Option<Arc<MergedDisk>> {
-        self.state().promoted.clone()
     }
 
     /// Gives up every buffer, after a merge or when a checkpoint is dropped by command. No record

@@ -13,6 +13,7 @@ use super::group::Group;
 use super::plain::Claim;
 use super::session::Session;
 use crate::commands::{Job, JobKind};
+use crate::errors::now_s;
 use crate::link::StopReason;
 use crate::primary::{MapsOf, Primary, PrimaryDisk, Since};
 use crate::state::{BufferRef, DiskRecord, PrimaryRecord, Promotion, Record, Role, Target};
@@ -21,6 +22,19 @@ use crate::{Epoch, Error, Generation, Result, primary};
 
 /// Pause before a merge that failed is tried again.
 const MERGE_RETRY: Duration = Duration::from_secs(5);
+
+/// What a failover is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) target: Target,
+    /// It may be undone: nothing is merged before it is committed.
+    pub(crate) hold: bool,
+}
+
+impl Wanted {
+    /// To the last checkpoint, for good.
+    pub(crate) const CHECKPOINT: Wanted = Wanted { target: Target::Checkpoint, hold: false };
+}
 
 /// What a failover did.
 #[derive(Debug, Clone, Serialize)]
@@ -37,50 +51,55 @@ pub(crate) struct Report {
     pub(crate) last_contact_ms: Option<u64>,
     /// Microseconds until the disk was served.
     pub(crate) took_us: u64,
+    /// It can still be undone.
+    pub(crate) held: bool,
     /// It had been done before.
     pub(crate) repeated: bool,
 }
 
 impl Group {
-    /// Makes this side the disk. Served at once; merged behind.
+    /// Makes this side the disk. Served at once; merged behind, unless it is to be held.
     ///
     /// # Errors
     /// Refused, with the reason, if there is nothing to be promoted to, or if it has been promoted
     /// to something else.
-    pub(crate) async fn failover(self: &Arc<Self>, target: Target) -> Result<Report> {
+    pub(crate) async fn failover(self: &Arc<Self>, wanted: Wanted) -> Result<Report> {
         let begun = Instant::now();
         let _transition = self.transition.lock().await;
-        if let Some(report) = self.check_failover(target)? {
+        if let Some(report) = self.check_failover(wanted)? {
             return Ok(report);
         }
         self.colo.begin_failover();
-        let report = self.take_over(target, begun).await;
+        let report = self.take_over(wanted, begun).await;
         self.colo.end_failover(report.is_ok(), &self.events);
         report
     }
 
-    async fn take_over(self: &Arc<Self>, target: Target, begun: Instant) -> Result<Report> {
+    async fn take_over(self: &Arc<Self>, wanted: Wanted, begun: Instant) -> Result<Report> {
         // A primary that is alive stops for good, or goes on: it is never left to guess.
         let session = self.session();
         if let Some(session) = &session {
             session.announce_promotion().await;
         }
-        let promoted = self.promote_drained(target).await;
+        let promoted = self.promote_drained(wanted).await;
         if let Some(session) = &session {
             session.conclude_promotion(promoted.is_ok());
         }
         let differing_bytes = promoted?;
         let report = Report {
-            target,
+            target: wanted.target,
             epoch: self.record().com.map(|c| c.epoch),
             differing_bytes,
             last_contact_ms: self.last_contact_ms(),
             took_us: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+            held: wanted.hold,
             repeated: false,
         };
         self.core().reason = None;
         self.events.emit("BREP_PROMOTED", json!(report));
-        self.spawn_merge();
+        if !wanted.hold {
+            self.spawn_merge();
+        }
         self.serve_guests().await;
         Ok(report)
     }
@@ -111,7 +130,7 @@ impl Group {
         let complete = self.record().com.is_some_and(|com| com.epoch == epoch)
             && self.core().is_current(&session);
         let taken_over = match complete {
-            true => self.failover(Target::Checkpoint).await.map(drop),
+            true => self.failover(Wanted::CHECKPOINT).await.map(drop),
             false => Err(Error::failed("the checkpoint of the switchover is not the last one")),
         };
         if let Err(error) = taken_over {
@@ -121,13 +140,13 @@ impl Group {
     }
 
     /// Ends what the primary has begun here, and promotes. Returns the bytes that differ.
-    async fn promote_drained(self: &Arc<Self>, target: Target) -> Result<u64> {
+    async fn promote_drained(self: &Arc<Self>, wanted: Wanted) -> Result<u64> {
         self.end_session(StopReason::Promoted).await?;
         let _held = self.hold_guest().await?;
         // Again, now that nothing moves: a write that was drained may have failed, and the guest
         // may have written.
-        self.check_failover(target)?;
-        self.promote(target).await
+        self.check_failover(wanted)?;
+        self.promote(wanted).await
     }
 
     /// Where guests have no address of their own, they are served where the primary was: also if
@@ -161,10 +180,10 @@ impl Group {
     }
 
     /// Whether it can be done; a report if it has been done already.
-    fn check_failover(&self, target: Target) -> Result<Option<Report>> {
+    fn check_failover(&self, wanted: Wanted) -> Result<Option<Report>> {
         let record = self.record();
         let secondary = &record.secondary;
-        if let Some(report) = repeated(&record, target, self.last_contact_ms()) {
+        if let Some(report) = repeated(&record, wanted, self.last_contact_ms()) {
             return report.map(Some);
         }
         if secondary.outdated {
@@ -186,7 +205,7 @@ impl Group {
                  power was lost since. Let the primary copy everything; nothing was changed",
             ));
         }
-        if target == Target::Latest {
+        if wanted.target == Target::Latest {
             if self.disks().iter().any(|d| d.guest_wrote()) {
                 return Err(Error::refused(
                     "this side's guest has written since the checkpoint; its view and the latest \
@@ -209,13 +228,15 @@ impl Group {
     }
 
     /// Writes the record first, then serves. Returns the bytes that differ.
-    async fn promote(self: &Arc<Self>, target: Target) -> Result<u64> {
+    async fn promote(self: &Arc<Self>, wanted: Wanted) -> Result<u64> {
+        let Wanted { target, hold } = wanted;
         let record = self.record();
         let set = record.set.ok_or_else(|| Error::failed("no set"))?;
         let differing_bytes = self.disks().iter().map(|d| d.hidden_bytes()).sum();
         // A side that made room in a switchover, and was never written to: its files are the
         // checkpoint.
-        let merged = target == Target::Latest || self.disks().iter().all(|d| !d.has_buffers());
+        let merged =
+            !hold && (target == Target::Latest || self.disks().iter().all(|d| !d.has_buffers()));
         let mut tops: Vec<Option<Buffer>> = Vec::new();
         let mut maps = Vec::new();
         for disk in self.disks() {
@@ -231,6 +252,7 @@ impl Group {
         }
         let references: Vec<_> = tops.iter().map(|t| t.as_ref().map(Buffer::reference)).collect();
         self.update_record(|record| {
+            let held = hold.then(|| record.before_failover(now_s()));
             record.begin_line_at_checkpoint(Generation::random());
             let mut references = references.iter();
             self.record_disks(record, |disk| {
@@ -241,16 +263,16 @@ impl Group {
             let disks = self.disks().iter().map(|d| (d.name.clone(), d.size())).collect();
             // Nobody else can be the disk: a restart serves the guest at once.
             record.primary = PrimaryRecord { had_peer: true, alone: true, disks };
-            record.secondary.latest_ok = false;
-            record.secondary.promotion =
-                Some(Promotion { target, merged, dropped_bytes: differing_bytes });
+            record.secondary.latest_ok &= hold;
+            let dropped_bytes = differing_bytes;
+            record.secondary.promotion = Some(Promotion { target, merged, dropped_bytes, held });
         })?;
         // A side that forgot its promotion would let the old primary overwrite it.
         if let Err(error) = self.sync_record().await {
             tracing::error!(%error, "the promotion may not survive a power loss");
         }
         for (disk, top) in self.disks().iter().zip(tops) {
-            disk.promote_onto(top).await?;
+            disk.promote_onto(top, target);
         }
         self.become_primary(maps)?;
         Ok(differing_bytes)
@@ -316,7 +338,9 @@ impl Group {
             let open = |d: &Arc<ReplicaDisk>| MapsOf::new(&self.side, &d.name, d.size()).open();
             let maps = self.disks().iter().map(open).collect::<Result<Vec<_>>>()?;
             self.become_primary(maps)?;
-            self.spawn_merge();
+            if self.record().held().is_none() {
+                self.spawn_merge();
+            }
         }
         Ok(())
     }
@@ -370,22 +394,39 @@ impl Group {
 /// The answer to a failover on a side that has been promoted already; none if it has not.
 pub(crate) fn repeated(
     record: &Record,
-    target: Target,
+    wanted: Wanted,
     last_contact_ms: Option<u64>,
 ) -> Option<Result<Report>> {
     let done = record.secondary.promotion.as_ref()?;
-    if done.target != target {
-        return Some(Err(Error::refused(format!(
-            "this side has already been promoted to its {} state; that cannot be changed",
-            done.target.as_str()
-        ))));
+    let state = done.target.as_str();
+    let refused = match (&done.held, wanted.hold) {
+        (Some(_), false) => Some(format!(
+            "this side has been promoted to its {state} state, and that is held: brep failover \
+             --commit makes it final, brep failover --rollback undoes it"
+        )),
+        (Some(_), true) if done.target != wanted.target => Some(format!(
+            "this side has been promoted to its {state} state, and that is held: undo it first, \
+             with brep failover --rollback"
+        )),
+        (None, true) => Some(format!(
+            "this side has already been promoted to its {state} state, for good; nothing was \
+             changed"
+        )),
+        (None, false) if done.target != wanted.target => Some(format!(
+            "this side has already been promoted to its {state} state; that cannot be changed"
+        )),
+        _ => None,
+    };
+    if let Some(reason) = refused {
+        return Some(Err(Error::refused(reason)));
     }
     Some(Ok(Report {
-        target,
+        target: wanted.target,
         epoch: record.com.map(|c| c.epoch),
         differing_bytes: done.dropped_bytes,
         last_contact_ms,
         took_us: 0,
+        held: wanted.hold,
         repeated: true,
     }))
 }

@@ -9,6 +9,7 @@ mod failover;
 mod group;
 mod growth;
 mod held;
+mod hold;
 mod link;
 mod manager;
 mod named;
@@ -31,8 +32,9 @@ use tokio_util::sync::CancellationToken;
 
 use self::commands::SecondaryCommands;
 use self::exports::{GuestExports, PeerExports};
-pub(crate) use self::failover::repeated;
+pub(crate) use self::failover::{Wanted, repeated};
 pub(crate) use self::group::Group;
+pub(crate) use self::hold::NOTHING_HELD;
 pub(crate) use self::rejoin::{Refused, check as check_return};
 use crate::commands::Service;
 use crate::link::StopReason;

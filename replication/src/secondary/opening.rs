@@ -30,8 +30,7 @@ pub(super) async fn open_disk(
     let known_size = known.map_or(size, |known| known.size);
     let (files, durability) = (disk.buffers.clone(), config.durability);
     let pool = BufferPool::new(&config.state_dir, &disk.name, known_size, files, durability);
-    let seq_max = record.secondary.buffer_seq;
-    ReplicaDisk::open(disk, pool, image, known, record.set, seq_max, power_lost).await
+    ReplicaDisk::open(disk, pool, image, known, record, power_lost).await
 }
 
 /// Every disk of the record must be given, and no other: a group is promoted as a whole.

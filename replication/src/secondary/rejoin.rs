@@ -47,6 +47,12 @@ pub(crate) fn check(record: &Record, config: &SideConfig) -> Result<bool> {
     let returns = record.role == Role::Primary
         && match &secondary.promotion {
             None => true,
+            Some(promotion) if config.discard_local && promotion.held.is_some() => {
+                return Err(Error::refused(
+                    "this side has been promoted, and that is held: start it without \
+                     --discard-local, and undo it with brep failover --rollback",
+                ));
+            }
             Some(promotion) if config.discard_local && !promotion.merged => {
                 return Err(Error::refused(
                     "this side has been promoted, and the merge has not ended: start it without \

@@ -32,7 +32,7 @@ impl Group {
     }
 
     /// Bytes that the file system of the buffers has left, as far as it says.
-    fn space_bytes(&self) -> Option<u64> {
+    pub(super) fn space_bytes(&self) -> Option<u64> {
         let stat = rustix::fs::statvfs(&self.config.state_dir).ok()?;
         stat.f_bavail.checked_mul(stat.f_frsize)
     }

@@ -62,6 +62,7 @@ impl Group {
             },
             guest_stopped: self.guest.is_stopped(),
             held_writes: None,
+            held: None,
             resync: None,
             disks: self.disks().iter().map(|d| disk_status(d, &secondary, &core)).collect(),
             errors: self.errors.list(),

@@ -68,10 +68,9 @@ impl Handler for SideHandler {
     ) -> BoxFuture<'_, CommandResult<Value>> {
         let command = command.to_owned();
         Box::pin(async move {
-            let side = self.side.upgrade();
-            let Some((side, role)) = side.and_then(|s| s.role().map(|r| (s, r))) else {
-                return Err(CommandError::failed("this side is changing its role, or ends"));
-            };
+            let ends = || CommandError::failed("this side is changing its role, or ends");
+            let side = self.side.upgrade().ok_or_else(ends)?;
+            let role = side.role().await.ok_or_else(ends)?;
             if let Some(outcome) = answer(&side, &*role, &command, Arguments(&arguments)) {
                 return outcome;
             }

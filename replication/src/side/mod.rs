@@ -23,6 +23,9 @@ use crate::link::{self, DiskInfo, MapsInfo};
 use crate::state::{Record, RecordStore, Role, SharedRecord};
 use crate::{Error, Generation, Result, SetId, primary, secondary};
 
+/// How long a command waits while the role changes.
+const ROLE_LIMIT: Duration = Duration::from_secs(5);
+
 /// The time in which the last requests of a role have to end.
 const FREE_LIMIT: Duration = Duration::from_secs(10);
 
@@ -70,7 +73,7 @@ pub(crate) struct Side {
     /// Where the other side listens.
     peer: watch::Sender<Option<Endpoint>>,
     /// Carries out commands in the present role.
-    role: Mutex<Option<Arc<dyn RoleCommands>>>,
+    role: watch::Sender<Option<Arc<dyn RoleCommands>>>,
     control: Mutex<Option<ControlThread>>,
     /// The present role ends.
     leaving: Mutex<CancellationToken>,
@@ -110,7 +113,7 @@ impl Side {
             record,
             colo: Colo::default(),
             peer: watch::Sender::new(peer),
-            role: Mutex::default(),
+            role: watch::Sender::default(),
             control: Mutex::default(),
             leaving: Mutex::new(leaving),
             group: Mutex::default(),
@@ -153,11 +156,19 @@ impl Side {
 
     /// From now on commands are carried out by `role`.
     pub(crate) fn commands(&self, role: Option<Arc<dyn RoleCommands>>) {
-        *self.role.lock().unwrap_or_else(PoisonError::into_inner) = role;
+        self.role.send_replace(role);
     }
 
-    fn role(&self) -> Option<Arc<dyn RoleCommands>> {
-        self.role.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// What carries out commands; while the role changes, that of the new one. None: the side ends,
+    /// or the change takes too long.
+    async fn role(&self) -> Option<Arc<dyn RoleCommands>> {
+        let mut role = self.role.subscribe();
+        let known = tokio::select! {
+            biased;
+            known = tokio::time::timeout(ROLE_LIMIT, role.wait_for(Option::is_some)) => known,
+            () = self.stopping.cancelled() => return None,
+        };
+        known.ok()?.ok()?.clone()
     }
 
     /// Serves the control socket: this side is ready.

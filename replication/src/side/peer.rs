@@ -70,6 +70,11 @@ impl Side {
         self.peer.subscribe()
     }
 
+    /// Whoever follows the address looks at it again.
+    pub(crate) fn look_for_peer(&self) {
+        self.peer.send_modify(|_| {});
+    }
+
     /// Sets the address, or forgets it, beyond the end of the process.
     ///
     /// # Errors

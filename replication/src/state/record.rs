@@ -131,6 +131,24 @@ pub struct Promotion {
     pub merged: bool,
     /// Bytes by which `latest` and the checkpoint differed, as far as the pre-images tell.
     pub dropped_bytes: u64,
+    /// It can be undone: nothing is merged yet, and there is no peer. None: it is final.
+    pub held: Option<Held>,
+}
+
+/// What this side was before a failover that can be undone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Held {
+    /// Seconds since 1970 when it was promoted.
+    pub since_s: u64,
+    /// [`Record::cur`] before.
+    pub cur: Option<Generation>,
+    /// [`Record::fork`] before.
+    pub fork: Option<Commit>,
+    /// [`Record::history`] before.
+    pub history: Vec<Commit>,
+    /// [`Record::epoch`] before.
+    pub epoch: Epoch,
 }
 
 /// What a failover makes of the disks.
@@ -203,7 +221,8 @@ impl Record {
         // Nothing that is found next time equals what nobody could tell.
         self.boot = Some(boot.unwrap_or_default());
         self.durability = durability;
-        if lost && self.role == Role::Secondary {
+        // A failover that may be undone leaves a secondary.
+        if lost && (self.role == Role::Secondary || self.held().is_some()) {
             // Where nothing was flushed, pre-images and what they belong to are of different
             // moments now.
             self.secondary.inconsistent |= !kept && !self.secondary.outdated;
@@ -271,6 +290,41 @@ impl Record {
         self.secondary.discard_local = false;
     }
 
+    /// What a failover that begins now, in seconds since 1970, would have to be undone to.
+    #[must_use]
+    pub fn before_failover(&self, now_s: u64) -> Held {
+        Held {
+            since_s: now_s,
+            cur: self.cur,
+            fork: self.fork,
+            history: self.history.clone(),
+            epoch: self.epoch,
+        }
+    }
+
+    /// A failover that is held can be undone no more.
+    pub fn commit_failover(&mut self) {
+        if let Some(promotion) = &mut self.secondary.promotion {
+            promotion.held = None;
+        }
+        self.secondary.latest_ok = false;
+    }
+
+    /// Undoes a failover that is held: what was written since is given up, and this side is the
+    /// secondary that it was. The line that it had begun is never used again.
+    pub fn roll_back(&mut self) {
+        let Some(held) = self.held().cloned() else { return };
+        self.secondary.promotion = None;
+        self.role = Role::Secondary;
+        self.session = None;
+        (self.cur, self.fork, self.history) = (held.cur, held.fork, held.history);
+        self.epoch = held.epoch;
+        self.primary = PrimaryRecord::default();
+        for disk in &mut self.secondary.disks {
+            disk.top = None;
+        }
+    }
+
     /// A primary whose disks are its last checkpoint makes room for the other side.
     pub fn step_down(&mut self) {
         self.role = Role::Secondary;
@@ -305,6 +359,12 @@ impl Record {
     #[must_use]
     pub fn is_primary(&self) -> bool {
         self.role == Role::Primary
+    }
+
+    /// The failover that can still be undone, if there is one.
+    #[must_use]
+    pub fn held(&self) -> Option<&Held> {
+        self.secondary.promotion.as_ref()?.held.as_ref()
     }
 
     /// Whether a promotion, if there was one, has been merged.
@@ -361,6 +421,45 @@ mod tests {
         assert_eq!(record.history.len(), Record::HISTORY_MAX);
         assert_eq!(record.history[0], Commit { cur: line, epoch: Epoch(3) });
         assert_eq!(record.history.last(), record.fork.as_ref());
+    }
+
+    #[test]
+    fn a_failover_that_is_rolled_back_leaves_the_secondary_that_was_there() {
+        let mut before = Record::blank("s", Role::Secondary);
+        let line = Generation::random();
+        before.follow_line(line, vec![Commit { cur: Generation::random(), epoch: Epoch(3) }]);
+        before.com = Some(Commit { cur: line, epoch: Epoch(7) });
+        before.epoch = Epoch(9);
+        before.secondary.inconsistent = false;
+        before.secondary.latest_ok = true;
+        let chain = vec![BufferRef { seq: 5 }];
+        before.secondary.disks = vec![DiskRecord { chain, ..DiskRecord::new("vda", 4096) }];
+        let mut record = before.clone();
+        record.begin_line_at_checkpoint(Generation::random());
+        record.role = Role::Primary;
+        record.primary.alone = true;
+        record.epoch = Epoch(11);
+        record.secondary.disks[0].top = Some(BufferRef { seq: 6 });
+        record.secondary.promotion = Some(Promotion {
+            target: Target::Checkpoint,
+            merged: false,
+            dropped_bytes: 0,
+            held: Some(Held {
+                since_s: 1,
+                cur: before.cur,
+                fork: before.fork,
+                history: before.history.clone(),
+                epoch: before.epoch,
+            }),
+        });
+        let mut after = record.clone();
+        after.roll_back();
+        assert_eq!(after, before);
+        record.commit_failover();
+        let committed = record.clone();
+        record.roll_back();
+        assert_eq!(record, committed, "there is nothing to be undone any more");
+        assert!(committed.held().is_none() && !committed.secondary.latest_ok);
     }
 
     #[test]

@@ -183,7 +183,8 @@ async fn i10_a_budget_that_is_used_up_keeps_the_checkpoint_and_ends_forwarding()
         if discard {
             primary.command("resync", json!({ "discard-checkpoint": true })).await.unwrap();
             primary.wait_state("in-sync").await;
-            assert_eq!(there.status().await["promotable"], true);
+            // The commit that ends the copy comes after it.
+            there.wait("promotable", |s| s["promotable"] == true).await;
             guest.close();
             primary.stop().await;
             there.stop().await;

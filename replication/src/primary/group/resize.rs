@@ -13,6 +13,7 @@ impl Group {
     /// There is no such disk, it cannot have this size, or its file does not grow; nothing was
     /// changed. Or its maps do not grow: then it is served as it was.
     pub(crate) async fn resize(&self, name: &str, size: u64) -> Result<()> {
+        self.check_final()?;
         let _one = self.resizing.lock().await;
         let index = self.disks.iter().position(|d| d.name == name);
         let index = index.ok_or_else(|| Error::usage(format!("there is no disk {name:?}")))?;

@@ -13,6 +13,20 @@ pub(crate) fn no_peer() -> Error {
 }
 
 impl Group {
+    /// Refuses what a failover that may be undone does not allow.
+    ///
+    /// # Errors
+    /// The failover is held.
+    pub(crate) fn check_final(&self) -> Result<()> {
+        match self.record().held() {
+            None => Ok(()),
+            Some(_) => Err(Error::refused(
+                "the failover of this side is held: first make it final with brep failover \
+                 --commit, or undo it with --rollback; nothing was changed",
+            )),
+        }
+    }
+
     pub(crate) fn stage(&self) -> Stage {
         *self.stage.borrow()
     }

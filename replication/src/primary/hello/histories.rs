@@ -289,8 +289,12 @@ impl Node {
         record.role = Role::Primary;
         record.session = None;
         record.secondary.latest_ok = false;
-        record.secondary.promotion =
-            Some(Promotion { target: Target::Checkpoint, merged: true, dropped_bytes: 0 });
+        record.secondary.promotion = Some(Promotion {
+            target: Target::Checkpoint,
+            merged: true,
+            dropped_bytes: 0,
+            held: None,
+        });
         let com = record.com.expect("a checkpoint");
         self.files.maps = Some(Maps::new(Since::Commit(com)));
         (self.files.disk, self.files.seen) = self.files.checkpoint.take().expect("a checkpoint");

@@ -1,0 +1,115 @@
+//! A failover that can be undone: until it is committed nothing is merged, and there is no peer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::group::Group;
+use super::rejoin::Discard;
+use crate::errors::now_s;
+use crate::state::Record;
+use crate::status::HeldStatus;
+use crate::{Error, Result};
+
+/// Why there is nothing to be committed or undone.
+pub(crate) const NOTHING_HELD: &str = "no failover is held here: it would have been one with brep \
+                                       failover --hold; nothing was changed";
+
+/// The time in which the guest's requests have to end before a failover is undone.
+const GUEST_LIMIT: Duration = Duration::from_secs(30);
+
+impl Group {
+    /// Makes a failover that is held final: the merge begins, and so does the way to a peer.
+    ///
+    /// # Errors
+    /// Nothing is held, or the record could not be saved.
+    pub(crate) async fn commit_failover(self: &Arc<Self>) -> Result<()> {
+        let _transition = self.transition.lock().await;
+        check_held(&self.record())?;
+        self.update_record(Record::commit_failover)?;
+        self.sync_record().await?;
+        self.events.emit("BREP_FAILOVER_COMMITTED", json!({}));
+        self.spawn_merge();
+        self.look_for_peer();
+        Ok(())
+    }
+
+    /// Undoes a failover that is held: what was written since is given up, and this side becomes
+    /// the secondary again that it was. Or only says what would be lost.
+    ///
+    /// # Errors
+    /// Nothing is held; or something was written, and `discard_local` does not give it up. Then
+    /// nothing was changed.
+    pub(crate) async fn roll_back(
+        self: &Arc<Self>,
+        discard_local: bool,
+        dry_run: bool,
+    ) -> Result<Discard> {
+        let _transition = self.transition.lock().await;
+        check_held(&self.record())?;
+        // It is going to be one again.
+        self.listen_address()?;
+        if dry_run {
+            return self.given_up(true).await;
+        }
+        // Nothing of the guest may be acknowledged that is not told.
+        self.guest.hold(GUEST_LIMIT).await?;
+        let rolled_back = self.roll_back_held(discard_local).await;
+        match rolled_back {
+            Ok(_) => self.leaving().cancel(),
+            Err(_) => self.guest.release(),
+        }
+        rolled_back
+    }
+
+    /// The guest is held. From the record on this side is a secondary, whatever happens to it: what
+    /// follows is the same as if it were killed and started again.
+    async fn roll_back_held(&self, discard_local: bool) -> Result<Discard> {
+        let discard = self.given_up(false).await?;
+        let bytes = discard.bytes.unwrap_or(0);
+        if bytes > 0 && !discard_local {
+            return Err(Error::refused(format!(
+                "{bytes} bytes were written since the failover, and would be lost: brep failover \
+                 --rollback --discard-local gives them up (--dry-run says which they are); nothing \
+                 was changed"
+            )));
+        }
+        let before = Record::clone(&self.record());
+        self.update_record(Record::roll_back)?;
+        if let Err(error) = self.sync_record().await {
+            self.update_record(|record| *record = before)?;
+            return Err(error);
+        }
+        self.events.emit("BREP_ROLLED_BACK", json!({ "bytes": bytes }));
+        tracing::warn!(bytes, "the failover is undone: this side is a secondary again");
+        Ok(discard)
+    }
+
+    async fn given_up(&self, dry_run: bool) -> Result<Discard> {
+        let mut disks = Vec::new();
+        for disk in self.disks() {
+            disks.push(disk.written_since_promotion().await?);
+        }
+        Ok(Discard { bytes: disks.iter().map(|disk| disk.bytes).sum(), disks, dry_run })
+    }
+
+    /// How a failover is doing that can be undone; `written_bytes` is what the maps have.
+    pub(crate) fn held_status(&self, written_bytes: u64) -> Option<HeldStatus> {
+        let record = self.record();
+        let held = record.held()?;
+        Some(HeldStatus {
+            since_s: held.since_s,
+            age_ms: now_s().saturating_sub(held.since_s).saturating_mul(1000),
+            written_bytes,
+            space_bytes: self.space_bytes(),
+        })
+    }
+}
+
+fn check_held(record: &Record) -> Result<()> {
+    match record.held() {
+        Some(_) => Ok(()),
+        None => Err(Error::refused(NOTHING_HELD)),
+    }
+}
