@@ -70,7 +70,7 @@ impl Handler for SideHandler {
         Box::pin(async move {
             let ends = || CommandError::failed("this side is changing its role, or ends");
             let side = self.side.upgrade().ok_or_else(ends)?;
-            let role = side.role().await.ok_or_else(ends)?;
+            let role = side.settled_role().await.ok_or_else(ends)?;
             if let Some(outcome) = answer(&side, &*role, &command, Arguments(&arguments)) {
                 return outcome;
             }

@@ -159,9 +159,13 @@ impl Side {
         self.role.send_replace(role);
     }
 
-    /// What carries out commands; while the role changes, that of the new one. None: the side ends,
-    /// or the change takes too long.
-    async fn role(&self) -> Option<Arc<dyn RoleCommands>> {
+    fn role(&self) -> Option<Arc<dyn RoleCommands>> {
+        self.role.borrow().clone()
+    }
+
+    /// As [`role`](Self::role); while the role changes, that of the new one. None: the side ends, or
+    /// the change takes too long.
+    async fn settled_role(&self) -> Option<Arc<dyn RoleCommands>> {
         let mut role = self.role.subscribe();
         let known = tokio::select! {
             biased;
