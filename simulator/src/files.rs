@@ -174,7 +174,11 @@ impl Storage for Files {
         self.alive(life, 11)?;
         let file = match self.find(life.side, &name) {
             Some(file) => file,
-            None => self.create(life, &name)?,
+            None => {
+                let file = self.create(life, &name)?;
+                self.sync_folder_of(life, &name);
+                file
+            }
         };
         Ok(Arc::new(self.handle(life, name, file)?))
     }

@@ -36,6 +36,7 @@ impl Storage for FileSystem {
     }
 
     fn open_file(&self, path: &Path) -> io::Result<Arc<dyn PlainFile>> {
+        let is_new = !path.exists();
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -44,12 +45,17 @@ impl Storage for FileSystem {
             .mode(0o600)
             .open(path)?;
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        if is_new {
+            sync_parent(path)?;
+        }
         Ok(Arc::new(file))
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
+        let missing: Vec<_> = path.ancestors().take_while(|dir| !dir.exists()).collect();
         DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-        fs::set_permissions(path, Permissions::from_mode(0o700))
+        fs::set_permissions(path, Permissions::from_mode(0o700))?;
+        missing.iter().try_for_each(|dir| sync_parent(dir))
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
@@ -84,6 +90,12 @@ impl Storage for FileSystem {
         let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         Some(id.trim().to_owned())
     }
+}
+
+/// Puts the name of a file or directory on stable storage.
+fn sync_parent(path: &Path) -> io::Result<()> {
+    let parent = path.parent().filter(|parent| *parent != Path::new(""));
+    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 impl PlainFile for File {
@@ -127,6 +139,21 @@ mod tests {
         let id = FileSystem.boot_id(dir.path()).unwrap();
         assert_eq!(id.len(), 36, "{id}");
         assert_eq!(FileSystem.boot_id(&dir.path().join("missing")), Some(id));
+    }
+
+    #[test]
+    fn a_directory_is_made_with_those_above_it_for_its_owner_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("a/b/c");
+        for _ in 0..2 {
+            FileSystem.create_dir(&inner).unwrap();
+            let mode = fs::metadata(&inner).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o700);
+        }
+        fs::write(dir.path().join("file"), b"").unwrap();
+        let error = FileSystem.create_dir(&dir.path().join("file/d")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotADirectory);
+        sync_parent(Path::new("relative")).unwrap();
     }
 
     #[test]

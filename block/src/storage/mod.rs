@@ -30,14 +30,15 @@ pub trait Storage: fmt::Debug {
     fn open_disk(&self, path: &Path, options: RawFileOptions) -> Result<Arc<dyn BlockDevice>>;
 
     /// Opens a small file for reading and writing, locked for this process; makes an empty one,
-    /// with mode 0600, if there is none.
+    /// with mode 0600, if there is none, and puts its name on stable storage.
     ///
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if somebody else has it open; else what the operating system
     /// says.
     fn open_file(&self, path: &Path) -> io::Result<Arc<dyn PlainFile>>;
 
-    /// Makes a directory and those above it, if they are missing; its mode is 0700 afterwards.
+    /// Makes a directory and those above it, if they are missing, and puts their names on stable
+    /// storage; its mode is 0700 afterwards.
     ///
     /// # Errors
     /// What the operating system says.
