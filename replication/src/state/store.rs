@@ -60,7 +60,7 @@ impl RecordStore {
             )),
             _ => Error::failed(format!("{}: cannot open: {e}", path.display())),
         })?;
-        if file.is_empty().map_err(|e| io_error(&path, "read", &e))? {
+        if has_no_record(&*file).map_err(|e| io_error(&path, "read", &e))? {
             let mut store = RecordStore {
                 path,
                 file,
@@ -236,6 +236,18 @@ fn read_slot(file: &dyn PlainFile, slot: u64) -> io::Result<Option<(u64, Record)
     Ok(serde_json::from_slice(&payload).ok().map(|record| (seq, record)))
 }
 
+/// Whether no record was ever relied on: the file is empty, or the very first save was cut short.
+/// The second one would have begun after the first was whole.
+fn has_no_record(file: &dyn PlainFile) -> io::Result<bool> {
+    let len = file.len()?;
+    if len <= SLOT_LEN as u64 {
+        return Ok(len == 0);
+    }
+    let mut slot = vec![0; SLOT_LEN];
+    file.read_exact_at(&mut slot, 0)?;
+    Ok(slot.iter().all(|byte| *byte == 0) && read_slot(file, 1)?.is_none())
+}
+
 /// Reads `len` bytes, or nothing if the file is shorter.
 fn read_exact(file: &dyn PlainFile, offset: u64, len: usize) -> io::Result<Option<Vec<u8>>> {
     let mut data = vec![0; len];
@@ -340,6 +352,25 @@ mod tests {
             let reopened = RecordStore::open(dir.path(), blank).unwrap();
             assert_eq!(*reopened.record(), old, "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn a_first_save_that_was_cut_short_has_promised_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        drop(RecordStore::open(dir.path(), || with_epoch(3)).unwrap());
+        let whole = std::fs::read(&path).unwrap();
+        for cut in [SLOT_LEN + 1, SLOT_LEN + 20, SLOT_LEN + HEADER_LEN, whole.len() - 1] {
+            std::fs::write(&path, &whole[..cut]).unwrap();
+            let store = RecordStore::open(dir.path(), || with_epoch(7)).unwrap();
+            assert_eq!(store.record().epoch, Epoch(7), "cut at {cut}");
+        }
+        // The second save has been begun, so the first was whole once.
+        let mut later = whole;
+        later[0] = b'B';
+        later[SLOT_LEN] = 0;
+        std::fs::write(&path, &later).unwrap();
+        assert_eq!(RecordStore::open(dir.path(), blank).unwrap_err().exit_code(), 3);
     }
 
     #[test]
