@@ -213,7 +213,8 @@ impl BufferPool {
         power_lost: bool,
     ) -> Result<Vec<Buffer>> {
         let mut found = Vec::new();
-        let mut unusable = String::new();
+        let mut unusable = Vec::new();
+        let mut why_unusable = String::new();
         let mut number_max = 0;
         for number in self.numbers()? {
             number_max = number_max.max(number.saturating_add(1));
@@ -221,8 +222,9 @@ impl BufferPool {
                 Ok(file) => found.push(file),
                 // It matters only if it is one of those that are wanted.
                 Err(error) => {
-                    tracing::warn!(%error, "a file that should be a buffer is left alone");
-                    unusable.push_str(&format!(" ({error})"));
+                    tracing::warn!(%error, "a file that should be a buffer cannot be used");
+                    why_unusable.push_str(&format!(" ({error})"));
+                    unusable.push(self.path(number));
                 }
             }
         }
@@ -236,7 +238,7 @@ impl BufferPool {
                     t.in_use && t.seq == reference.seq && t.disk == self.disk && Some(t.set) == set
                 })
             });
-            let position = position.ok_or_else(|| self.missing(*reference, &unusable))?;
+            let position = position.ok_or_else(|| self.missing(*reference, &why_unusable))?;
             taken.push(found.swap_remove(position));
         }
         for buffer in &found {
@@ -251,10 +253,13 @@ impl BufferPool {
             state.file_number = number_max;
             state.seq = seq_max.max(seq_seen.unwrap_or(0));
         }
+        if power_lost {
+            // Made just before, most likely: nobody needs them.
+            unusable.iter().try_for_each(|path| remove(path))?;
+        }
         for buffer in found {
             if power_lost && buffer.named.is_none() {
-                storage::remove(&buffer.path)
-                    .map_err(|e| Error::failed(format!("{}: {e}", buffer.path.display())))?;
+                remove(&buffer.path)?;
                 continue;
             }
             if buffer.named.is_none() || !wanted.is_empty() {
@@ -441,9 +446,7 @@ impl BufferPool {
         }
         if self.state().spares.len() >= Self::SPARES_MAX {
             buffer.image.close().await?;
-            storage::remove(&buffer.path)
-                .map_err(|e| Error::failed(format!("{}: {e}", buffer.path.display())))?;
-            return Ok(());
+            return remove(&buffer.path);
         }
         // One bounded piece each time: slowly, so that it is not in anybody's way.
         buffer.image.release_space(self.kept_space_bytes()).await?;
@@ -469,6 +472,10 @@ impl BufferPool {
         }
         Ok(())
     }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    storage::remove(path).map_err(|e| Error::failed(format!("{}: {e}", path.display())))
 }
 
 fn node_name(path: &Path) -> String {
@@ -517,6 +524,30 @@ mod tests {
         }
         let missing = pool.open(Some(set), &[BufferRef { seq: 99 }], seq, false).await.unwrap_err();
         assert!(missing.to_string().contains("vda.2.qcow2"), "{missing}");
+    }
+
+    #[tokio::test]
+    async fn what_a_power_loss_has_left_of_a_buffer_that_nobody_names_does_not_stay_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let set = SetId::random();
+        let seq = {
+            let pool = pool(dir.path(), 1 << 20);
+            pool.open(Some(set), &[], 0, false).await.unwrap();
+            pool.take(set).await.unwrap().seq
+        };
+        // Its name was flushed, and its contents were not.
+        let torn = dir.path().join("vda.1.qcow2");
+        std::fs::write(&torn, [0; 4096]).unwrap();
+        let open = async |seq: u64, power_lost: bool| {
+            let wanted = [BufferRef { seq }];
+            pool(dir.path(), 1 << 20).open(Some(set), &wanted, seq, power_lost).await
+        };
+        open(99, true).await.unwrap_err();
+        assert!(torn.exists(), "it may be what is missing");
+        open(seq, false).await.unwrap();
+        assert!(torn.exists(), "no power was lost: nobody knows how that came");
+        open(seq, true).await.unwrap();
+        assert!(!torn.exists());
     }
 
     #[tokio::test]
