@@ -54,6 +54,7 @@ const EVENTS: &[(&str, &[&str])] = &[
     ("BREP_MERGE_FAILED", &["error"]),
     ("BREP_MERGED", &[]),
     ("BREP_SUPERSEDED", &["reason"]),
+    ("BREP_STATE_FAILED", &["reason"]),
     ("EVENTS_LOST", &["count"]),
     ("QUORUM_REPORT_BAD", &["type", "error", "node-name", "sector-num", "sectors-count"]),
     ("QUORUM_FAILURE", &["reference", "sector-num", "sectors-count"]),

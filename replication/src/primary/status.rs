@@ -7,7 +7,7 @@ use super::plain::LAPSED;
 use crate::config::{Ack, PeerKind};
 use crate::link::RefusalKind;
 use crate::node::Stage;
-use crate::state::Record;
+use crate::state::{RESTART, Record};
 use crate::status::{Counters, DiskState, DiskStatus, LinkState, Role, Status};
 
 impl Group {
@@ -97,7 +97,10 @@ impl Group {
 
     fn explain(&self, core: &Core) -> (Option<String>, Option<String>) {
         if let Some(fatal) = core.fatal() {
-            return (Some(fatal.to_owned()), Some("make room or repair the file system of the state directory, then restart this side".to_owned()));
+            return (Some(fatal.to_owned()), Some(RESTART.to_owned()));
+        }
+        if let Some((reason, advice)) = self.explain_record() {
+            return (Some(reason), Some(advice));
         }
         if self.held_writes().is_some() {
             let why = core.refusal.as_ref().map(|r| &r.reason).or(core.reason.as_ref());

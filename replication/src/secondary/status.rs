@@ -24,7 +24,8 @@ impl Group {
         let replication = self.stage();
         let core = self.core();
         let has_checkpoint = record.has_checkpoint();
-        let (reason, advice) = match self.explain_plain(has_checkpoint) {
+        let explained = self.explain_record().or_else(|| self.explain_plain(has_checkpoint));
+        let (reason, advice) = match explained {
             Some((reason, advice)) => (Some(reason), Some(advice)),
             None => explain(&record, &core, replication),
         };

@@ -99,7 +99,11 @@ fn answer(
 ) -> Option<CommandResult<Value>> {
     Some(match command {
         "query-status" => Ok(json!(role.status())),
-        "query-xen-replication-status" => Ok(commands::replication_status(role.get_error())),
+        "query-xen-replication-status" => {
+            let record =
+                side.record.failure().map(|reason| format!("I/O error occurred: {reason}"));
+            Ok(commands::replication_status(record.or_else(|| role.get_error())))
+        }
         "query-colo-status" => Ok(side.colo.to_value()),
         "query-block-exports" => Ok(role.service().to_value()),
         "query-named-block-nodes" => Ok(role.nodes(arguments.flag("flat"))),

@@ -20,7 +20,7 @@ use crate::control::EventBus;
 use crate::daemon::{self, ControlThread};
 use crate::errors::ErrorLog;
 use crate::link::{self, DiskInfo, MapsInfo};
-use crate::state::{Record, RecordStore, Role, SharedRecord};
+use crate::state::{RESTART, Record, RecordStore, Role, SharedRecord};
 use crate::{Error, Generation, Result, SetId, primary, secondary};
 
 /// How long a command waits while the role changes.
@@ -100,14 +100,15 @@ impl Side {
             // name is given up.
             store.sync()?;
         }
-        let record = SharedRecord::new(store);
+        let events = EventBus::new();
+        let record = SharedRecord::new(store, &events);
         take_role(&config, &record).map_err(|e| e.context(config.state_dir.display()))?;
         let peer = peer::at_start(&config, &record.get())?;
         let leaving = stopping.child_token();
         Ok(Arc::new(Side {
             config,
             run: crate::random::uuid(),
-            events: EventBus::new(),
+            events,
             errors: ErrorLog::default(),
             stopping,
             record,
@@ -209,6 +210,13 @@ impl Side {
         storage::sync_dir(dir)
             .await
             .map_err(|e| Error::failed(format!("{}: cannot flush: {e}", dir.display())))
+    }
+
+    /// What a record that can be saved no more means, and what helps.
+    pub(crate) fn explain_record(&self) -> Option<(String, String)> {
+        let reason = self.record.failure()?;
+        let reason = format!("{reason}; no session, no change of roles and no other command");
+        Some((reason, RESTART.to_owned()))
     }
 
     /// What hello tells of this side.

@@ -13,6 +13,7 @@ pub use record::{
     BufferRef, DiskRecord, PrimaryRecord, Promotion, Record, Role, SecondaryRecord, Target,
 };
 pub(crate) use shared::SharedRecord;
+pub(crate) use store::RESTART;
 pub use store::RecordStore;
 #[cfg(test)]
-pub(crate) use store::stuck;
+pub(crate) use store::faults;

@@ -1,6 +1,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use brep_block::storage::{self, PlainFile};
 
@@ -12,6 +12,10 @@ const FORMAT_VERSION: u32 = 2;
 const HEADER_LEN: usize = 32;
 const SLOT_LEN: usize = 256 << 10;
 const PAYLOAD_MAX: usize = SLOT_LEN - HEADER_LEN;
+
+/// What helps when a record could not be saved.
+pub(crate) const RESTART: &str =
+    "make room or repair the file system of the state directory, then restart this side";
 
 /// The file that holds a [`Record`]: two slots, of which the newest valid one counts.
 ///
@@ -42,15 +46,17 @@ pub struct RecordStore {
     synced: u64,
     /// Power losses count: see [`set_durable`](Self::set_durable).
     durable: bool,
-    /// A save failed: what the file holds is unknown, and nothing more may be promised.
-    broken: bool,
+    /// How a save failed, if one did: what the file holds is unknown, and nothing more may be
+    /// promised.
+    broken: Arc<OnceLock<String>>,
 }
 
 impl RecordStore {
     /// Opens the record in `dir`, or makes a first one with `blank`.
     ///
     /// # Errors
-    /// The file cannot be read, or neither slot is valid although the file exists.
+    /// The file cannot be read, neither slot is valid although the file exists, or the newest record
+    /// was written by another version of brep: the older one must not take its place.
     pub fn open(dir: &Path, blank: impl FnOnce() -> Record) -> Result<Self> {
         let path = dir.join("state");
         let file = storage::open_file(&path).map_err(|e| match e.kind() {
@@ -68,7 +74,7 @@ impl RecordStore {
                 record: blank(),
                 synced: 0,
                 durable: false,
-                broken: false,
+                broken: Arc::default(),
             };
             let record = store.record.clone();
             store.save(record)?;
@@ -79,16 +85,30 @@ impl RecordStore {
             .collect::<io::Result<Vec<_>>>()
             .map_err(|e| io_error(&path, "read", &e))?
             .into_iter()
-            .max_by_key(|(seq, _)| *seq);
-        let Some((seq, record)) = newest else {
-            return Err(Error::refused(format!(
-                "{}: not a valid state record (damaged, or of another program); nothing was \
-                 changed. If this side is to start over, move the state directory away",
+            .max_by_key(|slot| slot.seq);
+        let refused = |what: &str| {
+            Err(Error::refused(format!(
+                "{}: {what}; nothing was changed. If this side is to start over, move the state \
+                 directory away",
                 path.display()
-            )));
+            )))
         };
-        // What a killed process has left may be in the page cache only.
-        Ok(RecordStore { path, file, seq, record, synced: 0, durable: false, broken: false })
+        match newest {
+            None => refused("not a valid state record (damaged, or of another program)"),
+            Some(Slot { record: None, .. }) => {
+                refused("the state record was written by another version of brep: run that one")
+            }
+            // What a killed process has left may be in the page cache only.
+            Some(Slot { seq, record: Some(record) }) => Ok(RecordStore {
+                path,
+                file,
+                seq,
+                record,
+                synced: 0,
+                durable: false,
+                broken: Arc::default(),
+            }),
+        }
     }
 
     /// The record as last saved.
@@ -103,12 +123,8 @@ impl RecordStore {
     /// The write failed, now or earlier; then the old record counts, or the new one: nothing may
     /// be reported as done.
     pub fn save(&mut self, record: Record) -> Result<()> {
-        if self.broken {
-            return Err(Error::failed(format!(
-                "{}: an earlier write of the state record failed; restart brep when the file \
-                 system works again",
-                self.path.display()
-            )));
+        if let Some(reason) = self.broken.get() {
+            return Err(Error::failed(format!("{reason}; {RESTART}")));
         }
         let payload = serde_json::to_vec(&record)
             .map_err(|e| Error::failed(format!("{}: {e}", self.path.display())))?;
@@ -126,11 +142,12 @@ impl RecordStore {
         let seq = self.seq + 1;
         let slot = encode_slot(seq, &payload);
         #[cfg(test)]
-        stuck::pass(&self.path);
-        if let Err(error) = self.file.write_all_at(&slot, (seq % 2) * SLOT_LEN as u64) {
-            self.broken = true;
-            return Err(io_error(&self.path, "write", &error));
-        }
+        let written = faults::pass(&self.path, faults::Kind::Write);
+        #[cfg(not(test))]
+        let written = Ok(());
+        let written =
+            written.and_then(|()| self.file.write_all_at(&slot, (seq % 2) * SLOT_LEN as u64));
+        written.map_err(|error| self.broken("write", &error))?;
         self.seq = seq;
         self.record = record;
         Ok(())
@@ -168,16 +185,23 @@ impl RecordStore {
     /// # Errors
     /// As [`save`](Self::save), if it has failed.
     pub(crate) fn synced(&mut self, seq: u64, result: io::Result<()>) -> Result<()> {
-        match result {
-            Ok(()) => {
-                self.synced = self.synced.max(seq);
-                Ok(())
-            }
-            Err(error) => {
-                self.broken = true;
-                Err(io_error(&self.path, "flush", &error))
-            }
-        }
+        #[cfg(test)]
+        let result = result.and_then(|()| faults::pass(&self.path, faults::Kind::Sync));
+        result.map_err(|error| self.broken("flush", &error))?;
+        self.synced = self.synced.max(seq);
+        Ok(())
+    }
+
+    /// How a save failed, if one did, for those who must not wait for the store.
+    pub(crate) fn failure(&self) -> Arc<OnceLock<String>> {
+        Arc::clone(&self.broken)
+    }
+
+    /// From now on nothing is saved.
+    fn broken(&self, what: &str, error: &io::Error) -> Error {
+        let error = io_error(&self.path, what, error);
+        let _ = self.broken.set(error.to_string());
+        error
     }
 
     /// Changes the record and saves it.
@@ -199,9 +223,13 @@ fn io_error(path: &Path, what: &str, error: &io::Error) -> Error {
 }
 
 fn encode_slot(seq: u64, payload: &[u8]) -> Vec<u8> {
+    encode_version(FORMAT_VERSION, seq, payload)
+}
+
+fn encode_version(version: u32, seq: u64, payload: &[u8]) -> Vec<u8> {
     let mut slot = Vec::with_capacity(HEADER_LEN + payload.len());
     slot.extend_from_slice(MAGIC);
-    slot.extend_from_slice(&FORMAT_VERSION.to_be_bytes());
+    slot.extend_from_slice(&version.to_be_bytes());
     slot.extend_from_slice(&(payload.len() as u32).to_be_bytes());
     slot.extend_from_slice(&seq.to_be_bytes());
     let mut crc = crc32fast::Hasher::new();
@@ -213,12 +241,19 @@ fn encode_slot(seq: u64, payload: &[u8]) -> Vec<u8> {
     slot
 }
 
-/// Reads a slot; `None` if it is not valid.
-fn read_slot(file: &dyn PlainFile, slot: u64) -> io::Result<Option<(u64, Record)>> {
+/// A slot that was written to its end.
+struct Slot {
+    seq: u64,
+    /// None: it is of another version.
+    record: Option<Record>,
+}
+
+/// Reads a slot; `None` if it was not written to its end.
+fn read_slot(file: &dyn PlainFile, slot: u64) -> io::Result<Option<Slot>> {
     let base = slot * SLOT_LEN as u64;
     let Some(header) = read_exact(file, base, HEADER_LEN)? else { return Ok(None) };
     let be32 = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().expect("4 bytes"));
-    if &header[..8] != MAGIC || be32(8) != FORMAT_VERSION {
+    if &header[..8] != MAGIC {
         return Ok(None);
     }
     let len = be32(12) as usize;
@@ -233,7 +268,9 @@ fn read_slot(file: &dyn PlainFile, slot: u64) -> io::Result<Option<(u64, Record)
     if crc.finalize() != be32(24) {
         return Ok(None);
     }
-    Ok(serde_json::from_slice(&payload).ok().map(|record| (seq, record)))
+    let known = be32(8) == FORMAT_VERSION;
+    let record = known.then(|| serde_json::from_slice(&payload).ok()).flatten();
+    Ok(Some(Slot { seq, record }))
 }
 
 /// Whether no record was ever relied on: the file is empty, or the very first save was cut short.
@@ -258,51 +295,80 @@ fn read_exact(file: &dyn PlainFile, offset: u64, len: usize) -> io::Result<Optio
     }
 }
 
-/// Lets tests make the file system of a record hang.
+/// Lets tests make the file system of a record hang or fail.
 #[cfg(test)]
-pub(crate) mod stuck {
-    use std::collections::BTreeMap;
+pub(crate) mod faults {
+    use std::collections::HashMap;
+    use std::io;
     use std::path::{Path, PathBuf};
     use std::sync::{Condvar, Mutex};
     use std::time::Duration;
 
-    /// Files whose saves hang, and whether one does.
-    static FILES: Mutex<Option<BTreeMap<PathBuf, bool>>> = Mutex::new(None);
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+    pub(crate) enum Kind {
+        Write,
+        Sync,
+    }
+
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Fault {
+        Hang { reached: bool },
+        Fail,
+    }
+
+    static FAULTS: Mutex<Option<HashMap<(PathBuf, Kind), Fault>>> = Mutex::new(None);
     static CHANGED: Condvar = Condvar::new();
 
-    /// Saves into a directory hang until this is dropped.
-    pub(crate) struct Stuck(PathBuf);
+    /// What is done to a record hangs, or fails, until this is dropped.
+    pub(crate) struct Faulty(PathBuf, Kind);
 
-    impl Stuck {
-        pub(crate) fn new(dir: &Path) -> Self {
+    impl Faulty {
+        /// Saves into a directory hang.
+        pub(crate) fn stuck(dir: &Path) -> Self {
+            Self::new(dir, Kind::Write, Fault::Hang { reached: false })
+        }
+
+        pub(crate) fn failing(dir: &Path, kind: Kind) -> Self {
+            Self::new(dir, kind, Fault::Fail)
+        }
+
+        fn new(dir: &Path, kind: Kind, fault: Fault) -> Self {
             let file = dir.join("state");
-            FILES.lock().unwrap().get_or_insert_default().insert(file.clone(), false);
-            Stuck(file)
+            FAULTS.lock().unwrap().get_or_insert_default().insert((file.clone(), kind), fault);
+            Faulty(file, kind)
         }
 
         /// Waits until a save hangs.
         pub(crate) async fn reached(&self) {
             let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-            while !FILES.lock().unwrap().get_or_insert_default()[&self.0] {
+            let key = (self.0.clone(), self.1);
+            let hangs = Fault::Hang { reached: true };
+            while FAULTS.lock().unwrap().get_or_insert_default()[&key] != hangs {
                 assert!(tokio::time::Instant::now() < deadline, "nothing was saved");
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         }
     }
 
-    impl Drop for Stuck {
+    impl Drop for Faulty {
         fn drop(&mut self) {
-            FILES.lock().unwrap().get_or_insert_default().remove(&self.0);
+            let key = (self.0.clone(), self.1);
+            FAULTS.lock().unwrap().get_or_insert_default().remove(&key);
             CHANGED.notify_all();
         }
     }
 
-    pub(super) fn pass(file: &Path) {
-        let mut files = FILES.lock().unwrap();
-        while let Some(hangs) = files.get_or_insert_default().get_mut(file) {
-            *hangs = true;
-            files = CHANGED.wait(files).unwrap();
+    pub(super) fn pass(file: &Path, kind: Kind) -> io::Result<()> {
+        let key = (file.to_owned(), kind);
+        let mut faults = FAULTS.lock().unwrap();
+        while let Some(fault) = faults.get_or_insert_default().get_mut(&key) {
+            match fault {
+                Fault::Fail => return Err(io::ErrorKind::StorageFull.into()),
+                Fault::Hang { reached } => *reached = true,
+            }
+            faults = CHANGED.wait(faults).unwrap();
         }
+        Ok(())
     }
 }
 
@@ -380,6 +446,33 @@ mod tests {
         let error = RecordStore::open(dir.path(), blank).unwrap_err();
         assert_eq!(error.exit_code(), 3);
         assert_eq!(std::fs::read(dir.path().join("state")).unwrap(), b"something else");
+    }
+
+    /// An older record in the place of one that is not understood would take back what it says.
+    #[test]
+    fn a_newest_record_of_another_version_is_refused_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        let mut store = RecordStore::open(dir.path(), blank).unwrap();
+        store.save(with_epoch(7)).unwrap();
+        let seq = store.seq + 1;
+        drop(store); // and its lock
+        let record = serde_json::to_value(with_epoch(8)).unwrap();
+        let mut more = record.clone();
+        more["of-tomorrow"] = true.into();
+        let [record, more] = [record, more].map(|r| serde_json::to_vec(&r).unwrap());
+        let of_tomorrow = encode_version(FORMAT_VERSION + 1, seq, &record);
+        for slot in [encode_slot(seq, &more), of_tomorrow] {
+            let mut file = std::fs::read(&path).unwrap();
+            let at = (seq % 2) as usize * SLOT_LEN;
+            file.resize(file.len().max(at + slot.len()), 0);
+            file[at..at + slot.len()].copy_from_slice(&slot);
+            std::fs::write(&path, &file).unwrap();
+            let error = RecordStore::open(dir.path(), blank).unwrap_err();
+            assert_eq!(error.exit_code(), 3, "{error}");
+            assert!(error.to_string().contains("another version"), "{error}");
+            assert!(std::fs::read(&path).unwrap() == file);
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 use super::common::{MIB, Scratch, connect};
 use super::write;
 use crate::control::ControlClient;
-use crate::state::stuck::Stuck;
+use crate::state::faults::Faulty;
 
 /// A side in a thread of its own, as a process has it: what hangs in there hangs nobody else.
 fn thread<F>(run: impl FnOnce(CancellationToken) -> F + Send + 'static) -> Thread
@@ -91,7 +91,7 @@ async fn queries_are_answered_while_a_state_record_cannot_be_written() {
     wait("in sync", in_sync).await;
     for dir in ["s.state", "p.state"] {
         let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
-        let stuck = Stuck::new(&scratch.path(dir));
+        let stuck = Faulty::stuck(&scratch.path(dir));
         // The next checkpoint saves a record on both sides.
         let waiting = write(&guest, 0, 0x77);
         stuck.reached().await;

@@ -12,6 +12,7 @@ mod interrupted;
 mod invariants;
 mod killed;
 mod policies;
+mod record_fails;
 mod slots;
 mod stall;
 mod stepped_down;

@@ -109,6 +109,12 @@ impl Side {
         self.task.await.unwrap().unwrap();
     }
 
+    /// A stop of a side that cannot end cleanly.
+    pub async fn ended_by_stop(self) -> brep_replication::Result<()> {
+        self.shutdown.cancel();
+        self.ended().await
+    }
+
     /// Waits for a side that ends by itself.
     pub async fn ended(self) -> brep_replication::Result<()> {
         self.task.await.unwrap()

@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use brep_block::Operation;
 use brep_block::storage::{self, PlainFile};
+use brep_block::{Operation, detach};
 use brep_hbitmap::{ActivityLog, AfterPowerLoss, LastStop, LogWrite, MapFlush, MapSet, Role, Sync};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -195,16 +195,21 @@ impl Group {
     }
 
     /// Puts the maps on stable storage, beside the data path: what was set in them until now survives
-    /// a loss of power without the logs.
+    /// a loss of power without the logs. Whoever waits for it may give up; that it fails is noted all
+    /// the same: a later flush that succeeds would say nothing.
     ///
     /// # Errors
     /// It failed: nothing more may be acknowledged.
-    pub(crate) async fn flush_maps(&self) -> Result<()> {
+    pub(crate) async fn flush_maps(self: &Arc<Self>) -> Result<()> {
         for disk in 0..self.disks().len() {
             let Some((flush, sync)) = self.begin_flush(disk) else { continue };
-            let flushed = storage::beside(move || flush.run()).await;
-            let flushed = flushed.map_err(|e| e.to_string());
-            self.end_flush(disk, sync, flushed.and_then(|f| f.map_err(|e| e.to_string())))?;
+            let group = Arc::clone(self);
+            let flushed = detach(async move {
+                let flushed = storage::beside(move || flush.run()).await;
+                let flushed = flushed.map_err(|e| e.to_string());
+                group.end_flush(disk, sync, flushed.and_then(|f| f.map_err(|e| e.to_string())))
+            });
+            flushed.await?;
         }
         Ok(())
     }
