@@ -113,6 +113,7 @@ impl Session {
             reason = self.watch_connections() => (reason.into(), Some(peer)),
             reason = self.watch_ages() => (reason.into(), Some(peer)),
             reason = self.group.watch_window() => (self.too_slow(reason).await, Some(peer)),
+            reason = self.group.takeover_overdue() => (reason.into(), Some(peer)),
             error = self.work(requests) => (error.to_string().into(), Some(peer)),
             reason = stopped => (reason.into(), Some(peer)),
         };
@@ -271,28 +272,32 @@ impl Session {
         answer: oneshot::Sender<Result<Epoch>>,
     ) -> std::result::Result<(), Failure> {
         let prepared = async {
+            let void = Failure::Void;
             let Peer::Brep(link) = &self.peer else {
-                return Err(Error::refused("the other side is no brep: it cannot take over"));
+                let what = "the other side is no brep: it cannot take over";
+                return Err(void(Error::refused(what)));
             };
-            link.request_switchover().await?;
-            self.group.hold_guest().await?;
-            match self.checkpoint(None).await {
-                Ok(epoch) if !self.group.has_differences() => Ok((link, epoch)),
-                Ok(_) => Err(Error::failed("a write failed meanwhile")),
-                Err(Failure::Void(error) | Failure::Lost(error)) => Err(error),
+            link.request_switchover().await.map_err(void)?;
+            self.group.hold_guest().await.map_err(void)?;
+            let epoch = self.checkpoint(None).await?;
+            if self.group.has_differences() {
+                return Err(void(Error::failed("a write failed meanwhile")));
             }
-        };
-        let stepped_down = async {
-            let (link, epoch) = prepared.await?;
-            self.group.step_down(epoch).await?;
+            if answer.is_closed() {
+                return Err(void(Error::failed("nobody waits for the switchover any more")));
+            }
+            self.group.step_down(epoch).await.map_err(void)?;
             Ok((link, epoch))
         };
-        let (link, epoch) = match stepped_down.await {
+        let (link, epoch) = match prepared.await {
             Ok(prepared) => prepared,
-            Err(error) => {
+            Err(failure) => {
                 self.group.release_guest();
-                let _ = answer.send(Err(error));
-                return Ok(());
+                let _ = answer.send(Err(failure.error().clone()));
+                return match failure {
+                    Failure::Void(_) => Ok(()),
+                    lost => Err(lost),
+                };
             }
         };
         self.group.await_switchover(answer);

@@ -16,6 +16,7 @@ mod record_fails;
 mod slots;
 mod stall;
 mod stepped_down;
+mod switchover;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -37,17 +37,28 @@ impl Group {
     /// The record could not be saved.
     pub(crate) async fn step_down(&self, epoch: Epoch) -> Result<()> {
         let before = Record::clone(&self.record());
-        self.update_record(Record::step_down)?;
-        // Else a power loss could bring a second primary back.
+        self.change_role(Record::step_down)?;
         // At once: whoever gives this up from here on is a secondary.
         self.core().stepping_down =
             Some(SteppingDown { before: before.clone(), epoch, answer: None });
+        // Else a power loss could bring a second primary back.
         if let Err(error) = self.record.sync().await {
             self.core().stepping_down = None;
-            self.update_record(|record| *record = before)?;
-            return Err(error);
+            return Err(self.change_role(|record| *record = before).err().unwrap_or(error));
         }
         Ok(())
+    }
+
+    /// Changes the record to that of the other role, or back.
+    ///
+    /// # Errors
+    /// It could not be saved. A restart may find a secondary, which knows of no writes of its own:
+    /// nothing more may be acknowledged.
+    fn change_role(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        self.update_record(change).inspect_err(|error| {
+            let reason = format!("this side may be no primary any more: {error}");
+            self.core().fatal.get_or_insert(reason);
+        })
     }
 
     /// Who is to be told what becomes of it.
@@ -61,13 +72,9 @@ impl Group {
     pub(crate) fn take_role_back(&self) {
         let Some(down) = self.core().stepping_down.take() else { return };
         let before = down.before;
-        let saved = self.update_record(|record| *record = before);
-        let told = match saved {
+        let told = match self.change_role(|record| *record = before) {
             Ok(()) => Error::refused("the secondary has not taken over; nothing was changed"),
-            Err(error) => {
-                self.core().fatal = Some(format!("this side is no primary any more: {error}"));
-                error
-            }
+            Err(error) => error,
         };
         self.guest.release();
         if let Some(answer) = down.answer {
