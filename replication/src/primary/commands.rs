@@ -5,7 +5,7 @@ use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
 use tokio::sync::{mpsc, oneshot};
 
-use super::group::{Group, no_peer};
+use super::group::{Group, Loss, no_peer};
 use super::session::{CheckpointRequest, RequestKind};
 use crate::commands::{self, Arguments, CommandResult, Service};
 use crate::config::{PeerKind, ResyncLimits};
@@ -49,7 +49,7 @@ impl RoleCommands for PrimaryCommands {
     }
 
     fn drop_peer(&self) {
-        self.group.drop_peer("dropped by command (yank)");
+        self.group.drop_peer(Loss::by_command("dropped by command (yank)"));
     }
 
     fn answer(&self, command: &str, _: Arguments<'_>) -> Option<CommandResult<Value>> {
@@ -353,7 +353,7 @@ fn discard_checkpoint(group: &Group) -> Result<()> {
         }
         core.wish.discard_checkpoint = true;
     }
-    group.drop_peer("the session begins anew without the checkpoint, by command");
+    group.drop_peer("the session begins anew without the checkpoint, by command".to_owned());
     group.wake.notify_one();
     Ok(())
 }

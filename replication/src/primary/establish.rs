@@ -41,11 +41,15 @@ pub(super) enum Attempt {
 
 /// Tries once to begin a session.
 pub(super) async fn establish(group: &Arc<Group>, peer: &Endpoint) -> Attempt {
-    let attempt = match group.config.peer_kind {
-        PeerKind::Brep => with_brep(group, peer).await,
-        PeerKind::Plain => with_plain(group, peer).await,
+    let attempt = async {
+        // A session has to be recorded.
+        group.record.check()?;
+        match group.config.peer_kind {
+            PeerKind::Brep => with_brep(group, peer).await,
+            PeerKind::Plain => with_plain(group, peer).await,
+        }
     };
-    attempt.unwrap_or_else(Attempt::Unreachable)
+    attempt.await.unwrap_or_else(Attempt::Unreachable)
 }
 
 async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
@@ -124,6 +128,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     };
     let connections = connect_disks(group, peer, Some(token)).await?;
     group.attach(Terms {
+        cur: Some(cur),
         epoch,
         session: Some(token),
         copy,
@@ -223,6 +228,7 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     group.settled().await?;
     let connections = connect_disks(group, peer, None).await?;
     group.attach(Terms {
+        cur: None,
         epoch,
         session: None,
         copy,

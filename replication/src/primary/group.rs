@@ -47,7 +47,7 @@ use crate::side::Side;
 use crate::state::Record;
 use crate::status::LinkState;
 use crate::written::describe;
-use crate::{Epoch, Error, Result, secondary};
+use crate::{Epoch, Error, Generation, Result, secondary};
 
 /// The disks of a primary, and everything that concerns all of them: epochs, window, record.
 pub(crate) struct Group {
@@ -107,8 +107,8 @@ pub(crate) struct Loss {
 }
 
 impl Loss {
-    fn by_command(reason: String) -> Self {
-        Loss { reason, by_command: true, left_behind: false }
+    pub(crate) fn by_command(reason: &str) -> Self {
+        Loss { reason: reason.to_owned(), by_command: true, left_behind: false }
     }
 
     pub(crate) fn left_behind(reason: String) -> Self {
@@ -124,6 +124,8 @@ impl From<String> for Loss {
 
 /// On which terms a session begins.
 pub(crate) struct Terms<'a> {
+    /// The line of writes that the peer was told; a stock NBD server is told none.
+    pub(crate) cur: Option<Generation>,
     pub(crate) epoch: Epoch,
     /// Its token; a stock NBD server has none.
     pub(crate) session: Option<Uuid>,
@@ -193,8 +195,8 @@ pub(crate) struct Core {
     pub(crate) link: LinkState,
     pub(crate) refusal: Option<Refusal>,
     pub(crate) reason: Option<String>,
-    /// Why the peer is about to be lost, if that was a command.
-    pub(crate) dropped: Option<String>,
+    /// Why the peer is about to be lost, if this side has cut it off.
+    pub(crate) dropped: Option<Loss>,
     pub(crate) peer: Option<String>,
     /// As the peer has said last.
     pub(crate) peer_durability: Option<Durability>,
@@ -389,7 +391,7 @@ impl Group {
 
     /// A session begins. What differs from the peer now is in the maps before the first write.
     pub(crate) fn attach(&self, terms: Terms<'_>) -> Result<()> {
-        let Terms { epoch, session, copy, wish, trusted, connections, peer, peer_durability } =
+        let Terms { cur, epoch, session, copy, wish, trusted, connections, peer, peer_durability } =
             terms;
         {
             let core = self.core();
@@ -402,6 +404,12 @@ impl Group {
             }
             if core.wish != wish {
                 return Err(Error::failed("the session was agreed on before the last command"));
+            }
+            if cur.is_some() && cur != self.record().cur {
+                // What was written alone since then is of a line that the peer does not know.
+                return Err(Error::failed(
+                    "this side writes alone since the session was agreed on",
+                ));
             }
         }
         self.prepare_maps(copy, trusted)?;

@@ -25,7 +25,7 @@ use brep_nbd::server::{
     Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode,
 };
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use self::back_off::{BackOff, Tried};
 use self::commands::PrimaryCommands;
@@ -167,7 +167,7 @@ async fn replicate(group: Arc<Group>, mut requests: mpsc::Receiver<CheckpointReq
             () = leaving.cancelled() => return,
             () = refuse_requests(&group, &mut requests, "replication has not been started") => {}
         }
-        let tried = attempt(&group, &peer, &mut requests).await;
+        let tried = attempt(&group, &peer, &mut peers, &mut requests).await;
         if leaving.is_cancelled() {
             return;
         }
@@ -197,6 +197,7 @@ fn why_alone(held: bool) -> &'static str {
 async fn attempt(
     group: &Arc<Group>,
     peer: &Endpoint,
+    peers: &mut watch::Receiver<Option<Endpoint>>,
     requests: &mut mpsc::Receiver<CheckpointRequest>,
 ) -> Tried {
     let leaving = group.leaving();
@@ -205,6 +206,11 @@ async fn attempt(
         biased;
         () = group.until_stage(false) => return Tried::Failed,
         () = leaving.cancelled() => return Tried::Failed,
+        // Nor does one that is not the peer any more get anything.
+        _ = peers.changed() => {
+            peers.mark_changed();
+            return Tried::Failed;
+        }
         attempt = establish(group, peer) => attempt,
     };
     match connecting {

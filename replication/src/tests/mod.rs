@@ -13,6 +13,7 @@ mod invariants;
 mod killed;
 mod policies;
 mod record_fails;
+mod rogue;
 mod slots;
 mod stall;
 mod stepped_down;

@@ -98,6 +98,22 @@ async fn held_writes_go_on_alone_by_command_and_a_restart_asks_the_secondary_fir
     assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")));
 }
 
+/// A disk that grows takes a session, and not the promise that nothing is written alone.
+#[tokio::test]
+async fn writes_are_held_while_a_disk_that_has_grown_waits_for_its_next_session() {
+    let scratch = disks(MIB);
+    let there = secondary(&scratch);
+    let primary = Side::run(suspending(&scratch));
+    let line = primary.wait_state("in-sync").await["cur"].clone();
+    let arguments = json!({ "device": "vda", "size": 2 * MIB });
+    primary.command("block_resize", arguments).await.unwrap();
+    let grown = |s: &Value| s["disks"][0]["size"] == 2 * MIB && s["disks"][0]["state"] == "in-sync";
+    let status = primary.wait("grown", grown).await;
+    assert_eq!(status["cur"], line, "nothing was written alone");
+    primary.stop().await;
+    there.stop().await;
+}
+
 /// A peer that answers, and too slowly: each write would wait for it a little less than what loses
 /// it.
 #[tokio::test]

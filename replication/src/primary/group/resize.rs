@@ -41,7 +41,7 @@ impl Group {
             }
         });
         tracing::info!(disk = name, from = old, to = size, "the disk has grown");
-        self.drop_peer(&format!("disk {name} has grown"));
+        self.drop_peer(format!("disk {name} has grown"));
         self.wake.notify_one();
         saved
     }

@@ -26,7 +26,30 @@ impl Group {
     pub(crate) fn takeover_begins(&self) {
         tracing::warn!("the secondary is about to be promoted: the guest's writes wait");
         let until = Instant::now() + self.config.peer_timeout;
-        self.takeover.send_replace(Takeover::Pending(until));
+        // Said again it is no more time.
+        self.takeover.send_if_modified(|takeover| {
+            let begins = *takeover == Takeover::None;
+            if begins {
+                *takeover = Takeover::Pending(until);
+            }
+            begins
+        });
+    }
+
+    /// Ends when the secondary has had its time to say whether it takes over, and has not.
+    pub(crate) async fn takeover_overdue(&self) -> String {
+        let mut takeover = self.takeover.subscribe();
+        loop {
+            // The sender lives as long as this.
+            let pending = takeover.wait_for(|t| matches!(t, Takeover::Pending(_))).await;
+            let Ok(Takeover::Pending(until)) = pending.map(|takeover| *takeover) else {
+                return std::future::pending().await;
+            };
+            let decided = takeover.wait_for(|t| !matches!(t, Takeover::Pending(_)));
+            if timeout_at(until, decided).await.is_err() {
+                return "the secondary does not say whether it takes over".to_owned();
+            }
+        }
     }
 
     /// The secondary has taken over, or has said that it does not, or nothing in time.
@@ -123,7 +146,7 @@ impl Group {
                 return;
             }
             core.connections.iter().for_each(|c| c.kill());
-            core.dropped.take().map_or(loss, Loss::by_command)
+            core.dropped.take().unwrap_or(loss)
         };
         // At the end of the process the guest is gone already; and while the secondary may be taking
         // over, nothing is acknowledged.
@@ -139,6 +162,10 @@ impl Group {
             core.copying = false;
             core.link = LinkState::Disconnected;
             core.reason = Some(reason.clone());
+            if let Some(compare) = core.again.take() {
+                // It was asked for, and has not begun.
+                (core.wish.resync, core.wish.compare) = (true, compare);
+            }
             core.epochs.detach()
         };
         // Dropped outside the lock: each held write wakes its owner, who marks its range.
@@ -153,10 +180,10 @@ impl Group {
     }
 
     /// Cuts the peer off, from any thread and without waiting; the data thread then loses it.
-    pub(crate) fn drop_peer(&self, reason: &str) {
+    pub(crate) fn drop_peer(&self, loss: impl Into<Loss>) {
         let mut core = self.core();
         if core.epochs.is_attached() {
-            core.dropped = Some(reason.to_owned());
+            core.dropped = Some(loss.into());
             core.connections.iter().for_each(|c| c.kill());
         }
     }
@@ -181,10 +208,6 @@ impl Group {
 
     /// Records that this side writes alone, on a new line if it was not alone before.
     pub(super) fn go_alone(&self) {
-        if !self.record().is_primary() {
-            // It has made room for the other side, which is the only one that writes.
-            return;
-        }
         let before = self.record.get();
         if !before.is_primary() {
             // It has made room for the other side, which is the only one that writes.

@@ -85,6 +85,7 @@ impl Admission {
 impl Drop for Admission {
     fn drop(&mut self) {
         self.group.core().ages.leave(self.arrival);
+        self.group.ended.notify_waiters();
     }
 }
 

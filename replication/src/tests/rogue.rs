@@ -1,0 +1,266 @@
+//! A secondary that keeps to the form of the link, and answers when it likes.
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use brep_block::Memory;
+use brep_nbd::server::{
+    Connection, Export, ExportDescription, Exports, OptionError, PrivateReply, Server,
+    ServerConfig, TakenStream,
+};
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::common::{MIB, Scratch, Side, connect};
+use super::write;
+use crate::config::{OnPeerLost, SideConfig};
+use crate::link::{
+    CopyMode, Hello, HelloAnswer, Message, OPTION_LINK, Side as Introduction, split,
+};
+use crate::{Commit, Epoch, Generation, SetId};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+#[derive(Default)]
+struct State {
+    set: Option<SetId>,
+    cur: Option<Generation>,
+    com: Option<Commit>,
+    epoch: Epoch,
+    session: Option<Uuid>,
+    /// On which line, and with which copy, each session was to begin.
+    starts: Vec<(Generation, CopyMode)>,
+    /// No session begins.
+    holds_starts: bool,
+    /// No cut is answered.
+    holds_cuts: bool,
+    /// It says again and again that it is about to be promoted.
+    promoting: bool,
+    /// It ends the link, once.
+    hangs_up: bool,
+}
+
+struct Rogue {
+    disk: Arc<Memory>,
+    state: Mutex<State>,
+}
+
+/// What the primary finds there.
+struct RogueExports(Arc<Rogue>);
+
+impl Exports for RogueExports {
+    fn list(&self) -> Vec<ExportDescription> {
+        Vec::new()
+    }
+
+    fn open(&self, _: &str, _: &Arc<Connection>) -> Result<Export, OptionError> {
+        Ok(Export::new("vda", Arc::clone(&self.0.disk) as _))
+    }
+
+    fn private_option<'a>(
+        &'a self,
+        _: &'a Arc<Connection>,
+        option: u32,
+        _: Bytes,
+    ) -> BoxFuture<'a, PrivateReply> {
+        let rogue = Arc::clone(&self.0);
+        Box::pin(async move {
+            match option {
+                OPTION_LINK => PrivateReply::Takeover {
+                    reply: Bytes::new(),
+                    then: Box::new(move |stream| Box::pin(rogue.serve_link(stream))),
+                },
+                _ => PrivateReply::Ack(Bytes::new()),
+            }
+        })
+    }
+}
+
+impl Rogue {
+    /// Listens where a primary looks for its secondary.
+    async fn start(scratch: &Scratch) -> Arc<Self> {
+        let disk = Memory::new("vda", MIB);
+        let rogue = Arc::new(Rogue { disk, state: Mutex::default() });
+        let server =
+            Server::new(Arc::new(RogueExports(Arc::clone(&rogue))), ServerConfig::default());
+        let listener = Server::bind(&scratch.endpoint("s.sock")).await.unwrap();
+        tokio::spawn(async move { server.serve(listener).await });
+        rogue
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    async fn until(&self, fits: impl Fn(&State) -> bool) {
+        let deadline = tokio::time::Instant::now() + LIMIT;
+        while !fits(&self.state()) {
+            assert!(tokio::time::Instant::now() < deadline);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn serve_link(self: Arc<Self>, stream: TakenStream) {
+        let (mut reader, mut writer) = split(stream, &[]);
+        let Ok(Message::Hello(hello)) = reader.receive().await else { return };
+        let answer = Message::HelloAnswer(Box::new(self.answer(*hello)));
+        writer.send(&answer, LIMIT).await.unwrap();
+        let Ok(Message::Start { set, cur, epoch, copy, .. }) = reader.receive().await else {
+            return;
+        };
+        let token = Uuid::new_v4();
+        {
+            let mut state = self.state();
+            state.starts.push((cur, copy));
+            (state.set, state.cur, state.epoch) = (Some(set), Some(cur), epoch);
+            state.session = Some(token);
+        }
+        while self.state().holds_starts {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        if writer.send(&Message::Started { token }, LIMIT).await.is_err() {
+            return;
+        }
+        loop {
+            let message = tokio::time::timeout(Duration::from_millis(50), reader.receive()).await;
+            let mut answers = Vec::new();
+            {
+                let mut state = self.state();
+                match message {
+                    Ok(Ok(Message::Cut { epoch })) if !state.holds_cuts => {
+                        state.com = Some(Commit { cur, epoch });
+                        answers = vec![Message::CutDone { epoch }, Message::Committed { epoch }];
+                    }
+                    Ok(Ok(_)) => {}
+                    Ok(Err(_)) => return,
+                    Err(_) if state.promoting => answers.push(Message::Promoting),
+                    Err(_) => answers.push(Message::Heartbeat),
+                }
+                if std::mem::take(&mut state.hangs_up) {
+                    return;
+                }
+            }
+            for answer in answers {
+                if writer.send(&answer, LIMIT).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn answer(&self, Hello { version, timeout_ms, side }: Hello) -> HelloAnswer {
+        let state = self.state();
+        let side = Introduction {
+            name: "rogue".into(),
+            run: Uuid::new_v4(),
+            set: state.set,
+            cur: state.cur,
+            fork: None,
+            com: state.com,
+            epoch: state.epoch,
+            history: Vec::new(),
+            primary: false,
+            session: state.session,
+            maps: None,
+            ..side
+        };
+        HelloAnswer {
+            version,
+            timeout_ms,
+            side,
+            guest: false,
+            inconsistent: state.com.is_none(),
+            power_lost: false,
+            outdated: false,
+            discard_local: false,
+        }
+    }
+}
+
+fn config(scratch: &Scratch) -> SideConfig {
+    scratch.raw("p.raw", MIB, 1);
+    let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+    config.peer_timeout = Duration::from_secs(1);
+    config
+}
+
+/// I8: however often a secondary says that it is about to take over, a write waits for it once.
+#[tokio::test]
+async fn i08_a_promotion_that_is_announced_and_not_decided_holds_no_write_for_long() {
+    let scratch = Scratch::new();
+    let rogue = Rogue::start(&scratch).await;
+    let primary = Side::run(config(&scratch));
+    primary.wait_state("in-sync").await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    rogue.state().promoting = true;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let written = tokio::time::timeout(Duration::from_secs(5), write(&guest, 0, 0x11)).await;
+    written.expect("it waits still").unwrap().unwrap();
+    rogue.state().promoting = false;
+    guest.close();
+    primary.stop().await;
+}
+
+/// What the secondary is told of the line that its session is on stays true.
+#[tokio::test]
+async fn a_primary_that_goes_on_alone_while_a_session_is_agreed_on_begins_another_one() {
+    let scratch = Scratch::new();
+    let rogue = Rogue::start(&scratch).await;
+    let mut config = config(&scratch);
+    config.on_peer_lost = OnPeerLost::Suspend;
+    let primary = Side::run(config);
+    primary.wait_state("in-sync").await;
+    {
+        let mut state = rogue.state();
+        (state.holds_starts, state.hangs_up) = (true, true);
+    }
+    rogue.until(|state| state.starts.len() == 2).await;
+    primary.command("resume", json!({ "lonely": true })).await.unwrap();
+    rogue.state().holds_starts = false;
+    let status = primary.wait_state("in-sync").await;
+    let told = rogue.state().starts.last().unwrap().0;
+    assert_eq!(status["cur"], told.to_string(), "{status:#}");
+    primary.stop().await;
+}
+
+#[tokio::test]
+async fn another_peer_is_connected_to_although_the_old_one_does_not_answer() {
+    let scratch = Scratch::new();
+    let rogue = Rogue::start(&scratch).await;
+    rogue.state().holds_starts = true;
+    let primary = Side::run(config(&scratch));
+    rogue.until(|state| state.starts.len() == 1).await;
+    scratch.raw("s.raw", MIB, 2);
+    let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    config.listen = Some(scratch.endpoint("other.sock"));
+    let other = Side::run(config);
+    let uri = format!("nbd+unix:///?socket={}", scratch.path("other.sock").display());
+    primary.command("peer-set", json!({ "uri": uri })).await.unwrap();
+    let status = tokio::time::timeout(LIMIT, primary.wait_state("in-sync")).await.unwrap();
+    assert!(status["peer"].as_str().unwrap().contains("other.sock"), "{status:#}");
+    primary.stop().await;
+    other.stop().await;
+}
+
+#[tokio::test]
+async fn a_copy_that_was_asked_for_is_made_by_the_next_session_if_this_one_ends_before_it() {
+    let scratch = Scratch::new();
+    let rogue = Rogue::start(&scratch).await;
+    let primary = Side::run(config(&scratch));
+    primary.wait_state("in-sync").await;
+    rogue.state().holds_cuts = true;
+    let waiting = primary.command("checkpoint", json!({ "wait": "cut" }));
+    let asked = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        primary.command("resync", json!({ "full": true })).await.unwrap();
+        let mut state = rogue.state();
+        (state.holds_cuts, state.hangs_up) = (false, true);
+    };
+    let (checkpoint, ()) = tokio::join!(waiting, asked);
+    checkpoint.unwrap_err();
+    rogue.until(|state| state.starts.len() == 2).await;
+    assert_eq!(rogue.state().starts[1].1, CopyMode::Full);
+    primary.wait("in sync", |s: &Value| s["disks"][0]["state"] == "in-sync").await;
+    primary.stop().await;
+}
