@@ -355,4 +355,47 @@ pub struct Counters {
     pub last_pause_us: u64,
     /// Bytes of pre-images written (secondary).
     pub preimage_bytes: u64,
+    /// Bytes that copies have compared by hashes (primary).
+    #[serde(default)]
+    pub compared_bytes: u64,
+    /// Bytes of them that differed, at most, and were sent.
+    #[serde(default)]
+    pub differing_bytes: u64,
+}
+
+/// Bytes as people read them: `0 B`, `512 B`, `64 KiB`, `1.5 GiB`.
+pub fn size_text(count: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut unit = 0;
+    let mut scale = 1u64;
+    while unit + 1 < UNITS.len() && count / scale >= 1024 {
+        unit += 1;
+        scale <<= 10;
+    }
+    let name = UNITS[unit];
+    if count.is_multiple_of(scale) {
+        return format!("{} {name}", count / scale);
+    }
+    let tenths = u128::from(count) * 10 / u128::from(scale);
+    format!("{}.{} {name}", tenths / 10, tenths % 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size_text;
+
+    #[test]
+    fn sizes_are_read_at_a_glance() {
+        let table = [
+            (0, "0 B"),
+            (512, "512 B"),
+            (1023, "1023 B"),
+            (64 << 10, "64 KiB"),
+            ((3 << 30) / 2, "1.5 GiB"),
+            (u64::MAX, "15.9 EiB"),
+        ];
+        for (number, text) in table {
+            assert_eq!(size_text(number), text);
+        }
+    }
 }

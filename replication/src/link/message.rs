@@ -71,6 +71,8 @@ pub enum Message {
         /// Binds data connections to this session.
         token: Uuid,
     },
+    /// Primary: a copy begins in the middle of a session; every session begins with one.
+    CopyBegun,
     /// Primary: the copy is complete; the next commit makes the secondary promotable.
     CopyDone,
     /// Primary: every write of `epoch` has been acknowledged by you; nothing is in flight.

@@ -97,7 +97,11 @@ impl Piece {
     async fn copy(self, group: &Arc<Group>, session: &Session, compare: bool) -> Result<()> {
         let Piece { disk, mut range, zero } = self;
         if zero {
+            let len = range.end - range.start;
             range.start = skip_zeroes(group, session, disk, &range).await;
+            if compare {
+                group.note_compared(len, range.end - range.start);
+            }
             while !range.is_empty() && !session.is_ending() {
                 let end = range.end.min(range.start + ZERO_PIECE_BYTES);
                 send_range(group, disk, range.start..end).await?;
@@ -113,7 +117,10 @@ impl Piece {
         if !compare || group.has_failures() {
             return send_range(group, disk, range).await;
         }
-        for range in different_on_peer(group, session, disk, &range).await? {
+        let different = different_on_peer(group, session, disk, &range).await?;
+        let differing = different.iter().map(|part| part.end - part.start).sum();
+        group.note_compared(range.end - range.start, differing);
+        for range in different {
             send_range(group, disk, range).await?;
         }
         Ok(())

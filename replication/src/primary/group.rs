@@ -202,6 +202,8 @@ pub(crate) struct Core {
     pub(crate) peer_durability: Option<Durability>,
     /// A copy runs; no cuts until it has ended.
     pub(crate) copying: bool,
+    /// A copy has ended, and the checkpoint that it ends with is not committed yet.
+    pub(crate) settling: bool,
     /// Of the last copy.
     progress: Option<CopyProgress>,
     /// The secondary's operators ask for a checkpoint, under these numbers; at most
@@ -221,6 +223,8 @@ pub(crate) struct Counters {
     pub(crate) replicated_bytes: AtomicU64,
     pub(crate) checkpoints: AtomicU64,
     pub(crate) last_pause_us: AtomicU64,
+    pub(crate) compared_bytes: AtomicU64,
+    pub(crate) differing_bytes: AtomicU64,
 }
 
 impl std::fmt::Debug for Group {
@@ -299,6 +303,7 @@ impl Group {
             peer: peer.as_ref().map(ToString::to_string),
             peer_durability: None,
             copying: false,
+            settling: false,
             progress: None,
             checkpoints_for_peer: Vec::new(),
             last_contact: None,

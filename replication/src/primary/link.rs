@@ -214,6 +214,11 @@ impl Link {
         self.send(Message::TakeOver { epoch }).await
     }
 
+    /// Tells the secondary that a session copies again.
+    pub(super) async fn copy_begun(&self) -> Result<()> {
+        self.send(Message::CopyBegun).await
+    }
+
     pub(super) async fn copy_done(&self) -> Result<()> {
         self.send(Message::CopyDone).await
     }

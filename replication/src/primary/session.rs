@@ -177,6 +177,11 @@ impl Session {
                     let again = self.group.core().again.take();
                     if let Some(compare) = again {
                         self.group.copy_again();
+                        if let Peer::Brep(link) = &self.peer
+                            && let Err(error) = link.copy_begun().await
+                        {
+                            return error;
+                        }
                         match self.copy_all(requests, compare || self.compare).await {
                             Ok(()) => {}
                             Err(error) => return error,
@@ -251,7 +256,10 @@ impl Session {
         }
         loop {
             match self.checkpoint(None).await {
-                Ok(_) => return Ok(()),
+                Ok(_) => {
+                    self.group.core().settling = false;
+                    return Ok(());
+                }
                 Err(Failure::Void(error)) => self.note_no_checkpoint(&error),
                 Err(Failure::Lost(error)) => return Err(error),
             }

@@ -91,6 +91,8 @@ impl Group {
                 checkpoints: self.counters.checkpoints.load(Ordering::Relaxed),
                 last_pause_us: self.counters.last_pause_us.load(Ordering::Relaxed),
                 preimage_bytes: 0,
+                compared_bytes: self.counters.compared_bytes.load(Ordering::Relaxed),
+                differing_bytes: self.counters.differing_bytes.load(Ordering::Relaxed),
             },
         }
     }
@@ -172,7 +174,10 @@ impl Group {
 fn disk_state(core: &Core, record: &Record, merging: bool, promoted: bool) -> DiskState {
     match core.link {
         _ if core.fatal().is_some() => DiskState::Failed,
-        LinkState::Connected if core.copying => DiskState::Resyncing,
+        // From the command to the checkpoint that makes the secondary promotable: somebody may wait.
+        LinkState::Connected if core.copying || core.settling || core.again.is_some() => {
+            DiskState::Resyncing
+        }
         LinkState::Connected => DiskState::InSync,
         _ if merging => DiskState::Promoting,
         _ if core.is_refused(RefusalKind::SplitBrain) => DiskState::SplitBrain,

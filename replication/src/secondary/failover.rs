@@ -96,6 +96,8 @@ impl Group {
             repeated: false,
         };
         self.core().reason = None;
+        let (target, epoch) = (target.as_str(), report.epoch.map(|e| e.0));
+        tracing::warn!(target, epoch, "promoted: this side is the disk now");
         self.events.emit("BREP_PROMOTED", json!(report));
         if !wanted.hold {
             self.spawn_merge();
@@ -328,6 +330,7 @@ impl Group {
             let job = Job::ended(JobKind::Commit, &disk.name, disk.size());
             self.events.emit("BLOCK_JOB_COMPLETED", job.completed());
         }
+        tracing::info!("merged: the disk files alone are the disks");
         self.events.emit("BREP_MERGED", json!({}));
         Ok(())
     }

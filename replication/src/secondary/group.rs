@@ -78,6 +78,8 @@ pub(crate) struct Core {
     stopped: bool,
     /// The primary copies; the next commit ends that.
     pub(crate) copying: bool,
+    /// Why the last link ended, as it was logged; none since a session has begun.
+    pub(crate) link_error: Option<String>,
     /// There was no room for what a write would have overwritten, or for the write itself.
     pub(super) full: Option<String>,
 }
@@ -166,6 +168,7 @@ impl Group {
             started: config.start,
             stopped: false,
             copying: false,
+            link_error: None,
             full: None,
             session: None,
             closing: None,

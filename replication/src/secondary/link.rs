@@ -39,6 +39,17 @@ impl Group {
             Err(error) => Err(error),
         };
         if let Err(error) = ended {
+            self.tell_ended(&peer, &error);
+        }
+    }
+
+    /// A primary that is refused comes back every few seconds: the same is said once.
+    fn tell_ended(&self, peer: &str, error: &Error) {
+        let text = error.to_string();
+        let told = self.core().link_error.replace(text.clone());
+        if told.is_some_and(|told| told == text) {
+            tracing::debug!(peer, %error, "link ended");
+        } else {
             tracing::info!(peer, %error, "link ended");
         }
     }
@@ -100,8 +111,8 @@ impl Group {
                 other => return Err(Error::failed(format!("unexpected message {other:?}"))),
             }
         };
-        if let Some(reason) = self.objection(&terms) {
-            return refuse(writer, limit, reason, None).await;
+        if let Some((reason, advice)) = self.objection(&terms) {
+            return refuse(writer, limit, reason, advice).await;
         }
         let (session, outbox) = Session::new(sync, heartbeat_pause(limit, hello.timeout_ms));
         let begun = match self.grow_disks(&hello.side.disks).await {
@@ -121,6 +132,7 @@ impl Group {
             core.reason = None;
             core.peer = Some(format!("{} ({peer})", hello.side.name));
             core.peer_durability = Some(hello.side.durability);
+            core.link_error = None;
             core.last_contact = Some(Instant::now());
         }
         tracing::info!(peer = hello.side.name, epoch = %terms.epoch, "session begun");
@@ -128,24 +140,25 @@ impl Group {
         Ok((session, outbox))
     }
 
-    /// Why these terms cannot be accepted, if they cannot.
-    fn objection(&self, terms: &Terms) -> Option<String> {
+    /// Why these terms cannot be accepted, if they cannot, and what resolves it.
+    fn objection(&self, terms: &Terms) -> Option<(String, Option<&'static str>)> {
         let record = self.record();
         if record.is_primary() {
-            return Some("this side has been promoted".to_owned());
+            return Some(("this side has been promoted".to_owned(), None));
         }
         if let Some(reason) = self.wants_consent() {
-            return Some(reason);
+            return Some((reason, None));
         }
         let fits = record.set.is_none_or(|s| s == terms.set) && terms.epoch > record.epoch;
         if !fits {
-            return Some("the terms do not fit what this side said in its hello".to_owned());
+            let reason = "the terms do not fit what this side said in its hello";
+            return Some((reason.to_owned(), None));
         }
         let full = self.no_room().filter(|_| !terms.discard_checkpoint)?;
-        Some(format!(
-            "there is no room for pre-images: {full}. Make room, or give the last checkpoint up: \
-             brep resync --discard-checkpoint"
-        ))
+        let advice = "make room beside the secondary's state directory, or give its \
+                      --buffer-limit more; to give its last checkpoint up for it: brep resync \
+                      --discard-checkpoint";
+        Some((format!("there is no room for pre-images: {full}"), Some(advice)))
     }
 
     async fn run_session(
@@ -187,6 +200,7 @@ impl Group {
             self.core().last_contact = Some(Instant::now());
             match message {
                 Message::Heartbeat | Message::CopyDone => {}
+                Message::CopyBegun => self.core().copying = true,
                 Message::Cut { epoch } => self.handle_cut(session, epoch).await?,
                 Message::HashRequest { disk, offset, length, chunk } => {
                     let answer = self.hash(disk, offset, length, chunk).await;

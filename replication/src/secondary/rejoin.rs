@@ -12,7 +12,7 @@ use crate::config::SideConfig;
 use crate::link::{MapsInfo, Message, RANGES_MAX, RefusalKind};
 use crate::primary::MapsOf;
 use crate::state::{Record, RecordStore, Role};
-use crate::status::Written;
+use crate::status::{Written, size_text};
 use crate::written::{describe, show_written, written_ranges};
 use crate::{Error, Result};
 
@@ -205,10 +205,11 @@ impl Group {
             ));
         }
         let disks = self.own_written();
-        let bytes = disks.iter().map(|d| d.bytes).sum();
+        let bytes: Option<u64> = disks.iter().map(|d| d.bytes).sum();
         if !dry_run {
             self.update_record(|record| record.secondary.discard_local = true)?;
-            tracing::warn!(?bytes, "what this side has and its primary lacks is given up");
+            let amount = bytes.map_or_else(|| "unknown".to_owned(), size_text);
+            tracing::warn!(amount, "what this side has and its primary lacks is given up");
         }
         Ok(Discard { bytes, disks, dry_run })
     }

@@ -101,3 +101,34 @@ async fn a_read_that_fails_while_hashes_are_taken_is_in_the_secondarys_errors() 
     primary.stop().await;
     secondary.stop().await;
 }
+
+/// Whoever waits for the end of a copy does not find the pair in sync because it has not begun, and the
+/// secondary shows it too. It says how much differed.
+#[tokio::test]
+async fn a_comparison_of_a_connected_pair_is_shown_from_the_command_on_by_both_sides() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", 4 * MIB, 1);
+    scratch.raw("s.raw", 4 * MIB, 2);
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    let mut replica = std::fs::File::options().write(true).open(scratch.path("s.raw")).unwrap();
+    std::io::Seek::seek(&mut replica, std::io::SeekFrom::Start(MIB + 4096)).unwrap();
+    std::io::Write::write_all(&mut replica, b"not by the primary").unwrap();
+
+    let disk = faults::of(&scratch.path("p.raw"));
+    let hang = disk.upper.hang(Rule::new(Operation::Read));
+    primary.command("resync", json!({ "compare": true })).await.unwrap();
+    assert_eq!(primary.status().await["disks"][0]["state"], "resyncing");
+    assert!(primary.command("resync", json!({ "full": true })).await.is_err(), "one at a time");
+    hang.reached(1).await;
+    secondary.wait_state("resyncing").await;
+    hang.release();
+    primary.wait_state("in-sync").await;
+    let counters = primary.status().await["counters"].clone();
+    assert_eq!(counters["compared-bytes"], 4 * MIB);
+    assert_eq!(counters["differing-bytes"], 65536);
+    primary.stop().await;
+    secondary.stop().await;
+    assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")), "the disks differ");
+}

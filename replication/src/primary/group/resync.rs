@@ -63,10 +63,19 @@ impl Group {
         }
     }
 
-    /// The copy has ended.
+    /// The copy has ended, but for its checkpoint.
     pub(crate) fn end_copy(&self) {
-        self.core().copying = false;
+        {
+            let mut core = self.core();
+            (core.copying, core.settling) = (false, true);
+        }
         self.measuring.store(false, Ordering::Relaxed);
+    }
+
+    /// So many bytes were compared, and at most so many of them differed.
+    pub(crate) fn note_compared(&self, compared: u64, differing: u64) {
+        self.counters.compared_bytes.fetch_add(compared, Ordering::Relaxed);
+        self.counters.differing_bytes.fetch_add(differing, Ordering::Relaxed);
     }
 
     /// A part of the copy has been done.
@@ -90,7 +99,8 @@ impl Group {
             done: all.done,
             total: all.total,
             rate,
-            left_s: (all.total - all.done).checked_div(rate),
+            // What went before a limit was given says nothing of what comes.
+            left_s: (all.total - all.done).checked_div(paced.map_or(rate, |most| rate.min(most))),
             rate_limit: limits.rate,
             latency_factor: limits.latency_factor,
             paced_rate: paced,

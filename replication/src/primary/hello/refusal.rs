@@ -1,5 +1,5 @@
 use crate::link::{RefusalKind, Side};
-use crate::status::Differences;
+use crate::status::{Differences, size_text};
 
 /// Why there is no session, and what resolves it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,11 +64,14 @@ impl Refusal {
 /// How much each side has that the other lacks.
 pub(super) fn amounts(me: &Side, peer: &Side) -> String {
     let bytes = |side: &Side| match &side.maps {
-        Some(maps) => format!("at most {} bytes", maps.bytes.iter().sum::<u64>()),
+        Some(maps) => format!("at most {}", size_text(maps.bytes.iter().sum())),
         None => "an unknown amount".to_owned(),
     };
+    // By their names: both sides show it.
+    let (mine, theirs) = (&me.name, &peer.name);
     format!(
-        "; written here and lacking there: {}; written there and lacking here: {}",
+        "; written on {mine} and lacking on {theirs}: {}; written on {theirs} and lacking on \
+         {mine}: {}",
         bytes(me),
         bytes(peer)
     )

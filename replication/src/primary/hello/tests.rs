@@ -169,7 +169,7 @@ fn two_primaries_that_both_went_on_are_a_split_brain() {
     let refused = pair.refused_always();
     assert_eq!(refused.kind, RefusalKind::SplitBrain);
     assert!(refused.superseded);
-    assert!(refused.reason.contains("65536") && refused.reason.contains("131072"));
+    assert!(refused.reason.contains("64 KiB") && refused.reason.contains("128 KiB"));
     assert!(refused.advice.unwrap().contains("--discard-local"));
     // Two that take themselves for the same one, a copy and its original, are one too.
     let mut pair = Pair::new();
@@ -388,7 +388,7 @@ fn an_old_primary_that_wrote_something_needs_consent_and_then_both_sides_writes_
     let refused = pair.refused_always();
     assert_eq!(refused.kind, RefusalKind::StaleSecondary);
     assert!(refused.is_secondary && !refused.superseded, "the promoted side goes on");
-    assert!(refused.reason.contains("65536") && refused.reason.contains("131072"));
+    assert!(refused.reason.contains("64 KiB") && refused.reason.contains("128 KiB"));
     assert!(refused.advice.unwrap().contains("brep resync --discard-local"));
     pair.answer.discard_local = true;
     assert_eq!(pair.decide(), UNION);
