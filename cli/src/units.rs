@@ -1,6 +1,8 @@
 //! Sizes, durations and counts, as people write and read them.
 use std::time::Duration;
 
+pub(crate) use brep_replication::status::size_text as bytes;
+
 /// Parses a size in bytes: `4096`, `64K`, `10G`, `1GiB`. Suffixes are powers of 1024.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let allowed = "a size is a whole number with an optional K, M, G, T, P or E (powers of 1024), \
@@ -108,23 +110,6 @@ pub(crate) fn parse_factor(text: &str) -> Result<Factor, String> {
         (_, Ok(factor)) if (1.0..=1000.0).contains(&factor) => Ok(Factor(Some(factor))),
         _ => Err("a number from 1 to 1000, as in 1.5, or off".into()),
     }
-}
-
-/// Bytes as people read them: `0 B`, `512 B`, `64 KiB`, `1.5 GiB`.
-pub(crate) fn bytes(count: u64) -> String {
-    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    let mut unit = 0;
-    let mut scale = 1u64;
-    while unit + 1 < UNITS.len() && count / scale >= 1024 {
-        unit += 1;
-        scale <<= 10;
-    }
-    let name = UNITS[unit];
-    if count.is_multiple_of(scale) {
-        return format!("{} {name}", count / scale);
-    }
-    let tenths = u128::from(count) * 10 / u128::from(scale);
-    format!("{}.{} {name}", tenths / 10, tenths % 10)
 }
 
 /// A count with its thousands apart: `1 234 567`.
@@ -244,17 +229,6 @@ mod tests {
 
     #[test]
     fn figures_are_read_at_a_glance() {
-        let table = [
-            (0, "0 B"),
-            (512, "512 B"),
-            (1023, "1023 B"),
-            (64 << 10, "64 KiB"),
-            ((3 << 30) / 2, "1.5 GiB"),
-            (u64::MAX, "15.9 EiB"),
-        ];
-        for (number, text) in table {
-            assert_eq!(bytes(number), text);
-        }
         assert_eq!(count(7), "7");
         assert_eq!(count(1_234_567), "1\u{a0}234\u{a0}567");
         assert_eq!(duration(Duration::from_micros(340)), "340 µs");

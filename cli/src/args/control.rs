@@ -9,7 +9,7 @@ use crate::units::{Factor, Rate, parse_duration, parse_factor, parse_rate, parse
 /// Which instance to talk to, and how.
 #[derive(Debug, Args)]
 pub(crate) struct ControlArgs {
-    /// Control socket of the instance [default: the one instance that runs]
+    /// Control socket of the instance, or its state directory [default: the one instance that runs]
     #[arg(long, value_name = "SOCKET")]
     pub(crate) control: Option<PathBuf>,
 

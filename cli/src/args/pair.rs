@@ -209,9 +209,6 @@ pub(crate) struct PrimaryArgs {
     #[command(flatten)]
     side: SideArgs,
 
-    #[command(flatten)]
-    primary: ReplicateArgs,
-
     /// Where guests connect; exports are the names of the disks
     #[arg(long, value_name = "URI")]
     guest_listen: NbdUri,
@@ -219,6 +216,10 @@ pub(crate) struct PrimaryArgs {
     /// Where this side listens for the other one, once that is the primary
     #[arg(long, value_name = "URI")]
     listen: Option<NbdUri>,
+
+    // Last: its heading holds for everything after it.
+    #[command(flatten)]
+    primary: ReplicateArgs,
 }
 
 /// Receive the writes of a primary and keep what they overwrite, ready to take over
@@ -230,9 +231,6 @@ Examples:
 pub(crate) struct SecondaryArgs {
     #[command(flatten)]
     side: SideArgs,
-
-    #[command(flatten)]
-    primary: ReplicateArgs,
 
     /// Where the primary connects; after a failover, guests
     #[arg(long, value_name = "URI")]
@@ -268,6 +266,9 @@ pub(crate) struct SecondaryArgs {
     /// With --dry-run: print it as JSON
     #[arg(long, requires = "dry_run")]
     json: bool,
+
+    #[command(flatten)]
+    primary: ReplicateArgs,
 }
 
 /// What is only said, and not done.

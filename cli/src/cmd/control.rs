@@ -23,6 +23,7 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Connects to the instance that was named, or to the only one.
 pub(crate) fn connect(args: &ControlArgs) -> Result<ControlClient, Failure> {
     let path = match &args.control {
+        Some(path) if path.is_dir() => path.join("control.sock"),
         Some(path) => path.clone(),
         None => Registry::of_user().the_only_one()?,
     };
@@ -182,7 +183,8 @@ pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
         ));
     }
     let mut client = connect(&args.control)?;
-    let answer = match arguments.is_empty() {
+    let before = Compared::now(&mut client)?;
+    let mut answer = match arguments.is_empty() {
         true => json!({}),
         false => client.execute("resync", Value::Object(arguments))?,
     };
@@ -195,7 +197,44 @@ pub(crate) fn resync(args: &ResyncArgs) -> Outcome {
         });
     }
     wait_for_sync(&mut client, args.control.timeout)?;
-    report(&args.control, &answer, || "in sync".into())
+    let compared = Compared::now(&mut client)?.since(before);
+    answer["compared-bytes"] = json!(compared.bytes);
+    answer["differing-bytes"] = json!(compared.differing);
+    report(&args.control, &answer, || format!("in sync{}", compared.text()))
+}
+
+/// What copies have compared by hashes.
+#[derive(Debug, Clone, Copy)]
+struct Compared {
+    bytes: u64,
+    differing: u64,
+}
+
+impl Compared {
+    fn now(client: &mut ControlClient) -> Result<Self, Failure> {
+        let answer = client.execute("query-status", Value::Null)?;
+        let bytes = |key| number(&answer["counters"], key).unwrap_or_default();
+        Ok(Compared { bytes: bytes("compared-bytes"), differing: bytes("differing-bytes") })
+    }
+
+    fn since(self, before: Compared) -> Compared {
+        Compared {
+            bytes: self.bytes.saturating_sub(before.bytes),
+            differing: self.differing.saturating_sub(before.differing),
+        }
+    }
+
+    fn text(self) -> String {
+        let bytes = units::bytes(self.bytes);
+        match (self.bytes, self.differing) {
+            (0, _) => String::new(),
+            (_, 0) => format!(": {bytes} compared, nothing differed"),
+            (_, differing) => format!(
+                ": {bytes} compared, at most {} differed and were sent",
+                units::bytes(differing)
+            ),
+        }
+    }
 }
 
 /// What is given up, or would be.
@@ -238,7 +277,9 @@ pub(crate) fn switchover(args: &SwitchoverArgs) -> Outcome {
 pub(crate) fn resize(args: &ResizeArgs) -> Outcome {
     let arguments = json!({ "device": args.disk, "size": args.size });
     let answer = ask(&args.control, "block_resize", arguments)?;
-    report(&args.control, &answer, || format!("{} has {} bytes", args.disk, args.size))
+    report(&args.control, &answer, || {
+        format!("{} has {} ({} bytes)", args.disk, units::bytes(args.size), args.size)
+    })
 }
 
 pub(crate) fn peer(args: &PeerArgs) -> Outcome {

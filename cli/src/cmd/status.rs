@@ -1,10 +1,10 @@
 //! `brep status`: one screen for people, one object for programs.
 use std::fmt::Write as _;
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use brep_replication::status::{
-    DiskState, DiskStatus, HeldStatus, LinkState, ResyncStatus, Role, Status,
+    DiskState, DiskStatus, ErrorStatus, HeldStatus, LinkState, ResyncStatus, Role, Status,
 };
 use serde_json::Value;
 
@@ -53,10 +53,9 @@ fn render(status: &Status, paint: Paint) -> String {
     let _ = write!(text, "\n{}", counters(status));
     for error in &status.errors {
         let disk = if error.disk.is_empty() { "group" } else { &error.disk };
-        let times =
-            if error.count > 1 { format!(" ({} times)", error.count) } else { String::new() };
+        let when = times(error, now_s());
         let _ =
-            write!(text, "\n{} {disk}: {}{times}", paint.apply(Colour::Red, "!"), error.message);
+            write!(text, "\n{} {disk}: {} ({when})", paint.apply(Colour::Red, "!"), error.message);
     }
     if status.guest_stopped {
         let _ = write!(
@@ -202,6 +201,19 @@ fn held(held: &HeldStatus) -> String {
     parts.join(" · ")
 }
 
+/// How often a failure was seen, and when: one of last week is not what is wrong now.
+fn times(error: &ErrorStatus, now_s: u64) -> String {
+    let ago = |then_s: u64| units::age(now_s.saturating_sub(then_s).saturating_mul(1000));
+    match error.count {
+        0 | 1 => format!("{} ago", ago(error.last_s)),
+        count => format!("{} times, last {} ago", units::count(count), ago(error.last_s)),
+    }
+}
+
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
 /// How far a resync is, in one line.
 pub(super) fn resync(resync: &ResyncStatus) -> String {
     let mut parts = Vec::new();
@@ -211,7 +223,7 @@ pub(super) fn resync(resync: &ResyncStatus) -> String {
     parts.push(format!("{} of {}", units::bytes(resync.done), units::bytes(resync.total)));
     parts.push(format!("{}/s", units::bytes(resync.rate)));
     if let Some(left) = resync.left_s {
-        parts.push(format!("{} left", units::duration(Duration::from_secs(left))));
+        parts.push(format!("{} left", units::age(left.saturating_mul(1000))));
     }
     let mut limits = Vec::new();
     if let Some(rate) = resync.rate_limit {
@@ -401,6 +413,30 @@ mod tests {
         let text = render(&status, Paint::plain());
         assert!(text.contains("promoted, held"), "{text}");
         assert!(text.contains("at most 3 MiB written · room for 7 GiB"), "{text}");
+    }
+
+    #[test]
+    fn an_error_says_how_long_ago_it_was() {
+        let mut error = ErrorStatus {
+            disk: "vda".into(),
+            operation: "write".into(),
+            offset: 0,
+            length: 4096,
+            errno: 28,
+            message: "no space".into(),
+            count: 1,
+            first_s: 1_000,
+            last_s: 1_000,
+        };
+        assert_eq!(times(&error, 1_300), "5 min ago");
+        error.count = 1_200;
+        error.last_s = 1_300;
+        assert_eq!(times(&error, 1_300), "1\u{a0}200 times, last less than a second ago");
+        assert_eq!(times(&error, 0), "1\u{a0}200 times, last less than a second ago", "set back");
+        let status = Status { errors: vec![error], ..status() };
+        assert!(
+            render(&status, Paint::plain()).contains("! vda: no space (1\u{a0}200 times, last ")
+        );
     }
 
     #[test]

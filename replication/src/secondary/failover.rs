@@ -96,8 +96,8 @@ impl Group {
             repeated: false,
         };
         self.core().reason = None;
-        let (target, epoch) = (target.as_str(), report.epoch.map(|e| e.0));
-        tracing::warn!(target, epoch, "promoted: this side is the disk now");
+        let (target, epoch) = (report.target.as_str(), report.epoch.map(|e| e.0));
+        tracing::warn!(target, epoch, held = report.held, "promoted: this side is the disk now");
         self.events.emit("BREP_PROMOTED", json!(report));
         if !wanted.hold {
             self.spawn_merge();
