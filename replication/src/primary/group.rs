@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use self::durable::PeerWrites;
 use self::hot::{HotExtents, HotTasks, begin_logs};
 pub(crate) use self::maps::{MapsOf, Since};
 pub(crate) use self::role::check_role;
@@ -153,6 +154,7 @@ pub(crate) struct DiskPart {
     size: AtomicU64,
     /// Serialises what overlaps, over the local leg of a write.
     pub(crate) locks: RangeLock,
+    peer_writes: PeerWrites,
 }
 
 impl DiskPart {
@@ -168,6 +170,7 @@ impl DiskPart {
             size: AtomicU64::new(device.size()),
             device,
             locks: RangeLock::new(),
+            peer_writes: PeerWrites::default(),
         }
     }
 }
@@ -439,6 +442,8 @@ impl Group {
         core.peer_durability = peer_durability;
         core.epochs.attach(epoch);
         drop(core);
+        // What an earlier session has written there is not known to be flushed.
+        self.disks.iter().for_each(|disk| disk.peer_writes.note());
         // A secondary that had taken over, and has undone that.
         self.takeover.send_replace(Takeover::None);
         // What was measured of the guest was with another load.

@@ -6,6 +6,7 @@ mod common;
 mod copy;
 mod cut;
 mod failover;
+mod flush;
 mod grow;
 mod hot;
 mod interrupted;

@@ -250,6 +250,7 @@ impl Group {
                 core.epochs.remote_done(epoch, true);
                 core.end_in_flight(disk, in_flight);
                 drop(core);
+                self.disks[disk].peer_writes.note();
                 self.counters.replicated_writes.fetch_add(1, Ordering::Relaxed);
                 self.counters.replicated_bytes.fetch_add(len, Ordering::Relaxed);
             }
