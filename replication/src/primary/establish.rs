@@ -86,7 +86,14 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
     };
     let wish = group.core().wish;
     let blank = answer.side.set.is_none();
-    let plan = match decide(&me, &answer, wish) {
+    let decision = match decide(&me, &answer, wish) {
+        // One that has undone its promotion has these disks still; any other is no proof of that.
+        Decision::Start(plan) if group.is_superseded() && (blank || plan.is_whole()) => {
+            Decision::Refuse(Refusal::superseded())
+        }
+        decision => decision,
+    };
+    let plan = match decision {
         Decision::Start(plan) => plan,
         Decision::Refuse(refusal) => {
             let refusal = match refusal.has_differences() {

@@ -28,6 +28,13 @@ pub(crate) struct Plan {
     pub(crate) with_theirs: bool,
 }
 
+impl Plan {
+    /// Whatever the secondary has is overwritten.
+    pub(crate) fn is_whole(self) -> bool {
+        matches!(self.copy, CopyMode::Full | CopyMode::Compare)
+    }
+}
+
 /// What the operator has asked for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Wish {

@@ -16,7 +16,7 @@ use super::common::{MIB, Scratch, Side, connect};
 use super::write;
 use crate::config::{OnPeerLost, SideConfig};
 use crate::link::{
-    CopyMode, Hello, HelloAnswer, Message, OPTION_LINK, Side as Introduction, split,
+    CopyMode, Hello, HelloAnswer, Message, OPTION_LINK, Side as Introduction, StopReason, split,
 };
 use crate::{Commit, Epoch, Generation, SetId};
 
@@ -37,6 +37,8 @@ struct State {
     holds_cuts: bool,
     /// It says again and again that it is about to be promoted.
     promoting: bool,
+    /// It says that it has been promoted, and then that it knows nothing.
+    promotes: bool,
     /// It ends the link, once.
     hangs_up: bool,
 }
@@ -137,6 +139,10 @@ impl Rogue {
                     Err(_) if state.promoting => answers.push(Message::Promoting),
                     Err(_) => answers.push(Message::Heartbeat),
                 }
+                if state.promotes {
+                    *state = State::default();
+                    answers = vec![Message::Stop { reason: StopReason::Promoted }];
+                }
                 if std::mem::take(&mut state.hangs_up) {
                     return;
                 }
@@ -221,6 +227,26 @@ async fn a_primary_that_goes_on_alone_while_a_session_is_agreed_on_begins_anothe
     let status = primary.wait_state("in-sync").await;
     let told = rogue.state().starts.last().unwrap().0;
     assert_eq!(status["cur"], told.to_string(), "{status:#}");
+    primary.stop().await;
+}
+
+/// I11: a blank secondary in the place of one that was promoted does not make the old primary one
+/// again.
+#[tokio::test]
+async fn i11_a_primary_whose_secondary_was_promoted_serves_nobody_for_a_blank_one() {
+    let scratch = Scratch::new();
+    let rogue = Rogue::start(&scratch).await;
+    let primary = Side::run(config(&scratch));
+    primary.wait_state("in-sync").await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    rogue.state().promotes = true;
+    let refused = |s: &Value| s["link"] == "refused";
+    let status = primary.wait("refused", refused).await;
+    assert!(status["reason"].as_str().unwrap().contains("promoted"), "{status:#}");
+    write(&guest, 0, 0x11).await.unwrap().unwrap_err();
+    // Nor by a copy that is asked for.
+    primary.command("resync", json!({ "full": true })).await.unwrap_err();
+    guest.close();
     primary.stop().await;
 }
 

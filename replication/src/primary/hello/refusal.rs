@@ -40,6 +40,15 @@ impl Refusal {
         Refusal { superseded: true, kind, ..Refusal::new(reason, advice) }
     }
 
+    /// Another side has said that it has been promoted.
+    pub(crate) fn superseded() -> Self {
+        Self::stale(
+            "the other side has been promoted: it is the disk now".to_owned(),
+            "stop this side, and start it as the other's secondary: brep secondary, with the same \
+             disks and state directory",
+        )
+    }
+
     /// Both have what the other lacks.
     pub(super) fn split_brain(what: String, me: &Side, peer: &Side) -> Self {
         let advice = format!(
