@@ -18,13 +18,7 @@ pub(crate) fn prepare(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {
         return Err(Error::usage("no disk given: --disk NAME=FILE"));
     }
     for (index, disk) in disks.iter().enumerate() {
-        let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if disk.name.is_empty() || disk.name.len() > 64 || !disk.name.chars().all(fits) {
-            return Err(Error::usage(format!(
-                "disk name {:?}: use 1 to 64 letters, digits, '-', '_' and '.'",
-                disk.name
-            )));
-        }
+        check_name("disk", &disk.name)?;
         if disks[..index].iter().any(|d| d.name == disk.name) {
             return Err(Error::usage(format!("disk {} is given twice", disk.name)));
         }
@@ -32,6 +26,20 @@ pub(crate) fn prepare(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {
     let fail =
         |e: std::io::Error| Error::failed(format!("state directory {}: {e}", state_dir.display()));
     storage::create_dir(state_dir).map_err(fail)
+}
+
+/// What disks and their views may be called: a part of a file's and of an export's name.
+///
+/// # Errors
+/// Usage, with what it is the name of.
+pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    match name.is_empty() || name.len() > 64 || !name.chars().all(fits) {
+        false => Ok(()),
+        true => Err(Error::usage(format!(
+            "{what} name {name:?}: use 1 to 64 letters, digits, '-', '_' and '.'"
+        ))),
+    }
 }
 
 pub(crate) fn control_path(given: &Option<PathBuf>, state_dir: &Path) -> PathBuf {

@@ -68,6 +68,9 @@ pub struct Status {
     /// The failover, while it can still be undone (promoted).
     #[serde(default)]
     pub held: Option<HeldStatus>,
+    /// The test view, while one is open, or the last one, if it has ended by itself (secondary).
+    #[serde(default)]
+    pub test: Option<TestStatus>,
     /// The copy to the secondary, while one runs (primary).
     pub resync: Option<ResyncStatus>,
     /// One entry a disk.
@@ -281,6 +284,26 @@ pub struct HeldStatus {
     pub written_bytes: u64,
     /// Bytes that the file system of the state directory has left for more, as far as it says.
     pub space_bytes: Option<u64>,
+}
+
+/// A writable scratch view of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct TestStatus {
+    /// Its name.
+    pub name: String,
+    /// The checkpoint that it shows.
+    pub checkpoint: Option<u64>,
+    /// Milliseconds since it was opened; absent if it has ended.
+    pub age_ms: Option<u64>,
+    /// Where its disks are found.
+    pub uris: Vec<String>,
+    /// Bytes of pre-images that are kept for it alone, of all disks.
+    pub kept_bytes: u64,
+    /// Bytes that were written to it, of all disks; at most so many.
+    pub written_bytes: u64,
+    /// Why it has ended by itself; absent while it is open.
+    pub ended: Option<String>,
 }
 
 /// How far a background activity has come.

@@ -91,6 +91,15 @@ pub(crate) struct FailoverArgs {
     #[arg(long, conflicts_with_all = ["to", "hold", "commit"])]
     pub(crate) rollback: bool,
 
+    /// Open a writable scratch view of the last checkpoint under this name; replication goes on
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["to", "hold", "commit", "rollback"])]
+    pub(crate) test: Option<String>,
+
+    /// End the scratch view of this name
+    #[arg(long, value_name = "NAME",
+        conflicts_with_all = ["to", "hold", "commit", "rollback", "test"])]
+    pub(crate) test_end: Option<String>,
+
     /// With --rollback: give up what was written since the failover
     #[arg(long, requires = "rollback")]
     pub(crate) discard_local: bool,

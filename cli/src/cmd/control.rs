@@ -54,6 +54,14 @@ pub(crate) fn failover(args: &FailoverArgs) -> Outcome {
             "the failover is final; the merge goes on in the background, see `brep status`".into()
         });
     }
+    if let Some(name) = &args.test {
+        let answer = ask(&args.control, "failover-test", json!({ "name": name }))?;
+        return report(&args.control, &answer, || test_view(name, &answer));
+    }
+    if let Some(name) = &args.test_end {
+        let answer = ask(&args.control, "failover-test-end", json!({ "name": name }))?;
+        return report(&args.control, &answer, || format!("the test view {name} has ended"));
+    }
     if args.rollback {
         let arguments = json!({ "discard-local": args.discard_local, "dry-run": args.dry_run });
         let answer = ask(&args.control, "failover-rollback", arguments)?;
@@ -71,6 +79,19 @@ pub(crate) fn failover(args: &FailoverArgs) -> Outcome {
     };
     let answer = ask(&args.control, "failover", json!({ "to": target, "hold": args.hold }))?;
     report(&args.control, &answer, || promotion(args.to, &answer))
+}
+
+/// A scratch view, and where its disks are.
+fn test_view(name: &str, answer: &Value) -> String {
+    let mut text = match number(answer, "checkpoint") {
+        Some(epoch) => format!("test view {name} of checkpoint {epoch}"),
+        None => format!("test view {name}"),
+    };
+    for uri in answer.get("uris").and_then(Value::as_array).into_iter().flatten() {
+        text.push_str(&format!("\n{}", uri.as_str().unwrap_or_default()));
+    }
+    text.push_str(&format!("\nbrep failover --test-end {name} ends it"));
+    text
 }
 
 /// What a failover has done, and what may be missing.

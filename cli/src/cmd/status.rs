@@ -5,6 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use brep_replication::status::{
     DiskState, DiskStatus, ErrorStatus, HeldStatus, LinkState, ResyncStatus, Role, Status,
+    TestStatus,
 };
 use serde_json::Value;
 
@@ -69,6 +70,9 @@ fn render(status: &Status, paint: Paint) -> String {
     }
     if let Some(held) = &status.held {
         let _ = write!(text, "\nheld           {}", self::held(held));
+    }
+    if let Some(test) = &status.test {
+        let _ = write!(text, "\ntest view      {}", test_view(test));
     }
     if let Some(running) = &status.resync {
         let _ = write!(text, "\nresync         {}", resync(running));
@@ -214,6 +218,23 @@ fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
+/// A scratch view of a checkpoint, in one line.
+fn test_view(test: &TestStatus) -> String {
+    let mut parts = vec![test.name.clone()];
+    if let Some(epoch) = test.checkpoint {
+        parts.push(format!("checkpoint {epoch}"));
+    }
+    match &test.ended {
+        Some(reason) => parts.push(format!("ended: {reason}")),
+        None => {
+            parts.extend(test.age_ms.map(|age| format!("open for {}", units::age(age))));
+            parts.push(format!("at most {} written", units::bytes(test.written_bytes)));
+            parts.push(format!("{} kept for it", units::bytes(test.kept_bytes)));
+        }
+    }
+    parts.join(" · ")
+}
+
 /// How far a resync is, in one line.
 pub(super) fn resync(resync: &ResyncStatus) -> String {
     let mut parts = Vec::new();
@@ -308,6 +329,7 @@ mod tests {
             latest_ok: None,
             held_writes: None,
             held: None,
+            test: None,
             resync: None,
             disks: vec![disk()],
             errors: Vec::new(),

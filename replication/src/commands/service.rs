@@ -176,6 +176,18 @@ impl Service {
         Ok(Running { server, accepting })
     }
 
+    /// Exports what is more than a disk, for reading and writing.
+    pub(crate) fn show(&self, names: impl Iterator<Item = String>) {
+        let entry = |name: String| (name.clone(), Entry::of_disk(&name));
+        self.exports.entries().extend(names.map(entry));
+    }
+
+    /// Exports it no more; whoever uses it goes on.
+    pub(crate) fn hide(&self, names: impl Iterator<Item = String>) {
+        let mut entries = self.exports.entries();
+        names.for_each(|name| drop(entries.remove(&name)));
+    }
+
     /// Ends the server at the end of the process.
     pub(crate) async fn shut_down(&self) {
         if let Some(Running { server, accepting }) = self.running.lock().await.take() {

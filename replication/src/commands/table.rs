@@ -50,6 +50,8 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
     )
     .returning("FailoverReport"),
     command("failover-commit", &[]),
+    command("failover-test", &[required("name", Kind::String)]).returning("TestReport"),
+    command("failover-test-end", &[required("name", Kind::String)]).returning("TestReport"),
     command(
         "failover-rollback",
         &[optional("discard-local", Kind::Boolean), optional("dry-run", Kind::Boolean)],

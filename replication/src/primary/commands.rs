@@ -102,6 +102,9 @@ impl PrimaryCommands {
                     ))
                 })?))
             }
+            "failover-test" | "failover-test-end" => Err(CommandError::refused(
+                "this is the primary; a test view is opened on the secondary",
+            )),
             "failover-commit" => Ok(self.promoted()?.commit_failover().await.map(done)?),
             "failover-rollback" => {
                 let (discard, dry_run) =

@@ -80,6 +80,7 @@ impl Group {
             guest_stopped: self.guest.is_stopped(),
             held_writes: self.held_writes(),
             held,
+            test: None,
             resync,
             disks,
             errors: self.errors.list(),

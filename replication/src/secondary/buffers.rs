@@ -445,13 +445,19 @@ impl BufferPool {
             return Ok(buffer.image.close().await?);
         }
         if self.state().spares.len() >= Self::SPARES_MAX {
-            buffer.image.close().await?;
-            return remove(&buffer.path);
+            return self.remove(buffer).await;
         }
         // One bounded piece each time: slowly, so that it is not in anybody's way.
         buffer.image.release_space(self.kept_space_bytes()).await?;
         self.state().spares.push(buffer);
         Ok(())
+    }
+
+    /// Gives a buffer up together with its room. No record names it.
+    pub(crate) async fn remove(&self, buffer: Buffer) -> Result<()> {
+        buffer.below.set(None);
+        buffer.image.close().await?;
+        remove(&buffer.path)
     }
 
     /// The highest sequence number given out: what the record must remember.

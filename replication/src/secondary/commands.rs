@@ -76,6 +76,8 @@ impl SecondaryCommands {
             "checkpoint" => Ok(self.checkpoint(arguments).await?),
             "xen-colo-do-checkpoint" => Ok(self.checkpoint(arguments).await.map(|_| json!({}))?),
             "failover" => Ok(json!(group.failover(arguments.wanted()).await?)),
+            "failover-test" => Ok(json!(group.open_test(name_argument(arguments)).await?)),
+            "failover-test-end" => Ok(json!(group.close_test(name_argument(arguments)).await?)),
             "failover-commit" | "failover-rollback" => Err(CommandError::refused(NOTHING_HELD)),
             "switchover" => Err(Error::refused(
                 "this is the secondary: run brep switchover on the primary, or brep failover here",
@@ -166,4 +168,8 @@ impl SecondaryCommands {
             _ => Ok(()),
         }
     }
+}
+
+fn name_argument(arguments: Arguments<'_>) -> &str {
+    arguments.text("name").unwrap_or_default()
 }

@@ -1,4 +1,8 @@
 mod promoted;
+mod test_view;
+
+pub(super) use self::test_view::Remains;
+use self::test_view::TestView;
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -47,6 +51,7 @@ struct State {
     top: Option<Buffer>,
     replica: Option<Replica>,
     promoted: Option<Arc<MergedDisk>>,
+    test: Option<TestView>,
     /// Bytes in the chain that the filter's count does not contain.
     kept_bytes: u64,
     /// The filter's count of copied bytes that is not of the chain any more.
@@ -365,6 +370,9 @@ impl ReplicaDisk {
         state.chain.push(next);
         state.copied_at_switch = replica.filter.stats().copied_bytes;
         replica.view.set_layers(state.chain.iter().map(Buffer::device).collect());
+        if let Some(test) = &state.test {
+            test.follow(&state.chain);
+        }
         Ok(())
     }
 
@@ -416,7 +424,12 @@ impl ReplicaDisk {
             let retired = std::mem::replace(&mut state.chain, newest.into_iter().collect());
             state.next = Some(fresh.next);
             let epoch = state.copied_at_switch.saturating_sub(state.dropped_bytes);
-            self.pool.note_use(state.kept_bytes + epoch);
+            let bytes = state.kept_bytes + epoch;
+            self.pool.note_use(bytes);
+            let mut retired = retired;
+            if let Some(test) = &mut state.test {
+                test.keep(std::mem::take(&mut retired), bytes);
+            }
             state.kept_bytes = 0;
             state.dropped_bytes = state.copied_at_switch;
             let layers: Vec<_> = state.chain.iter().map(Buffer::device).collect();

@@ -31,7 +31,11 @@ pub(crate) struct GuestExports(pub(crate) Arc<Group>);
 impl Exports for PeerExports {
     fn list(&self) -> Vec<ExportDescription> {
         let what = if self.0.serves_guests_here() { "promoted disk" } else { "replica" };
-        describe(&self.0, what)
+        let mut list = describe(&self.0, what);
+        if self.0.config.guest_listen.is_none() {
+            list.extend(self.0.list_test());
+        }
+        list
     }
 
     fn open(
@@ -39,6 +43,11 @@ impl Exports for PeerExports {
         name: &str,
         connection: &Arc<Connection>,
     ) -> std::result::Result<Export, OptionError> {
+        if self.0.config.guest_listen.is_none()
+            && let Some(export) = self.0.test_export(name)
+        {
+            return Ok(export);
+        }
         let disk = self.0.find_disk(name)?;
         if self.0.serves_guests_here() {
             return guest_export(&self.0, &disk);
@@ -154,11 +163,16 @@ impl PeerExports {
 
 impl Exports for GuestExports {
     fn list(&self) -> Vec<ExportDescription> {
-        describe(&self.0, "disk of the secondary's guest")
+        let mut list = describe(&self.0, "disk of the secondary's guest");
+        list.extend(self.0.list_test());
+        list
     }
 
     fn open(&self, name: &str, _: &Arc<Connection>) -> std::result::Result<Export, OptionError> {
-        guest_export(&self.0, &*self.0.find_disk(name)?)
+        match self.0.test_export(name) {
+            Some(export) => Ok(export),
+            None => guest_export(&self.0, &*self.0.find_disk(name)?),
+        }
     }
 }
 

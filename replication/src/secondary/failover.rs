@@ -144,6 +144,7 @@ impl Group {
     /// Ends what the primary has begun here, and promotes. Returns the bytes that differ.
     async fn promote_drained(self: &Arc<Self>, wanted: Wanted) -> Result<u64> {
         self.end_session(StopReason::Promoted).await?;
+        self.drop_test("this side is promoted");
         let _held = self.hold_guest().await?;
         // Again, now that nothing moves: a write that was drained may have failed, and the guest
         // may have written.
@@ -378,6 +379,7 @@ impl Group {
         }
         self.end_session(StopReason::Stopped).await?;
         if discard {
+            self.drop_test("the checkpoint is given up");
             self.update_record(|record| {
                 self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size()));
                 record.com = None;

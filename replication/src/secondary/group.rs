@@ -7,6 +7,7 @@ use brep_nbd::server::{OptionError, OptionErrorCode};
 use brep_nbd::tls::TlsPeer;
 use futures_util::future::join_all;
 use serde_json::json;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::buffers::Buffer;
@@ -15,6 +16,7 @@ use super::opening::{check_known_disks, open_disk};
 use super::plain::{Claim, Plain};
 use super::rejoin::{self, Refused};
 use super::session::Session;
+use super::test_view::Test;
 use crate::commands::{ColoMode, Service};
 use crate::config::Durability;
 use crate::guest::Guest;
@@ -43,6 +45,8 @@ pub(crate) struct Group {
     service: OnceLock<Weak<Service>>,
     /// What this side is since it was promoted.
     primary: Mutex<Option<Primary>>,
+    /// The test view is to be looked at.
+    pub(super) test_changed: Notify,
 }
 
 impl Deref for Group {
@@ -82,6 +86,7 @@ pub(crate) struct Core {
     pub(crate) link_error: Option<String>,
     /// There was no room for what a write would have overwritten, or for the write itself.
     pub(super) full: Option<String>,
+    pub(super) test: Option<Test>,
 }
 
 #[derive(Debug, Default)]
@@ -170,6 +175,7 @@ impl Group {
             copying: false,
             link_error: None,
             full: None,
+            test: None,
             session: None,
             closing: None,
             link: LinkState::Disconnected,
@@ -198,6 +204,7 @@ impl Group {
             counters: Counters::default(),
             service: OnceLock::new(),
             primary: Mutex::default(),
+            test_changed: Notify::new(),
         }))
     }
 
@@ -557,6 +564,7 @@ impl Group {
             Some(primary) => Some(primary.end().await),
             None => None,
         };
+        self.end_with_test().await;
         let mut result = Ok(());
         for disk in &self.disks {
             result = result.and(disk.close().await);

@@ -16,6 +16,7 @@ impl Group {
             return Ok(());
         }
         self.end_session(StopReason::Replaced).await?;
+        self.drop_test("the disks grow");
         let _held = self.hold_guest().await?;
         for disk in self.disks().iter().filter(growing) {
             disk.grow(size_there(disk).unwrap_or_default()).await?;

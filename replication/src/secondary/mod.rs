@@ -19,9 +19,11 @@ mod plain;
 mod planted;
 mod rejoin;
 mod room;
+mod scratch;
 mod session;
 mod status;
 mod tag;
+mod test_view;
 
 use std::sync::Arc;
 use std::time::Duration;

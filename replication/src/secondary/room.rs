@@ -14,7 +14,7 @@ use crate::state::DiskRecord;
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
 
 /// Less free space than this is little: an early checkpoint lets buffers be used again.
-const SPACE_LOW_BYTES: u64 = 64 << 20;
+pub(super) const SPACE_LOW_BYTES: u64 = 64 << 20;
 
 /// With less free space than this replication does not begin again after it has run out.
 const SPACE_MIN_BYTES: u64 = 16 << 20;
@@ -56,6 +56,7 @@ impl Group {
     pub(super) fn note_full(&self, error: &BlockError) {
         if error.kind() == ErrorKind::NoSpace {
             self.core().full = Some(error.to_string());
+            self.test_is_over("there was no room for pre-images");
         }
     }
 
@@ -92,6 +93,7 @@ impl Group {
     /// Gives the pre-images up: nothing can be promoted before the next commit. What the last
     /// checkpoint was stays known.
     pub(super) async fn discard_checkpoint(self: &Arc<Self>) -> Result<()> {
+        self.drop_test("the checkpoint is given up");
         self.update_record(|record| {
             self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size()));
             record.secondary.inconsistent = true;

@@ -64,6 +64,7 @@ impl Group {
             guest_stopped: self.guest.is_stopped(),
             held_writes: None,
             held: None,
+            test: self.test_status(core.test.as_ref()),
             resync: None,
             disks: self.disks().iter().map(|d| disk_status(d, &secondary, &core)).collect(),
             errors: self.errors.list(),
