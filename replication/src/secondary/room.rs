@@ -99,6 +99,8 @@ impl Group {
             record.secondary.inconsistent = true;
             record.secondary.latest_ok = false;
         })?;
+        // An older record names buffers that are about to be emptied.
+        self.secure_record().await?;
         self.core().full = None;
         let _held = match self.has_guest() {
             true => Some(self.hold_guest().await?),
