@@ -146,7 +146,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         peer_durability: Some(answer.side.durability),
     })?;
     let link = Link::new(group, reader, writer, &answer);
-    Ok(session(group, Peer::Brep(link), copy, connections))
+    Ok(session(group, Peer::Brep(link), connections))
 }
 
 type Reader = LinkReader<Stream>;
@@ -246,17 +246,12 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         peer_durability: None,
     })?;
     let plain = Plain::new(group, connections.clone());
-    Ok(session(group, Peer::Plain(plain), copy, connections))
+    Ok(session(group, Peer::Plain(plain), connections))
 }
 
-fn session(
-    group: &Arc<Group>,
-    peer: Peer,
-    copy: CopyMode,
-    connections: Vec<Arc<Connection>>,
-) -> Attempt {
+fn session(group: &Arc<Group>, peer: Peer, connections: Vec<Arc<Connection>>) -> Attempt {
     group.heard();
-    Attempt::Session(Box::new(Session::new(group, peer, copy, connections)))
+    Attempt::Session(Box::new(Session::new(group, peer, connections)))
 }
 
 /// One data connection a disk, bound to the session by its token if there is one.

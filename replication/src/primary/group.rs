@@ -38,7 +38,7 @@ use super::hello::{Refusal, Wish};
 use super::pace::Pace;
 use super::progress::CopyProgress;
 use crate::commands::ColoMode;
-use crate::config::{Ack, DiskConfig, Durability};
+use crate::config::{Ack, DiskConfig, Durability, Seeded};
 use crate::door::Door;
 use crate::guest::Guest;
 use crate::image::Image;
@@ -205,6 +205,8 @@ pub(crate) struct Core {
     pub(crate) peer_durability: Option<Durability>,
     /// A copy runs; no cuts until it has ended.
     pub(crate) copying: bool,
+    /// It compares hashes first, as does what becomes of it in a later session.
+    comparing: bool,
     /// A copy has ended, and the checkpoint that it ends with is not committed yet.
     pub(crate) settling: bool,
     /// Of the last copy.
@@ -306,6 +308,7 @@ impl Group {
             peer: peer.as_ref().map(ToString::to_string),
             peer_durability: None,
             copying: false,
+            comparing: false,
             settling: false,
             progress: None,
             checkpoints_for_peer: Vec::new(),
@@ -431,6 +434,11 @@ impl Group {
         let mut core = self.core();
         core.connections = connections;
         core.copying = true;
+        core.comparing = match copy {
+            CopyMode::Full => false,
+            CopyMode::Compare => true,
+            CopyMode::Changed | CopyMode::Missing => core.comparing,
+        };
         core.dropped = None;
         core.checkpoints_for_peer.clear();
         core.wish = Wish::default();
@@ -453,11 +461,20 @@ impl Group {
         Ok(())
     }
 
+    /// Whether the copy compares hashes before it sends anything.
+    pub(crate) fn compares(&self) -> bool {
+        let first = self.config.seeded == Seeded::Compare && self.record().com.is_none();
+        self.config.resync_compare || first || self.core().comparing
+    }
+
     /// Everything differs, as far as a copy in this session is concerned, until it has been
     /// compared or sent again.
-    pub(crate) fn copy_again(&self) {
+    pub(crate) fn copy_again(&self, compare: bool) {
         self.all_differs();
-        self.core().copying = true;
+        {
+            let mut core = self.core();
+            (core.copying, core.comparing) = (true, compare);
+        }
         self.set_resync_limits(self.resync_limits());
     }
 

@@ -299,6 +299,12 @@ fn how_much(me: &Side, answer: &HelloAnswer) -> Result<Plan, Refusal> {
             peer.name, theirs.epoch
         )));
     };
+    let changed = Plan { copy: CopyMode::Changed, with_theirs: false };
+    if maps.since.is_none() {
+        // A copy of everything has begun, and is not committed: whatever the secondary holds, the
+        // maps have all of it.
+        return Ok(if continues { missing } else { changed });
+    }
     let mine = lines(me);
     let position = mine.position(theirs);
     let last_commit = me.com.and_then(|com| mine.position(com));
@@ -316,13 +322,16 @@ fn how_much(me: &Side, answer: &HelloAnswer) -> Result<Plan, Refusal> {
             theirs.epoch, peer.name
         )));
     }
-    let changed = Plan { copy: CopyMode::Changed, with_theirs: false };
     Ok(if continues { missing } else { changed })
 }
 
 /// An old primary returns: outside what either side wrote since they parted both disks are equal,
 /// if both know what they wrote.
 fn rejoin(me: &Side, answer: &HelloAnswer) -> Result<Plan, Refusal> {
+    if me.maps.as_ref().is_some_and(|maps| maps.since.is_none()) {
+        // A copy of everything has begun: this side's maps have all of it.
+        return Ok(Plan { copy: CopyMode::Changed, with_theirs: false });
+    }
     let peer = &answer.side;
     let (mine, theirs) = (lines(me), lines(peer));
     // A copy that was begun made the other side's disk a part of this side's line: it must not be

@@ -17,7 +17,7 @@ use super::link::{CutAnswers, Link};
 use super::plain::Plain;
 use crate::commands::{Job, JobKind};
 use crate::config::OnSlowPeer;
-use crate::link::{CopyMode, StopReason};
+use crate::link::StopReason;
 use crate::{Epoch, Error, Result};
 
 /// Pause before what could not be copied is tried again.
@@ -59,23 +59,15 @@ pub(super) enum Peer {
 pub(super) struct Session {
     group: Arc<Group>,
     peer: Peer,
-    /// Its copy compares hashes first.
-    compare: bool,
     connections: Vec<Arc<Connection>>,
     /// It is about to end: nothing more is copied.
     ending: CancellationToken,
 }
 
 impl Session {
-    pub(super) fn new(
-        group: &Arc<Group>,
-        peer: Peer,
-        copy: CopyMode,
-        connections: Vec<Arc<Connection>>,
-    ) -> Self {
+    pub(super) fn new(group: &Arc<Group>, peer: Peer, connections: Vec<Arc<Connection>>) -> Self {
         let ending = CancellationToken::new();
-        let compare = copy == CopyMode::Compare || group.config.resync_compare;
-        Session { group: Arc::clone(group), peer, compare, connections, ending }
+        Session { group: Arc::clone(group), peer, connections, ending }
     }
 
     pub(super) fn is_ending(&self) -> bool {
@@ -154,7 +146,7 @@ impl Session {
 
     /// Copies, then takes checkpoints.
     async fn work(&self, requests: &mut mpsc::Receiver<CheckpointRequest>) -> Error {
-        match self.copy_all(requests, self.compare).await {
+        match self.copy_all(requests).await {
             Ok(()) => {}
             Err(error) => return error,
         }
@@ -176,13 +168,13 @@ impl Session {
                 () = self.group.wake.notified() => {
                     let again = self.group.core().again.take();
                     if let Some(compare) = again {
-                        self.group.copy_again();
+                        self.group.copy_again(compare);
                         if let Peer::Brep(link) = &self.peer
                             && let Err(error) = link.copy_begun().await
                         {
                             return error;
                         }
-                        match self.copy_all(requests, compare || self.compare).await {
+                        match self.copy_all(requests).await {
                             Ok(()) => {}
                             Err(error) => return error,
                         }
@@ -212,8 +204,8 @@ impl Session {
     async fn copy_all(
         &self,
         requests: &mut mpsc::Receiver<CheckpointRequest>,
-        compare: bool,
     ) -> std::result::Result<(), Error> {
+        let compare = self.group.compares();
         let copying = async {
             while self.group.has_differences() {
                 let copied = copy_differences(&self.group, self, compare).await;

@@ -2,7 +2,7 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use brep_block::Memory;
+use brep_block::{BlockDevice, Memory};
 use brep_nbd::server::{
     Connection, Export, ExportDescription, Exports, OptionError, PrivateReply, Server,
     ServerConfig, TakenStream,
@@ -12,7 +12,7 @@ use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::common::{MIB, Scratch, Side, connect};
+use super::common::{MIB, Scratch, Side, connect, file};
 use super::write;
 use crate::config::{OnPeerLost, SideConfig};
 use crate::link::{
@@ -248,6 +248,43 @@ async fn i11_a_primary_whose_secondary_was_promoted_serves_nobody_for_a_blank_on
     primary.command("resync", json!({ "full": true })).await.unwrap_err();
     guest.close();
     primary.stop().await;
+}
+
+/// It is asked for once, and not again each time that the link breaks.
+#[tokio::test]
+async fn a_whole_copy_goes_on_over_a_break_whatever_made_it_necessary() {
+    let scratch = Scratch::new();
+    let rogue = Rogue::start(&scratch).await;
+    let primary = Side::run(config(&scratch));
+    primary.wait_state("in-sync").await;
+    {
+        let mut state = rogue.state();
+        // It was restored from an older copy.
+        state.com = state.com.map(|com| Commit { epoch: Epoch(0), ..com });
+        (state.hangs_up, state.holds_cuts) = (true, true);
+    }
+    let refused = |s: &Value| s["advice"].as_str().is_some_and(|a| a.contains("resync --full"));
+    primary.wait("refused", refused).await;
+    primary.command("resync", json!({ "full": true })).await.unwrap();
+    for sessions in 2..4 {
+        rogue.until(|state| state.starts.len() == sessions).await;
+        primary.wait("connected", |s| s["link"] == "connected").await;
+        rogue.state().hangs_up = true;
+    }
+    // One that is not the same any more gets everything again.
+    rogue.until(|state| state.starts.len() == 4).await;
+    primary.wait("connected", |s| s["link"] == "connected").await;
+    {
+        let mut state = rogue.state();
+        (state.session, state.hangs_up, state.holds_cuts) = (None, true, false);
+    }
+    rogue.until(|state| state.starts.len() == 5).await;
+    let copies: Vec<_> = rogue.state().starts[1..].iter().map(|(_, copy)| *copy).collect();
+    use CopyMode::{Changed, Full, Missing};
+    assert_eq!(copies, [Full, Missing, Missing, Changed]);
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    assert!(rogue.disk.read(0, MIB as usize).await.unwrap() == file(&scratch.path("p.raw")));
 }
 
 #[tokio::test]

@@ -25,7 +25,7 @@ use crate::{Commit, Epoch, Error, Generation, Result, SetId};
 pub(crate) enum Since {
     /// Nobody knows: the map was made anew after it, or the power, had been lost.
     Unknown,
-    /// Whatever may differ from a disk of any contents.
+    /// Whatever may differ from a disk of any contents: they hold all of it.
     Ever,
     /// Everything after this checkpoint.
     Commit(Commit),
@@ -169,8 +169,10 @@ impl<'a> MapsOf<'a> {
 }
 
 /// The operator says that the peer's disk is equal to this one: whatever differs is written later.
+/// Another peer's may differ anywhere.
 fn trust(maps: &mut MapSet, size: u64) {
-    maps.transfer(Role::Differs, Role::Open, 0, size);
+    maps.set(Role::Open, 0, size);
+    maps.reset_all(Role::Differs);
     maps.void_pending();
     for role in [Role::Open, Role::Differs] {
         maps.set_tag(role, Since::Ever.tag());
@@ -202,7 +204,7 @@ fn begin_copy(maps: &mut MapSet, copy: CopyMode, size: u64) {
 fn unite_for(maps: &mut MapSet, copy: CopyMode, trusted: bool) {
     maps.unite(Role::Open, Role::Pending);
     if trusted {
-        maps.unite(Role::Open, Role::Differs);
+        maps.set(Role::Open, 0, maps.map(Role::Open).size());
     }
     if copy == CopyMode::Changed {
         maps.unite(Role::Differs, Role::Open);

@@ -67,7 +67,7 @@ impl Group {
     pub(crate) fn end_copy(&self) {
         {
             let mut core = self.core();
-            (core.copying, core.settling) = (false, true);
+            (core.copying, core.comparing, core.settling) = (false, false, true);
         }
         self.measuring.store(false, Ordering::Relaxed);
     }

@@ -367,6 +367,30 @@ fn maps_that_begin_after_the_secondarys_checkpoint_are_not_enough() {
     pair.only_on_command();
 }
 
+/// What made it necessary is still true, and is not asked about again.
+#[test]
+fn a_whole_copy_that_was_interrupted_goes_on_or_begins_anew_whatever_the_secondary_has() {
+    let mut lost_commit = Pair::new();
+    lost_commit.answer.side.com = Some(at(lost_commit.me.cur.unwrap(), 1));
+    lost_commit.only_on_command();
+    let mut returned = Pair::returned();
+    returned.answer.discard_local = true;
+    returned.answer.power_lost = true;
+    returned.only_on_command();
+    for mut pair in [lost_commit, returned] {
+        let maps = pair.me.maps.as_mut().unwrap();
+        maps.since = None;
+        pair.answer.power_lost = false;
+        pair.answer.side.maps = None;
+        assert_eq!(pair.decide(), copy(CopyMode::Changed));
+        pair.same_session();
+        assert_eq!(pair.decide(), copy(CopyMode::Missing));
+        // What it acknowledged is lost, and the copy with it.
+        pair.answer.power_lost = true;
+        assert_eq!(pair.decide(), copy(CopyMode::Changed));
+    }
+}
+
 #[test]
 fn an_interrupted_first_copy_goes_on_or_begins_anew() {
     let mut pair = Pair::new();
