@@ -11,6 +11,7 @@ use brep_block::{
 use bytes::Bytes;
 use tokio::sync::Notify;
 
+use crate::ahead::Ahead;
 use crate::change::Change;
 use crate::checks::{check_target, check_unit, control_error, read_aligned};
 use crate::copy::copy_units;
@@ -45,6 +46,7 @@ pub(crate) struct Shared {
     copy_timeout: Option<Duration>,
     discard_as_zeroes: bool,
     enabled: AtomicBool,
+    ahead: Mutex<Ahead>,
     state: Mutex<State>,
     idle: Notify,
     /// Requests that may be copying.
@@ -85,6 +87,7 @@ impl CopyBeforeWrite {
             on_copy_error: options.on_copy_error,
             discard_as_zeroes: options.discard_as_zeroes,
             enabled: AtomicBool::new(true),
+            ahead: Mutex::new(Ahead::new(options.ahead_bytes)),
             state: Mutex::new(State { epoch, in_flight: 0 }),
             idle: Notify::new(),
             copies: AtomicUsize::new(0),
@@ -295,6 +298,8 @@ impl Shared {
         let copy = Copying::new(self);
         if !self.enabled.load(Ordering::SeqCst) {
             epoch.set_broken();
+        } else {
+            self.copy_ahead(epoch, bytes);
         }
         // What is copied stays copied while this request is in flight, so the look-up may come
         // before the lock.
@@ -313,6 +318,31 @@ impl Shared {
         copied.map_err(|error| {
             error.within(operation, &self.name, bytes.start, bytes.end - bytes.start)
         })
+    }
+
+    /// Begins to copy what the changes of a stream will touch next. Nobody waits for it but who
+    /// comes to its range.
+    fn copy_ahead(self: &Arc<Self>, epoch: &Arc<Epoch>, bytes: &Range<u64>) {
+        let mut ahead = self.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(wanted) = ahead.follow(bytes, self.source.size()) else { return };
+        drop(ahead);
+        let units = epoch.unit.covering(&wanted);
+        if epoch.is_broken() || epoch.holds(&units) {
+            return;
+        }
+        // The request that has brought us here holds the epoch too: it is still the current one.
+        let ticket = self.enter();
+        let shared = Arc::clone(self);
+        drop(start(async move {
+            let _copy = Copying::new(&shared);
+            let epoch = &ticket.epoch;
+            let _guard = shared.lock_units(epoch, &units).await;
+            if !shared.enabled.load(Ordering::SeqCst) || epoch.is_broken() || epoch.holds(&units) {
+                return Ok(());
+            }
+            // Counted as a failure; the change that comes to the place tries again, and is told.
+            copy_units(&shared, epoch, &units).await.map_err(|failure| failure.error)
+        }));
     }
 
     /// Locks some units for a copy.

@@ -1,4 +1,5 @@
 #![doc = include_str!("../README.md")]
+mod ahead;
 mod bitmap;
 mod change;
 mod checks;

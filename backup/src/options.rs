@@ -51,6 +51,10 @@ pub struct CbwOptions {
     /// included (`cbw-timeout`); then [`on_copy_error`](Self::on_copy_error) says what breaks.
     /// The copy itself goes on. `None`: as long as it takes. Needs a runtime with a clock.
     pub copy_timeout: Option<Duration>,
+    /// How many bytes to copy ahead of changes that follow each other, in the background; 0: none.
+    /// Worth it where a copy waits long, as with a barrier of [`FlushLevel::Durable`]. At most as
+    /// much is copied for nothing as was changed.
+    pub ahead_bytes: u64,
 }
 
 impl CbwOptions {
@@ -66,6 +70,7 @@ impl CbwOptions {
             on_copy_error: OnCopyError::BreakGuestWrite,
             barrier: Some(FlushLevel::Process),
             copy_timeout: None,
+            ahead_bytes: 0,
         }
     }
 

@@ -34,10 +34,15 @@ struct Change {
 async fn writer(filter: Arc<CopyBeforeWrite>, number: u64, seed: u64) -> Vec<Change> {
     let mut random = Random(seed ^ (number << 40));
     let mut changes = Vec::new();
-    for step in 0..40u64 {
+    let mut goes_on = None;
+    for step in 0..60u64 {
         let stripe = (random.below(SIZE / 700 / WRITERS) * WRITERS + number) * 700;
-        let offset = stripe + random.below(600);
-        let len = 1 + random.below(700 - (offset - stripe));
+        let somewhere = (stripe + random.below(600), stripe + 700);
+        let (offset, end) = goes_on.take().unwrap_or(somewhere);
+        let len = 1 + random.below(end - offset);
+        if random.below(2) == 0 && offset + len < end {
+            goes_on = Some((offset + len, end));
+        }
         let byte = 1 + (step % 250) as u8;
         let (result, byte) = match random.below(4) {
             0 => (filter.write_zeroes(offset, len, ZeroFlags::default()).await, 0),
@@ -66,11 +71,12 @@ async fn reader(view: Arc<SnapshotAccess>, expected: Arc<Vec<u8>>, stop: Arc<Ato
     reads
 }
 
-async fn run(seed: u64, unit_bytes: u64, failing: bool) {
+async fn run(seed: u64, unit_bytes: u64, ahead_bytes: u64, failing: bool) {
     let (source, target) = (Probe::slow("disk", SIZE, 9), Probe::slow("hidden", SIZE, 9));
     source.fill(0xEE);
     let mut options = CbwOptions::new("cbw").unit_bytes(unit_bytes);
     options.discard_as_zeroes = true;
+    options.ahead_bytes = ahead_bytes;
     let filter = CopyBeforeWrite::new(source.clone(), target.clone(), options).unwrap();
     let view = SnapshotAccess::new("view", &filter);
     if failing {
@@ -117,19 +123,21 @@ async fn run(seed: u64, unit_bytes: u64, failing: bool) {
 #[tokio::test]
 async fn the_view_shows_the_checkpoint_and_the_source_the_writes() {
     for seed in 0..4 {
-        run(seed * 1000, 512 << (seed * 2), false).await;
+        run(seed * 1000, 512 << (seed * 2), 0, false).await;
+        run(seed * 1000, 512 << (seed * 2), 8 << 10, false).await;
     }
 }
 
 #[tokio::test]
 async fn with_a_target_that_fails_now_and_then_nothing_is_lost() {
     for seed in 0..4 {
-        run(5 + seed * 1000, 512 << (seed * 2), true).await;
+        run(5 + seed * 1000, 512 << (seed * 2), 0, true).await;
+        run(5 + seed * 1000, 512 << (seed * 2), 8 << 10, true).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_view_holds_with_several_threads() {
-    run(42, 2048, false).await;
-    run(43, 2048, true).await;
+    run(42, 2048, 0, false).await;
+    run(43, 2048, 8 << 10, true).await;
 }

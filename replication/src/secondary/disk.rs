@@ -25,6 +25,9 @@ use crate::unavailable::Unavailable;
 use crate::view::ChainView;
 use crate::{Error, Result, SetId};
 
+/// How far pre-images are copied ahead of sequential writes where each copy waits for flushes.
+const AHEAD_BYTES: u64 = 1 << 20;
+
 /// One disk of a secondary: the image that takes the primary's writes, and the buffers that keep
 /// its last checkpoint.
 #[derive(Debug)]
@@ -271,14 +274,15 @@ impl ReplicaDisk {
     fn start_replica(&self, assume: Copied) -> Result<()> {
         let mut state = self.state();
         let Some(newest) = state.chain.last().or(state.next.as_ref()) else { return Ok(()) };
-        let barrier = match self.pool.durability() {
-            Durability::Process => FlushLevel::Process,
-            Durability::Power => FlushLevel::Durable,
+        let (barrier, ahead_bytes) = match self.pool.durability() {
+            Durability::Process => (FlushLevel::Process, 0),
+            Durability::Power => (FlushLevel::Durable, AHEAD_BYTES),
         };
         let options = CbwOptions {
             assume,
             discard_as_zeroes: true,
             barrier: Some(barrier),
+            ahead_bytes,
             ..CbwOptions::new(&self.name).unit_bytes(newest.unit_bytes())
         };
         let base = Arc::clone(self.image.device());
