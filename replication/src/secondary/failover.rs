@@ -11,8 +11,9 @@ use super::buffers::Buffer;
 use super::disk::ReplicaDisk;
 use super::group::Group;
 use super::plain::Claim;
-use super::session::Session;
+use super::session::{Promoted, Session};
 use crate::commands::{Job, JobKind};
+use crate::config::Durability;
 use crate::errors::now_s;
 use crate::link::StopReason;
 use crate::primary::{MapsOf, Primary, PrimaryDisk, Since};
@@ -22,6 +23,9 @@ use crate::{Epoch, Error, Generation, Result, primary};
 
 /// Pause before a merge that failed is tried again.
 const MERGE_RETRY: Duration = Duration::from_secs(5);
+
+/// Recorded, and not carried out.
+const UNSERVED: &str = "this side is promoted, and does not serve: start it again";
 
 /// What a failover is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,9 +87,9 @@ impl Group {
         }
         let promoted = self.promote_drained(wanted).await;
         if let Some(session) = &session {
-            session.conclude_promotion(promoted.is_ok());
+            session.conclude_promotion(self.what_became());
         }
-        let differing_bytes = promoted?;
+        let differing_bytes = promoted.map_err(|error| self.explain(error))?;
         let report = Report {
             target: wanted.target,
             epoch: self.record().com.map(|c| c.epoch),
@@ -137,7 +141,30 @@ impl Group {
         };
         if let Err(error) = taken_over {
             tracing::error!(%error, "no switchover");
-            session.conclude_promotion(false);
+            session.conclude_promotion(self.what_became());
+        }
+    }
+
+    /// What the primary is to be told of a promotion: what a restart of this side would find,
+    /// whatever has failed since.
+    fn what_became(&self) -> Promoted {
+        match (self.is_promoted(), self.side.record.failure()) {
+            (true, _) => Promoted::Yes,
+            (false, Some(_)) => Promoted::Unknown,
+            (false, None) => Promoted::No,
+        }
+    }
+
+    /// Why a promotion has failed, and what it has left.
+    fn explain(&self, error: Error) -> Error {
+        match self.what_became() {
+            Promoted::No => error,
+            Promoted::Unknown => error.context("it is not known whether this side is promoted"),
+            Promoted::Yes => {
+                let error = error.context(UNSERVED);
+                self.core().reason = Some(error.to_string());
+                error
+            }
         }
     }
 
@@ -187,7 +214,10 @@ impl Group {
         let record = self.record();
         let secondary = &record.secondary;
         if let Some(report) = repeated(&record, wanted, self.last_contact_ms()) {
-            return report.map(Some);
+            return match self.primary().is_some() {
+                true => report.map(Some),
+                false => Err(Error::failed(UNSERVED)),
+            };
         }
         if secondary.outdated {
             return Err(Error::refused(match secondary.inconsistent {
@@ -243,15 +273,24 @@ impl Group {
         let mut tops: Vec<Option<Buffer>> = Vec::new();
         let mut maps = Vec::new();
         for disk in self.disks() {
-            tops.push(match merged {
-                false => Some(disk.pool.take(set).await?),
-                true => None,
-            });
-            // Before the record: once this side is a primary, its maps count from the fork.
-            let since = record.com.map_or(Since::Ever, Since::Commit);
-            let mut map = MapsOf::new(&self.side, &disk.name, disk.size()).create(since)?;
-            disk.mark_beyond_checkpoint(target, &mut map).await?;
-            maps.push(map);
+            let prepared = self.prepare_disk(disk, target, &record).await;
+            let top = match (prepared, merged) {
+                (Ok(map), true) => Ok((map, None)),
+                (Ok(map), false) => disk.pool.take(set).await.map(|top| (map, Some(top))),
+                (Err(error), _) => Err(error),
+            };
+            match top {
+                Ok((map, top)) => {
+                    maps.push(map);
+                    tops.push(top);
+                }
+                Err(error) => {
+                    let disks = self.disks().iter().map(Arc::clone);
+                    let unused = tops.into_iter().map(|top| top.into_iter().collect());
+                    self.recycle(disks.zip(unused).collect()).await;
+                    return Err(error);
+                }
+            }
         }
         let references: Vec<_> = tops.iter().map(|t| t.as_ref().map(Buffer::reference)).collect();
         self.update_record(|record| {
@@ -271,14 +310,36 @@ impl Group {
             record.secondary.promotion = Some(Promotion { target, merged, dropped_bytes, held });
         })?;
         // A side that forgot its promotion would let the old primary overwrite it.
-        if let Err(error) = self.sync_record().await {
-            tracing::error!(%error, "the promotion may not survive a power loss");
+        match (self.sync_record().await, self.config.durability) {
+            (Err(error), Durability::Power) => return Err(error),
+            (Err(error), Durability::Process) => {
+                tracing::error!(%error, "the promotion may not survive a power loss");
+            }
+            (Ok(()), _) => {}
         }
         for (disk, top) in self.disks().iter().zip(tops) {
             disk.promote_onto(top, target);
         }
         self.become_primary(maps)?;
         Ok(differing_bytes)
+    }
+
+    /// What has to be there before the record says that this side is a primary.
+    async fn prepare_disk(
+        &self,
+        disk: &ReplicaDisk,
+        target: Target,
+        record: &Record,
+    ) -> Result<MapSet> {
+        if target == Target::Latest {
+            // What was received is all that there is once the pre-images are given up.
+            disk.flush_image().await?;
+        }
+        // Its maps count from the fork.
+        let since = record.com.map_or(Since::Ever, Since::Commit);
+        let mut map = MapsOf::new(&self.side, &disk.name, disk.size()).create(since)?;
+        disk.mark_beyond_checkpoint(target, &mut map).await?;
+        Ok(map)
     }
 
     /// How far the merge of each disk has come; none when it has ended.

@@ -26,6 +26,15 @@ const HOLDING_LIMIT: Duration = Duration::from_secs(1);
 /// The time in which the writes of a session that ends have to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
+/// What became of a promotion.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Promoted {
+    Yes,
+    No,
+    /// The record could not be saved: what it holds is found out by the next start.
+    Unknown,
+}
+
 /// One primary's stay: its link, and the data connections that its token binds.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -137,12 +146,17 @@ impl Session {
     }
 
     /// Tells the primary what became of the promotion; the link ends then.
-    pub(crate) fn conclude_promotion(&self, promoted: bool) {
-        if !promoted {
-            let _ = self.outbox.try_send(Message::NotPromoted);
+    pub(crate) fn conclude_promotion(&self, promoted: Promoted) {
+        let last_words = match promoted {
+            Promoted::Yes => vec![Message::Stop { reason: StopReason::Promoted }],
+            Promoted::No => {
+                vec![Message::NotPromoted, Message::Stop { reason: StopReason::Replaced }]
+            }
+            Promoted::Unknown => Vec::new(),
+        };
+        for message in last_words {
+            let _ = self.outbox.try_send(message);
         }
-        let reason = if promoted { StopReason::Promoted } else { StopReason::Replaced };
-        let _ = self.outbox.try_send(Message::Stop { reason });
         self.ending.cancel();
     }
 
