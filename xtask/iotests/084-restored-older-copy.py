@@ -1,7 +1,7 @@
 """A side is put back from an older copy, disk and state directory. An old primary is refused; an old
 secondary is copied on command. Neither overwrites newer data by itself.
 
-Seen to fail with: epochs of the secondary that its primary does not know of passed over.
+Seen to fail with: a secondary that is given what its primary has, whatever it has itself.
 """
 
 import brep_iotest

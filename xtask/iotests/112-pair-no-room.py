@@ -1,7 +1,7 @@
 """The file system of the secondary's buffers is full, then that of its disk: the guest goes on, the last
 checkpoint stays exactly what it was, and replication goes on by itself when there is room.
 
-Seen to fail with: a promotion that is expected to succeed without any room for its files.
+Seen to fail with: a write that is carried out although its pre-image could not be copied.
 """
 
 import brep_iotest

@@ -1,7 +1,7 @@
 """`brep tls` makes certificates that QEMU accepts in both roles, for their owner's eyes only, and
 never writes over any.
 
-Seen to fail with: certificates without the key usage that QEMU asks for.
+Seen to fail with: certificates with a key usage that does not permit signatures.
 """
 
 import os
