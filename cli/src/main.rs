@@ -42,6 +42,7 @@ fn run(command: Command) -> Outcome {
         Command::Stop(args) => cmd::control::stop(&args),
         Command::Resync(args) => cmd::control::resync(&args),
         Command::Resize(args) => cmd::control::resize(&args),
+        Command::Disk(args) => cmd::control::disk(&args),
         Command::Peer(args) => cmd::control::peer(&args),
         Command::Resume(args) => cmd::control::resume(&args),
         Command::Switchover(args) => cmd::control::switchover(&args),

@@ -12,7 +12,8 @@ use crate::tls::Exposure;
 pub use crate::tls::TlsConfig;
 
 /// The format of a disk image. Never guessed from contents.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DiskFormat {
     /// Bytes as they are.
     Raw,

@@ -8,14 +8,32 @@ use brep_block::storage;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::DiskConfig;
+use crate::config::{DiskConfig, SideConfig};
 use crate::control::{CommandError, ControlServer, EventBus, Handler};
 use crate::{Error, ErrorKind, Result};
 
+/// Most disks of a group: the record tells of all of them.
+const DISKS_MAX: usize = 128;
+
 /// Makes the state directory, and checks what can be checked of the disks' names.
-pub(crate) fn prepare(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {
+pub(crate) fn prepare(config: &SideConfig) -> Result<()> {
+    let state_dir = &config.state_dir;
+    check_disks(&config.disks)?;
+    let fail =
+        |e: std::io::Error| Error::failed(format!("state directory {}: {e}", state_dir.display()));
+    storage::create_dir(state_dir).map_err(fail)
+}
+
+/// Checks the names of the disks of a group.
+///
+/// # Errors
+/// There is none, there are too many, or a name is none, or not its own.
+pub(crate) fn check_disks(disks: &[DiskConfig]) -> Result<()> {
     if disks.is_empty() {
         return Err(Error::usage("no disk given: --disk NAME=FILE"));
+    }
+    if disks.len() > DISKS_MAX {
+        return Err(Error::usage(format!("a group has at most {DISKS_MAX} disks")));
     }
     for (index, disk) in disks.iter().enumerate() {
         check_name("disk", &disk.name)?;
@@ -23,9 +41,7 @@ pub(crate) fn prepare(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {
             return Err(Error::usage(format!("disk {} is given twice", disk.name)));
         }
     }
-    let fail =
-        |e: std::io::Error| Error::failed(format!("state directory {}: {e}", state_dir.display()));
-    storage::create_dir(state_dir).map_err(fail)
+    Ok(())
 }
 
 /// What disks and their views may be called: a part of a file's and of an export's name.

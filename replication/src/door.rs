@@ -56,12 +56,17 @@ impl Door {
         })
     }
 
+    /// Holds new requests.
+    pub(crate) fn hold_now(&self, reason: Hold) {
+        self.held.fetch_or(reason as u8, Ordering::SeqCst);
+    }
+
     /// Holds new requests and waits until none is inside.
     ///
     /// # Errors
     /// Some were still inside after `limit`; this reason holds the door no more.
     pub(crate) async fn hold(&self, reason: Hold, limit: Duration) -> Result<()> {
-        self.held.fetch_or(reason as u8, Ordering::SeqCst);
+        self.hold_now(reason);
         let empty = async {
             loop {
                 let moved = self.moved.notified();

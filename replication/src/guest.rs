@@ -1,6 +1,6 @@
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -17,7 +17,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct Guest {
     /// What its requests pass.
-    doors: Vec<Arc<Door>>,
+    doors: std::sync::Mutex<Vec<Arc<Door>>>,
     /// One command at a time.
     turn: Mutex<()>,
     stopped: AtomicBool,
@@ -25,7 +25,25 @@ pub(crate) struct Guest {
 
 impl Guest {
     pub(crate) fn new(doors: Vec<Arc<Door>>) -> Self {
-        Guest { doors, turn: Mutex::new(()), stopped: AtomicBool::new(false) }
+        Guest { doors: doors.into(), turn: Mutex::new(()), stopped: AtomicBool::new(false) }
+    }
+
+    fn doors(&self) -> Vec<Arc<Door>> {
+        self.doors.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A disk has come. Its guest is stopped if that of the others is.
+    pub(crate) fn add_door(&self, door: &Arc<Door>) {
+        if self.is_stopped() {
+            door.hold_now(Hold::Stopped);
+        }
+        self.doors.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(door));
+    }
+
+    /// A disk has gone.
+    pub(crate) fn remove_door(&self, door: &Arc<Door>) {
+        let mut doors = self.doors.lock().unwrap_or_else(PoisonError::into_inner);
+        doors.retain(|known| !Arc::ptr_eq(known, door));
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -46,7 +64,7 @@ impl Guest {
         if self.is_stopped() {
             return Ok(());
         }
-        for door in &self.doors {
+        for door in self.doors() {
             if let Err(error) = door.hold(Hold::Stopped, STOP_LIMIT).await {
                 self.open();
                 return Err(error.into());
@@ -63,7 +81,7 @@ impl Guest {
     /// # Errors
     /// Requests did not end in time; the guest goes on.
     pub(crate) async fn hold(&self, limit: Duration) -> Result<()> {
-        for door in &self.doors {
+        for door in self.doors() {
             if let Err(error) = door.hold(Hold::Takeover, limit).await {
                 self.release();
                 return Err(error.into());
@@ -74,7 +92,7 @@ impl Guest {
 
     /// Lets a guest go on that was held.
     pub(crate) fn release(&self) {
-        self.doors.iter().for_each(|door| door.open(Hold::Takeover));
+        self.doors().iter().for_each(|door| door.open(Hold::Takeover));
     }
 
     /// Lets a stopped guest go on.
@@ -87,11 +105,11 @@ impl Guest {
     }
 
     fn open(&self) {
-        self.doors.iter().for_each(|door| door.open(Hold::Stopped));
+        self.doors().iter().for_each(|door| door.open(Hold::Stopped));
     }
 
     /// The process ends: requests of a stopped guest fail instead of waiting.
     pub(crate) fn end(&self) {
-        self.doors.iter().for_each(|door| door.shut());
+        self.doors().iter().for_each(|door| door.shut());
     }
 }

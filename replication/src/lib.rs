@@ -23,6 +23,7 @@ mod side;
 pub mod simulation;
 mod state;
 pub mod status;
+mod table;
 #[cfg(test)]
 mod tests;
 mod tls;

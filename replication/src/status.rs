@@ -200,6 +200,8 @@ pub enum DiskState {
     Disconnected,
     /// Cannot be promoted: there is no complete copy yet.
     Inconsistent,
+    /// Is being added: no checkpoint holds it yet, and a failover leaves it out.
+    Joining,
     /// Taken over and served; the merge runs behind.
     Promoting,
     /// Taken over and served; nothing is merged, so that it can be undone.

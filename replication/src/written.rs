@@ -73,9 +73,10 @@ pub(crate) fn written_ranges(
 /// What the maps of some disks hold, as status shows it. `disks` are their names, in order.
 pub(crate) fn show_written<'a>(
     disks: impl Iterator<Item = &'a str>,
-    maps: &[MapSet],
+    maps: impl Iterator<Item = &'a MapSet>,
 ) -> Vec<Written> {
-    let info = describe(maps.iter());
+    let maps: Vec<_> = maps.collect();
+    let info = describe(maps.iter().copied());
     let shown = |(index, disk): (usize, &str)| {
         let (ranges, next) = maps.get(index).filter(|_| info.is_some()).map_or_else(
             || (Vec::new(), Some(0)),

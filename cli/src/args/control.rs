@@ -4,6 +4,7 @@ use std::time::Duration;
 use brep_nbd::NbdUri;
 use clap::{Args, Subcommand, ValueEnum};
 
+use super::disk::DiskArg;
 use crate::units::{Factor, Rate, parse_duration, parse_factor, parse_rate, parse_size};
 
 /// Which instance to talk to, and how.
@@ -225,6 +226,45 @@ pub(crate) struct ResizeArgs {
     /// The new size in bytes, or with K, M, G, T
     #[arg(value_name = "SIZE", value_parser = parse_size)]
     pub(crate) size: u64,
+}
+
+/// Add a disk to a group that runs, or take one out of it
+#[derive(Debug, Args)]
+pub(crate) struct DiskArgs {
+    #[command(subcommand)]
+    pub(crate) command: DiskCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DiskCommand {
+    /// Add a disk, now and after a restart: on the secondary first, then on the primary
+    ///
+    /// The primary serves it at once, and the secondary gets a copy; until that has ended no
+    /// checkpoint holds the new disk.
+    Add {
+        #[command(flatten)]
+        control: ControlArgs,
+
+        /// NAME=FILE[,format=raw|qcow2][,cache=writeback|none], as with --disk
+        #[arg(value_name = "NAME=FILE")]
+        disk: DiskArg,
+    },
+    /// Take a disk out of the group, now and after a restart: on the primary, the secondary follows
+    ///
+    /// Its file stays what it is.
+    Remove {
+        #[command(flatten)]
+        control: ControlArgs,
+
+        /// Name of the disk
+        #[arg(value_name = "NAME")]
+        disk: String,
+
+        /// On a primary, also if guests use it: they are cut off. On a secondary, also out of the
+        /// last checkpoint
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 /// Say where the other side is, while this one runs

@@ -11,8 +11,9 @@ mod tls;
 
 pub(crate) use address::endpoint_without_export;
 pub(crate) use control::{
-    CheckpointArgs, ControlArgs, EventsArgs, FailoverArgs, PeerArgs, PeerCommand, ResizeArgs,
-    ResumeArgs, ResyncArgs, StartArgs, StatusArgs, StopArgs, SwitchoverArgs, Target, Wait,
+    CheckpointArgs, ControlArgs, DiskArgs, DiskCommand, EventsArgs, FailoverArgs, PeerArgs,
+    PeerCommand, ResizeArgs, ResumeArgs, ResyncArgs, StartArgs, StatusArgs, StopArgs,
+    SwitchoverArgs, Target, Wait,
 };
 pub(crate) use disk::{format_by_name, unknown_format};
 pub(crate) use image::{
@@ -65,6 +66,7 @@ pub(crate) enum Command {
     Stop(StopArgs),
     Resync(ResyncArgs),
     Resize(ResizeArgs),
+    Disk(DiskArgs),
     Peer(PeerArgs),
     Resume(ResumeArgs),
     Switchover(SwitchoverArgs),

@@ -2,14 +2,17 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use brep_block::CacheMode;
 use brep_nbd::{Endpoint, NbdUri};
+use brep_replication::config::DiskFormat;
 use brep_replication::control::{ClientError, ControlClient};
 use brep_replication::status::{DiskState, LinkState, ResyncStatus, Status};
 use serde_json::{Value, json};
 
 use crate::args::{
-    CheckpointArgs, ControlArgs, FailoverArgs, PeerArgs, PeerCommand, ResizeArgs, ResumeArgs,
-    ResyncArgs, StartArgs, StopArgs, SwitchoverArgs, Target, Wait, endpoint_without_export,
+    CheckpointArgs, ControlArgs, DiskArgs, DiskCommand, FailoverArgs, PeerArgs, PeerCommand,
+    ResizeArgs, ResumeArgs, ResyncArgs, StartArgs, StopArgs, SwitchoverArgs, Target, Wait,
+    endpoint_without_export,
 };
 use crate::exit::{Failure, OK, Outcome};
 use crate::instances::Registry;
@@ -109,6 +112,12 @@ fn promotion(target: Target, answer: &Value) -> String {
     if let Some(differing) = number(answer, "differing-bytes").map(units::bytes) {
         let fate = if target == Target::Latest { "was kept" } else { "was given up" };
         text.push_str(&format!("\nwritten since the checkpoint, at most {differing}: {fate}"));
+    }
+    let left_out = answer.get("left-out").and_then(Value::as_array).into_iter().flatten();
+    for disk in left_out.filter_map(Value::as_str) {
+        text.push_str(&format!(
+            "\n{disk} is left out: it was being added, and not copied completely"
+        ));
     }
     if let Some(ms) = number(answer, "last-contact-ms") {
         let ago = units::age(ms);
@@ -300,6 +309,40 @@ pub(crate) fn resize(args: &ResizeArgs) -> Outcome {
     let answer = ask(&args.control, "block_resize", arguments)?;
     report(&args.control, &answer, || {
         format!("{} has {} ({} bytes)", args.disk, units::bytes(args.size), args.size)
+    })
+}
+
+pub(crate) fn disk(args: &DiskArgs) -> Outcome {
+    let (control, name, answer, done, already) = match &args.command {
+        DiskCommand::Add { control, disk } => {
+            // As this process understands it: the instance may run in another directory.
+            let file = std::path::absolute(&disk.file)?;
+            let file = file.to_str().ok_or_else(|| {
+                Failure::usage(format!("{}: only UTF-8 goes over the socket", file.display()))
+            })?;
+            let arguments = json!({
+                "name": disk.name,
+                "file": file,
+                "format": match disk.format {
+                    DiskFormat::Raw => "raw",
+                    DiskFormat::Qcow2 => "qcow2",
+                },
+                "cache": match disk.cache {
+                    CacheMode::Writeback => "writeback",
+                    CacheMode::None => "none",
+                },
+            });
+            let answer = ask(control, "disk-add", arguments)?;
+            (control, &disk.name, answer, "added", "was part of the group already")
+        }
+        DiskCommand::Remove { control, disk, force } => {
+            let answer = ask(control, "disk-remove", json!({ "name": disk, "force": force }))?;
+            (control, disk, answer, "removed", "had been removed already")
+        }
+    };
+    report(control, &answer, || {
+        let changed = answer.get("changed").and_then(Value::as_bool) != Some(false);
+        format!("{name}: {}", if changed { done } else { already })
     })
 }
 

@@ -1,7 +1,12 @@
+use std::path::PathBuf;
 use std::time::Duration;
 
+use brep_block::CacheMode;
 use serde_json::{Map, Value};
 
+use super::CommandResult;
+use crate::config::{DiskConfig, DiskFormat};
+use crate::control::CommandError;
 use crate::secondary::Wanted;
 use crate::state::Target;
 
@@ -52,6 +57,27 @@ impl<'a> Arguments<'a> {
             _ => Target::Checkpoint,
         };
         Wanted { target, hold: self.flag("hold") }
+    }
+
+    /// The disk that `disk-add` describes.
+    pub(crate) fn disk(self) -> CommandResult<DiskConfig> {
+        let path = PathBuf::from(self.text("file").unwrap_or_default());
+        if !path.is_absolute() {
+            return Err(CommandError::usage(format!("file {path:?}: an absolute path is needed")));
+        }
+        Ok(DiskConfig {
+            name: self.text("name").unwrap_or_default().to_owned(),
+            path,
+            format: match self.text("format") {
+                Some("qcow2") => DiskFormat::Qcow2,
+                _ => DiskFormat::Raw,
+            },
+            cache: match self.text("cache") {
+                Some("none") => CacheMode::None,
+                _ => CacheMode::Writeback,
+            },
+            buffers: None,
+        })
     }
 
     /// The time that a checkpoint command may take.

@@ -47,7 +47,16 @@ const EVENTS: &[(&str, &[&str])] = &[
     ),
     (
         "BREP_PROMOTED",
-        &["target", "epoch", "differing-bytes", "last-contact-ms", "took-us", "held", "repeated"],
+        &[
+            "target",
+            "epoch",
+            "differing-bytes",
+            "last-contact-ms",
+            "took-us",
+            "held",
+            "repeated",
+            "left-out",
+        ],
     ),
     ("BREP_FAILOVER_COMMITTED", &[]),
     ("BREP_ROLLED_BACK", &["bytes"]),
@@ -123,6 +132,7 @@ const TYPES: &[Type] = &[
             ("took-us", "integer"),
             ("held", "boolean"),
             ("repeated", "boolean"),
+            ("left-out", "array"),
         ],
     ),
     ("TestReport", &[("name", "string"), ("checkpoint", "integer or null"), ("uris", "array")]),
@@ -131,6 +141,7 @@ const TYPES: &[Type] = &[
         "ResyncReport",
         &[("bytes", "integer or null?"), ("disks", "array?"), ("dry-run", "boolean?")],
     ),
+    ("DiskReport", &[("name", "string"), ("changed", "boolean")]),
     ("ReplicationStatus", &[("error", "boolean"), ("desc", "string?")]),
     ("ColoStatus", &[("mode", "string"), ("last-mode", "string"), ("reason", "string")]),
     (

@@ -149,7 +149,7 @@ impl Service {
     ///
     /// # Errors
     /// The address cannot be used.
-    pub(crate) async fn serve(&self, endpoint: &Endpoint, disks: &[&str]) -> Result<()> {
+    pub(crate) async fn serve(&self, endpoint: &Endpoint, disks: &[String]) -> Result<()> {
         let mut running = self.running.lock().await;
         if running.is_some() {
             return Ok(());
@@ -157,8 +157,32 @@ impl Service {
         *running = Some(self.listen(endpoint, self.exposure.server_config(endpoint)).await?);
         *self.exports.multi_conn() = true;
         *self.exports.entries() =
-            disks.iter().map(|name| ((*name).to_owned(), Entry::of_disk(name))).collect();
+            disks.iter().map(|name| (name.clone(), Entry::of_disk(name))).collect();
         Ok(())
+    }
+
+    /// Exports a disk that has come, for reading and writing, while the server runs.
+    pub(crate) async fn add_disk(&self, name: &str) {
+        if self.running.lock().await.is_some() {
+            self.exports.entries().insert(name.to_owned(), Entry::of_disk(name));
+        }
+    }
+
+    /// Takes the export of a disk away that has gone.
+    pub(crate) fn forget_disk(&self, name: &str) {
+        self.exports.entries().remove(name);
+    }
+
+    /// Ends the export of a disk, if there is one: with `force` also of one with clients.
+    ///
+    /// # Errors
+    /// It has clients, or their requests do not end.
+    pub(crate) async fn remove_disk(&self, name: &str, force: bool) -> CommandResult<()> {
+        let id = self.exports.entries().get(name).map(|entry| entry.id.clone());
+        match id {
+            Some(id) => self.remove(&id, force).await,
+            None => Ok(()),
+        }
     }
 
     async fn listen(&self, endpoint: &Endpoint, config: ServerConfig) -> Result<Running> {
@@ -201,7 +225,7 @@ impl Service {
     pub(crate) async fn command(
         &self,
         command: &str,
-        disks: &[&str],
+        disks: &[String],
         arguments: Arguments<'_>,
     ) -> CommandResult<()> {
         let text = |name| arguments.text(name).unwrap_or_default();
@@ -266,7 +290,7 @@ impl Service {
         &self,
         id: &str,
         disk: &str,
-        disks: &[&str],
+        disks: &[String],
         arguments: Arguments<'_>,
     ) -> CommandResult<()> {
         let failed = |text: String| Err(CommandError::refused(text));
@@ -279,7 +303,7 @@ impl Service {
         if self.exports.has_id(id) {
             return failed(format!("Block export id '{id}' is already in use"));
         }
-        if !disks.contains(&disk) {
+        if !disks.iter().any(|name| name == disk) {
             return failed(format!("Cannot find device='{disk}' nor node-name='{disk}'"));
         }
         let name = arguments.text("name").unwrap_or(disk);
@@ -414,7 +438,7 @@ mod tests {
             allowed.cancel();
             let service =
                 Service::new(Arc::new(exports), allowed, Exposure::default(), events.clone());
-            service.serve(&endpoint, &["vda"]).await.unwrap();
+            service.serve(&endpoint, &["vda".to_owned()]).await.unwrap();
             Rig { service, events, endpoint, _folder: folder }
         }
 
@@ -424,7 +448,8 @@ mod tests {
             arguments: Value,
         ) -> std::result::Result<(), String> {
             let arguments = arguments.as_object().unwrap();
-            let done = self.service.command(command, &["vda"], Arguments(arguments)).await;
+            let done =
+                self.service.command(command, &["vda".to_owned()], Arguments(arguments)).await;
             done.map_err(|error| error.desc)
         }
 

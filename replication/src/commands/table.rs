@@ -80,6 +80,18 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
             required("size", Kind::Integer),
         ],
     ),
+    command(
+        "disk-add",
+        &[
+            required("name", Kind::String),
+            required("file", Kind::String),
+            required("format", Kind::Enum(&["raw", "qcow2"])),
+            optional("cache", Kind::Enum(&["writeback", "none"])),
+        ],
+    )
+    .returning("DiskReport"),
+    command("disk-remove", &[required("name", Kind::String), optional("force", Kind::Boolean)])
+        .returning("DiskReport"),
     command("peer-set", &[required("uri", Kind::String)]),
     command("peer-clear", &[]),
     command("resume", &[optional("lonely", Kind::Boolean)]),

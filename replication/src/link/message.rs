@@ -2,6 +2,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::config::Durability;
+use crate::state::RemovedDisk;
 use crate::status::Written;
 use crate::{Commit, Epoch, Generation, SetId};
 
@@ -145,6 +146,11 @@ pub enum Message {
         /// The checkpoint that holds everything.
         epoch: Epoch,
     },
+    /// Secondary: these are my disks now; one has come or gone.
+    Disks {
+        /// As in hello.
+        disks: Vec<DiskInfo>,
+    },
     /// Secondary: I am about to be promoted; acknowledge nothing more for the moment.
     Promoting,
     /// Primary: nothing more is acknowledged for the moment.
@@ -229,6 +235,8 @@ pub struct Side {
     pub session: Option<Uuid>,
     /// Names and sizes of the disks, in order.
     pub disks: Vec<DiskInfo>,
+    /// Disks that were taken out of the group.
+    pub removed: Vec<RemovedDisk>,
     /// What this side keeps its promises against.
     pub durability: Durability,
     /// What this side has written itself; none: it is not known.
@@ -265,6 +273,9 @@ pub struct DiskInfo {
     pub size: u64,
     /// It can be made larger, as the primary's is.
     pub growable: bool,
+    /// Secondary: it is not part of the checkpoint yet, and has not been since it was added under
+    /// this id. Primary: what its maps say is true of the disk that was added under this id.
+    pub joining: Option<Uuid>,
 }
 
 /// The primary's first message.

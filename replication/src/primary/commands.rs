@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::group::{Group, Loss, no_peer};
 use super::session::{CheckpointRequest, RequestKind};
 use crate::commands::{self, Arguments, CommandResult, Service};
-use crate::config::{PeerKind, ResyncLimits};
+use crate::config::{DiskConfig, PeerKind, ResyncLimits};
 use crate::control::CommandError;
 use crate::node::Stage;
 use crate::side::{RoleCommands, peer_argument};
@@ -119,6 +119,11 @@ impl PrimaryCommands {
                 let size = size.ok_or_else(|| CommandError::usage("size: a number of bytes"))?;
                 Ok(group.resize(disk.unwrap_or_default(), size).await.map(done)?)
             }
+            "disk-add" => self.add_disk(arguments.disk()?).await,
+            "disk-remove" => {
+                let name = arguments.text("name").unwrap_or_default();
+                self.remove_disk(name, arguments.flag("force")).await
+            }
             "peer-set" => Ok(group
                 .change_peer(peer_argument(arguments, group.config.tls.is_some())?)
                 .map(done)?),
@@ -139,11 +144,37 @@ impl PrimaryCommands {
                 group.guest.cont(&group.events).await;
                 Ok(json!({}))
             }
-            _ => {
-                let disks: Vec<_> = group.disks().iter().map(|d| d.name.as_str()).collect();
-                self.service.command(command, &disks, arguments).await.map(done)
-            }
+            _ => self.service.command(command, &group.disk_names(), arguments).await.map(done),
         }
+    }
+
+    /// `disk-add`.
+    async fn add_disk(&self, config: DiskConfig) -> CommandResult<Value> {
+        let name = config.name.clone();
+        let changed = self.group.add_disk(config).await?;
+        if changed {
+            self.service.add_disk(&name).await;
+        }
+        Ok(json!({ "name": name, "changed": changed }))
+    }
+
+    /// `disk-remove`: its guest first.
+    async fn remove_disk(&self, name: &str, force: bool) -> CommandResult<Value> {
+        if self.group.removable_disk(name)?.is_none() {
+            return Ok(json!({ "name": name, "changed": false }));
+        }
+        self.service.remove_disk(name, force).await.map_err(|error| CommandError {
+            desc: match force {
+                false => format!("{}; to cut its clients off: --force", error.desc),
+                true => error.desc,
+            },
+            ..error
+        })?;
+        let removed = self.group.remove_disk(name).await;
+        if removed.is_err() && self.group.disk_names().iter().any(|disk| disk == name) {
+            self.service.add_disk(name).await;
+        }
+        Ok(json!({ "name": name, "changed": removed? }))
     }
 
     /// Makes the secondary the primary, and this side its secondary. Waits at most `limit` before

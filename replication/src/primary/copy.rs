@@ -5,7 +5,7 @@ use brep_block::{BlockDevice, LockMode, WriteFlags, ZeroFlags, detach};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
-use super::group::Group;
+use super::group::{DiskPart, Group};
 use super::session::Session;
 use crate::change::Change;
 use crate::secondary::hash_hex;
@@ -37,7 +37,7 @@ pub(super) async fn copy_differences(
     session: &Session,
     compare: bool,
 ) -> Result<()> {
-    for disk in 0..group.disks().len() {
+    for part in group.disks() {
         let mut at = 0;
         let mut failure = None;
         let mut pieces = FuturesUnordered::new();
@@ -45,12 +45,12 @@ pub(super) async fn copy_differences(
             if !group.is_attached() {
                 return Err(Error::failed("the secondary was lost during the copy"));
             }
-            let next = group.next_different(disk, at, PIECE_BYTES);
+            let next = group.next_different(part.number, at, PIECE_BYTES);
             if let Some(range) = next
                 && failure.is_none()
                 && !session.is_ending()
             {
-                let piece = Piece::at(group, disk, range).await;
+                let piece = Piece::at(group, &part, range).await;
                 // Found again only if it fails, in the next pass.
                 at = piece.range.end;
                 pieces.push(piece.copy(group, session, compare));
@@ -74,7 +74,7 @@ pub(super) async fn copy_differences(
 
 /// Whole granules that differ.
 struct Piece {
-    disk: usize,
+    part: Arc<DiskPart>,
     range: Range<u64>,
     /// They read as zeroes here.
     zero: bool,
@@ -82,29 +82,29 @@ struct Piece {
 
 impl Piece {
     /// The piece that begins there: data of the length that was found, or a long run of zeroes.
-    async fn at(group: &Group, disk: usize, range: Range<u64>) -> Self {
-        let device = &group.disks()[disk].device;
+    async fn at(group: &Group, part: &Arc<DiskPart>, range: Range<u64>) -> Self {
+        let (part, device) = (Arc::clone(part), &part.device);
         // An error shows again when the range is read.
         match device.block_status(range.start, device.size() - range.start).await {
             Ok(status) if status.flags.zero && status.len >= range.end - range.start => {
-                let range = group.extend_range(disk, &range, status.len.min(ZERO_RUN_BYTES));
-                Piece { disk, range, zero: true }
+                let range = group.extend_range(part.number, &range, status.len.min(ZERO_RUN_BYTES));
+                Piece { part, range, zero: true }
             }
-            _ => Piece { disk, range, zero: false },
+            _ => Piece { part, range, zero: false },
         }
     }
 
     async fn copy(self, group: &Arc<Group>, session: &Session, compare: bool) -> Result<()> {
-        let Piece { disk, mut range, zero } = self;
+        let Piece { part, mut range, zero } = self;
         if zero {
             let len = range.end - range.start;
-            range.start = skip_zeroes(group, session, disk, &range).await;
+            range.start = skip_zeroes(group, session, &part, &range).await;
             if compare {
                 group.note_compared(len, range.end - range.start);
             }
             while !range.is_empty() && !session.is_ending() {
                 let end = range.end.min(range.start + ZERO_PIECE_BYTES);
-                send_range(group, disk, range.start..end).await?;
+                send_range(group, &part, range.start..end).await?;
                 range.start = end;
             }
             return Ok(());
@@ -115,13 +115,13 @@ impl Piece {
         }
         // After a failure a range may differ although what is on its way makes it look equal.
         if !compare || group.has_failures() {
-            return send_range(group, disk, range).await;
+            return send_range(group, &part, range).await;
         }
-        let different = different_on_peer(group, session, disk, &range).await?;
+        let different = different_on_peer(group, session, &part, &range).await?;
         let differing = different.iter().map(|part| part.end - part.start).sum();
         group.note_compared(range.end - range.start, differing);
         for range in different {
-            send_range(group, disk, range).await?;
+            send_range(group, &part, range).await?;
         }
         Ok(())
     }
@@ -133,25 +133,28 @@ impl Piece {
 async fn skip_zeroes(
     group: &Arc<Group>,
     session: &Session,
-    disk: usize,
+    part: &DiskPart,
     range: &Range<u64>,
 ) -> u64 {
     if group.has_failures() {
         return range.start;
     }
     let mut assumed = {
-        let part = &group.disks()[disk];
         let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
         if !is_zero(&*part.device, range).await {
             return range.start;
         }
-        let Ok(assumed) = group.assume_equal(disk, range.clone()).await else { return range.start };
+        let Ok(assumed) = group.assume_equal(part.number, range.clone()).await else {
+            return range.start;
+        };
         assumed
     };
     let mut end = range.start;
     while end < range.end {
         // One that cannot say is sent the zeroes.
-        let Ok(status) = session.block_status(disk, end, range.end - end).await else { break };
+        let Ok(status) = session.block_status(part.number, end, range.end - end).await else {
+            break;
+        };
         if !status.flags.zero || status.len == 0 {
             break;
         }
@@ -161,9 +164,8 @@ async fn skip_zeroes(
 }
 
 /// Reads a range under its lock and sends it in its place among the guest's writes.
-async fn send_range(group: &Arc<Group>, disk: usize, range: Range<u64>) -> Result<()> {
-    let part = &group.disks()[disk];
-    let device = &part.device;
+async fn send_range(group: &Arc<Group>, part: &DiskPart, range: Range<u64>) -> Result<()> {
+    let (disk, device) = (part.number, &part.device);
     let len = range.end - range.start;
     // A run of zeroes is long, and its request is short.
     let admission = group.admit(len.min(PIECE_BYTES)).await;
@@ -218,11 +220,11 @@ fn change_of(data: bytes::Bytes, len: u64) -> Change {
 async fn different_on_peer(
     group: &Arc<Group>,
     session: &Session,
-    disk: usize,
+    part: &DiskPart,
     range: &Range<u64>,
 ) -> Result<Vec<Range<u64>>> {
     let len = range.end - range.start;
-    let part = &group.disks()[disk];
+    let disk = part.number;
     let (assumed, data) = {
         let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
         let assumed = group.assume_equal(disk, range.clone()).await?;

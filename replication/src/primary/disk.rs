@@ -8,7 +8,7 @@ use brep_block::{
 use bytes::Bytes;
 use futures_util::future::join;
 
-use super::group::Group;
+use super::group::{DiskPart, Group};
 use crate::change::Change;
 use crate::config::Ack;
 use crate::door::Door;
@@ -22,15 +22,13 @@ use crate::door::Door;
 #[derive(Debug, Clone)]
 pub(crate) struct PrimaryDisk {
     group: Arc<Group>,
-    index: usize,
-    device: Arc<dyn BlockDevice>,
+    part: Arc<DiskPart>,
 }
 
 impl PrimaryDisk {
-    /// A disk of the group, by its number.
-    pub(crate) fn new(group: &Arc<Group>, index: usize) -> Self {
-        let device = Arc::clone(&group.disks()[index].device);
-        PrimaryDisk { group: Arc::clone(group), index, device }
+    /// A disk of the group.
+    pub(crate) fn new(group: &Arc<Group>, part: Arc<DiskPart>) -> Self {
+        PrimaryDisk { group: Arc::clone(group), part }
     }
 
     fn start_change(&self, offset: u64, change: Change) -> Io<'_, ()> {
@@ -50,16 +48,16 @@ impl PrimaryDisk {
         operation: Operation,
         start: impl FnOnce(&'a dyn BlockDevice) -> Io<'a, T> + Send + 'a,
     ) -> Io<'a, T> {
-        if let Err(error) = self.group.check_superseded(self.index, operation) {
+        if let Err(error) = self.group.check_superseded(self.part.number, operation) {
             return Io::err(error);
         }
         let Some(inside) = Door::try_enter(&self.group.door) else {
             return Io::future(async move {
                 let _inside = Door::enter(&self.group.door, operation).await?;
-                start(&*self.device).await
+                start(&*self.part.device).await
             });
         };
-        match start(&*self.device) {
+        match start(&*self.part.device) {
             Io::Pending(request) => Io::future(async move {
                 let _inside = inside;
                 request.await
@@ -79,9 +77,8 @@ impl PrimaryDisk {
         counters.guest_write_bytes.fetch_add(len, Ordering::Relaxed);
         let timed = self.group.time_write();
         let admission = self.group.admit(len).await;
-        let locks = &self.group.disks()[self.index].locks;
-        let guard = admission.lock(locks, offset..offset + len).await;
-        let begun = self.group.begin(&admission, self.index, offset, &change).await?;
+        let guard = admission.lock(&self.part.locks, offset..offset + len).await;
+        let begun = self.group.begin(&admission, self.part.number, offset, &change).await?;
         let ticket = begun.ticket;
         let local = async {
             let local = self.apply(offset, change).await;
@@ -103,35 +100,35 @@ impl PrimaryDisk {
         };
         self.group.note_write(timed);
         let at = |e: BlockError| e.at(offset, len);
-        self.group.may_acknowledge(self.index, operation).await.map_err(at)?;
+        self.group.may_acknowledge(self.part.number, operation).await.map_err(at)?;
         if !replicated {
             // It was on its way, and that may be known to be in vain now.
             self.group.until_writable().await;
         }
         // The peer was lost on the way, and that could not be recorded: whoever starts this side
         // again must not find that it acknowledged this.
-        local.and(self.group.check_fatal(self.index, operation).map_err(at))
+        local.and(self.group.check_fatal(self.part.number, operation).map_err(at))
     }
 
     async fn apply(&self, offset: u64, change: Change) -> Result<()> {
         match change {
-            Change::Write(data, flags) => self.device.write(offset, data, flags).await,
-            Change::Zeroes(len, flags) => self.device.write_zeroes(offset, len, flags).await,
+            Change::Write(data, flags) => self.part.device.write(offset, data, flags).await,
+            Change::Zeroes(len, flags) => self.part.device.write_zeroes(offset, len, flags).await,
         }
     }
 }
 
 impl BlockDevice for PrimaryDisk {
     fn name(&self) -> &str {
-        self.device.name()
+        self.part.device.name()
     }
 
     fn size(&self) -> u64 {
-        self.group.disks()[self.index].size()
+        self.part.size()
     }
 
     fn limits(&self) -> Limits {
-        Limits { growable: false, ..self.device.limits() }
+        Limits { growable: false, ..self.part.device.limits() }
     }
 
     fn read(&self, offset: u64, len: usize) -> Io<'_, Bytes> {
@@ -143,9 +140,9 @@ impl BlockDevice for PrimaryDisk {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Io<'_, ()> {
-        if flags.fast && !self.device.limits().fast_zero {
+        if flags.fast && !self.part.device.limits().fast_zero {
             // Refused before anything is sent: the peer must not be zeroed if this side is not.
-            return self.device.write_zeroes(offset, len, flags);
+            return self.part.device.write_zeroes(offset, len, flags);
         }
         // Accepted here, it must not fail later for not being fast.
         self.start_change(offset, Change::Zeroes(len, ZeroFlags { fast: false, ..flags }))
@@ -165,10 +162,10 @@ impl BlockDevice for PrimaryDisk {
             Io::future(async move {
                 let peer = async {
                     if level == FlushLevel::Durable {
-                        self.group.flush_peer(self.index).await;
+                        self.group.flush_peer(&self.part).await;
                     }
                 };
-                let (local, ()) = join(self.group.flush_disk(self.index, level), peer).await;
+                let (local, ()) = join(self.group.flush_disk(&self.part, level), peer).await;
                 local
             })
         })

@@ -9,17 +9,18 @@ use brep_nbd::{Endpoint, Stream};
 use bytes::{BufMut, Bytes, BytesMut};
 use uuid::Uuid;
 
-use super::group::{Group, Terms};
-use super::hello::{Decision, Refusal, decide, decide_plain};
+use super::group::{DiskPart, Group, Terms};
+use super::hello::{Decision, Refusal, decide, decide_plain, joins};
 use super::link::{Link, peer_disk};
 use super::plain::Plain;
-use super::session::{Peer, Session};
+use super::session::{Connections, Peer, Session};
 use crate::config::{Ack, PeerKind};
 use crate::link::{
     CopyMode, Hello, HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, OPTION_BIND,
     OPTION_LINK, split, timeout_ms,
 };
 use crate::status::{Differences, Written};
+use crate::table::Disks;
 use crate::{Error, Result};
 
 /// The secondary may have to close an older session and to make buffers before it answers.
@@ -74,6 +75,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         tls.check_peer(link.stream.tls_peer())?;
     }
     let (mut reader, mut writer) = split(link.stream, &link.rest);
+    let disks = group.disks();
     let me = group.introduce();
     let hello = Hello { version: LINK_VERSION, timeout_ms: timeout_ms(limit), side: me.clone() };
     writer.send(&Message::Hello(Box::new(hello)), limit).await?;
@@ -84,7 +86,11 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         }
         other => return Err(Error::failed(format!("unexpected message {other:?}"))),
     };
-    let wish = group.core().wish;
+    let wish = {
+        let mut core = group.core();
+        core.peer_disks = Some(answer.side.disks.clone());
+        core.wish
+    };
     let blank = answer.side.set.is_none();
     let decision = match decide(&me, &answer, wish) {
         // One that has undone its promotion has these disks still; any other is no proof of that.
@@ -133,7 +139,7 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         }
         other => return Err(Error::failed(format!("unexpected message {other:?}"))),
     };
-    let connections = connect_disks(group, peer, Some(token)).await?;
+    let connections = connect_disks(group, peer, &disks, Some(token)).await?;
     group.attach(Terms {
         cur: Some(cur),
         epoch,
@@ -141,12 +147,14 @@ async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         copy,
         wish,
         trusted: copy == CopyMode::Missing && blank,
+        disks: disks.clone(),
+        joins: joins(&me, &answer),
         connections: connections.clone(),
         peer: &format!("{} ({peer})", answer.side.name),
         peer_durability: Some(answer.side.durability),
     })?;
     let link = Link::new(group, reader, writer, &answer);
-    Ok(session(group, Peer::Brep(link), connections))
+    Ok(session(group, Peer::Brep(link), by_number(&disks, connections)))
 }
 
 type Reader = LinkReader<Stream>;
@@ -180,17 +188,17 @@ async fn take_over_maps(
     writer: &mut Writer,
     answer: &HelloAnswer,
 ) -> Result<()> {
-    for (index, disk) in group.disks().iter().enumerate() {
+    for disk in group.disks() {
         let Some(theirs) = peer_disk(answer, &disk.name) else { continue };
         let mut at = Some(0);
         for _ in 0..RANGE_PAGES_MAX {
             let Some(offset) = at else { break };
             let (ranges, next) = their_ranges(group, (reader, writer), theirs, offset).await?;
-            group.mark_theirs(index, &ranges);
+            group.mark_theirs(disk.number, &ranges);
             at = next;
         }
         if let Some(rest) = at {
-            group.mark_theirs(index, &[(rest, u64::MAX)]);
+            group.mark_theirs(disk.number, &[(rest, u64::MAX)]);
         }
     }
     Ok(())
@@ -233,7 +241,8 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         Decision::Refuse(refusal) => return Ok(Attempt::Refused(refusal)),
     };
     group.settled().await?;
-    let connections = connect_disks(group, peer, None).await?;
+    let disks = group.disks();
+    let connections = connect_disks(group, peer, &disks, None).await?;
     group.attach(Terms {
         cur: None,
         epoch,
@@ -241,28 +250,36 @@ async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
         copy,
         wish,
         trusted: copy == CopyMode::Missing,
+        disks: disks.clone(),
+        joins: Vec::new(),
         connections: connections.clone(),
         peer: &format!("plain NBD server ({peer})"),
         peer_durability: None,
     })?;
+    let connections = by_number(&disks, connections);
     let plain = Plain::new(group, connections.clone());
     Ok(session(group, Peer::Plain(plain), connections))
 }
 
-fn session(group: &Arc<Group>, peer: Peer, connections: Vec<Arc<Connection>>) -> Attempt {
+fn session(group: &Arc<Group>, peer: Peer, connections: Connections) -> Attempt {
     group.heard();
     Attempt::Session(Box::new(Session::new(group, peer, connections)))
+}
+
+fn by_number(disks: &Disks<DiskPart>, connections: Vec<Arc<Connection>>) -> Connections {
+    disks.iter().map(|disk| disk.number).zip(connections).collect()
 }
 
 /// One data connection a disk, bound to the session by its token if there is one.
 async fn connect_disks(
     group: &Arc<Group>,
     peer: &Endpoint,
+    disks: &Disks<DiskPart>,
     token: Option<Uuid>,
 ) -> Result<Vec<Arc<Connection>>> {
     let config = &group.config;
     let mut connections = Vec::new();
-    for (slot, disk) in group.disks().iter().enumerate() {
+    for (slot, disk) in disks.iter().enumerate() {
         let options = ConnectOptions {
             name: format!("{} on the secondary", disk.name),
             connect_timeout: config.peer_timeout,

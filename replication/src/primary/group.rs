@@ -1,4 +1,5 @@
 mod cut;
+mod disks;
 mod durable;
 mod held;
 mod hot;
@@ -11,8 +12,9 @@ mod switchover;
 mod takeover;
 mod window;
 
+use std::collections::BTreeMap;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use brep_block::{BlockDevice, Error as BlockError, RangeLock};
@@ -24,6 +26,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use self::disks::{check_known_disks, maps_of_new};
 use self::durable::PeerWrites;
 use self::hot::{HotExtents, HotTasks, begin_logs};
 pub(crate) use self::maps::{MapsOf, Since};
@@ -34,11 +37,11 @@ use self::takeover::Takeover;
 use self::window::HeldWrite;
 use super::ages::{Ages, Due};
 use super::epochs::Epochs;
-use super::hello::{Refusal, Wish};
+use super::hello::{Join, Refusal, Wish};
 use super::pace::Pace;
 use super::progress::CopyProgress;
 use crate::commands::ColoMode;
-use crate::config::{Ack, DiskConfig, Durability, Seeded};
+use crate::config::{Ack, DiskConfig, DiskFormat, Durability, Seeded};
 use crate::door::Door;
 use crate::guest::Guest;
 use crate::image::Image;
@@ -47,17 +50,18 @@ use crate::node::Stage;
 use crate::side::Side;
 use crate::state::Record;
 use crate::status::LinkState;
+use crate::table::{DiskTable, Disks};
 use crate::written::describe;
 use crate::{Epoch, Error, Generation, Result, secondary};
 
 /// The disks of a primary, and everything that concerns all of them: epochs, window, record.
 pub(crate) struct Group {
     side: Arc<Side>,
-    disks: Vec<DiskPart>,
-    /// What the disks are, if they are images and nothing else.
-    images: Vec<Image>,
+    disks: DiskTable<DiskPart>,
     /// What is left of the secondary that was promoted in this process.
     pub(super) promoted: Option<Arc<secondary::Group>>,
+    /// The number of the next disk that comes.
+    next_disk: AtomicUsize,
     core: Mutex<Core>,
     hot_tasks: HotTasks,
     window_bytes: Arc<Semaphore>,
@@ -85,8 +89,8 @@ pub(crate) struct Group {
     measuring: AtomicBool,
     /// What the secondary has said of taking over.
     takeover: watch::Sender<Takeover>,
-    /// Held while a disk is made larger.
-    resizing: tokio::sync::Mutex<()>,
+    /// Held while a disk is made larger, comes or goes.
+    changing_disks: tokio::sync::Mutex<()>,
 }
 
 impl Deref for Group {
@@ -135,7 +139,11 @@ pub(crate) struct Terms<'a> {
     pub(crate) wish: Wish,
     /// The operator says that the peer's disks are equal to these.
     pub(crate) trusted: bool,
-    /// One a disk.
+    /// The disks that take part.
+    pub(crate) disks: Disks<DiskPart>,
+    /// Those of them that the peer's checkpoint does not hold yet.
+    pub(crate) joins: Vec<Join>,
+    /// One a disk, in their order.
     pub(crate) connections: Vec<Arc<Connection>>,
     /// The other side, for people.
     pub(crate) peer: &'a str,
@@ -146,8 +154,13 @@ pub(crate) struct Terms<'a> {
 /// What the group has of each disk.
 #[derive(Debug)]
 pub(crate) struct DiskPart {
+    /// Tells it from every other disk that the group has or had.
+    pub(crate) number: usize,
     pub(crate) name: String,
     pub(crate) file: String,
+    pub(crate) format: DiskFormat,
+    /// What it is, if it is an image and nothing else.
+    image: Option<Image>,
     /// What the guest's requests are carried out on, here.
     pub(crate) device: Arc<dyn BlockDevice>,
     /// In bytes: what guests and maps know of. The device is never smaller.
@@ -163,8 +176,24 @@ impl DiskPart {
         self.size.load(Ordering::Acquire)
     }
 
-    fn new(config: &DiskConfig, device: Arc<dyn BlockDevice>) -> Self {
+    /// Ends its use, after the last request: flushed, if it is an image.
+    async fn close(&self) -> Result<()> {
+        match &self.image {
+            Some(image) => image.close().await,
+            None => Ok(()),
+        }
+    }
+
+    fn of_image(number: usize, config: &DiskConfig, image: Image) -> Arc<Self> {
+        let device = Arc::clone(image.device());
+        Arc::new(DiskPart { image: Some(image), ..Self::new(number, config, device) })
+    }
+
+    fn new(number: usize, config: &DiskConfig, device: Arc<dyn BlockDevice>) -> Self {
         DiskPart {
+            number,
+            format: config.format,
+            image: None,
             name: config.name.clone(),
             file: config.path.display().to_string(),
             size: AtomicU64::new(device.size()),
@@ -177,12 +206,14 @@ impl DiskPart {
 
 pub(crate) struct Core {
     epochs: Epochs<HeldWrite>,
-    /// One a disk, while a session is attached.
-    connections: Vec<Arc<Connection>>,
-    /// One a disk: what is known of the differences to the peer.
-    maps: Vec<MapSet>,
-    /// One a disk, if a loss of power is to be survived.
-    hot: Vec<HotExtents>,
+    /// One a disk, by its number, while a session is attached.
+    connections: BTreeMap<usize, Arc<Connection>>,
+    /// One a disk, by its number: what is known of the differences to the peer.
+    maps: BTreeMap<usize, MapSet>,
+    /// One a disk, by its number, if a loss of power is to be survived.
+    hot: BTreeMap<usize, HotExtents>,
+    /// What the peer has said last of its disks.
+    pub(crate) peer_disks: Option<Vec<DiskInfo>>,
     ages: Ages,
     /// The secondary is to take over, and this side's record says that it is none any more.
     stepping_down: Option<SteppingDown>,
@@ -241,24 +272,32 @@ impl std::fmt::Debug for Group {
 impl Group {
     /// Opens the disks and their maps.
     pub(crate) async fn open(side: &Arc<Side>) -> Result<Arc<Self>> {
-        let mut images = Vec::new();
-        for disk in &side.config.disks {
-            images.push(Image::open(disk).await?);
+        let configs = side.disk_configs();
+        let known = side.record.get().primary.disks.clone();
+        check_known_disks(&known, &configs)?;
+        let mut disks = Vec::new();
+        for (number, disk) in configs.iter().enumerate() {
+            disks.push(DiskPart::of_image(number, disk, Image::open(disk).await?));
         }
-        let parts = side.config.disks.iter().zip(&images);
-        let disks = parts.map(|(d, image)| DiskPart::new(d, Arc::clone(image.device())));
-        let disks: Vec<_> = disks.collect();
+        let is_new = |d: &&Arc<DiskPart>| {
+            !known.is_empty() && !known.iter().any(|(name, _)| *name == d.name)
+        };
+        for disk in disks.iter().filter(is_new) {
+            tracing::info!(disk = disk.name, "the disk is new to the group");
+            // Before the record knows it: its maps are not missed then.
+            maps_of_new(side, disk)?;
+        }
         side.record.update(|record| {
             record.begin_run(side.boot_id(), side.config.durability);
             record.primary.disks = disks.iter().map(|d| (d.name.clone(), d.size())).collect();
         })?;
-        let open = |d: &DiskPart| MapsOf::new(side, &d.name, d.size()).open();
+        let open = |d: &Arc<DiskPart>| MapsOf::new(side, &d.name, d.size()).open();
         let maps = disks.iter().map(open).collect::<Result<Vec<_>>>()?;
         // Else a power loss could bring the clean stop before this run back.
         side.secure_start().await?;
         let door = Door::new(&side.config.name);
         let guest = Arc::new(Guest::new(vec![Arc::clone(&door)]));
-        Self::new(side, disks, images, maps, door, guest, None)
+        Self::new(side, disks, maps, door, guest, None)
     }
 
     /// The primary that a promoted secondary is. Its guest stays with the doors that it passes.
@@ -268,32 +307,34 @@ impl Group {
         devices: Vec<Arc<dyn BlockDevice>>,
         maps: Vec<MapSet>,
     ) -> Result<Arc<Self>> {
-        let parts = side.config.disks.iter().zip(devices);
-        let disks = parts.map(|(d, device)| DiskPart::new(d, device)).collect();
+        let parts = secondary.disks().into_iter().zip(devices).enumerate();
+        let part = |(number, (disk, device)): (usize, (Arc<secondary::ReplicaDisk>, _))| {
+            Arc::new(DiskPart::new(number, &disk.config, device))
+        };
+        let disks = parts.map(part).collect();
         let guest = Arc::clone(&secondary.guest);
         let door = Door::new(&side.config.name);
-        Self::new(side, disks, Vec::new(), maps, door, guest, Some(Arc::clone(secondary)))
+        Self::new(side, disks, maps, door, guest, Some(Arc::clone(secondary)))
     }
 
     fn new(
         side: &Arc<Side>,
-        disks: Vec<DiskPart>,
-        images: Vec<Image>,
-        maps: Vec<MapSet>,
+        disks: Vec<Arc<DiskPart>>,
+        mut maps: Vec<MapSet>,
         door: Arc<Door>,
         guest: Arc<Guest>,
         promoted: Option<Arc<secondary::Group>>,
     ) -> Result<Arc<Self>> {
         let config = &side.config;
-        let mut maps = maps;
-        let hot = begin_logs(side, &disks, &mut maps)?;
+        let hot = begin_logs(side, disks.iter().zip(&mut maps))?;
         let peer = side.peer();
         let window_bytes = u32::try_from(config.window_bytes).unwrap_or(u32::MAX >> 4);
         let core = Core {
             epochs: Epochs::new(side.record.get().epoch),
-            connections: Vec::new(),
-            maps,
+            connections: BTreeMap::new(),
+            maps: maps.into_iter().enumerate().collect(),
             hot,
+            peer_disks: None,
             ages: Ages::default(),
             stepping_down: None,
             has_own_line: false,
@@ -327,8 +368,8 @@ impl Group {
             window_bytes: Arc::new(Semaphore::new(window_bytes as usize)),
             window_requests: Arc::new(Semaphore::new(config.window_requests)),
             side: Arc::clone(side),
-            disks,
-            images,
+            next_disk: AtomicUsize::new(disks.len()),
+            disks: DiskTable::new(disks),
             promoted,
             core: Mutex::new(core),
             hot_tasks: HotTasks::default(),
@@ -344,7 +385,7 @@ impl Group {
             pace_changed: Notify::new(),
             measuring: AtomicBool::new(false),
             takeover: watch::Sender::new(Takeover::None),
-            resizing: tokio::sync::Mutex::default(),
+            changing_disks: tokio::sync::Mutex::default(),
         });
         group.start_hot_tasks();
         Ok(group)
@@ -357,11 +398,11 @@ impl Group {
     /// Something could not be written; then the record does not say that this was a clean end.
     pub(crate) async fn close(&self, flushed: Result<()>) -> Result<()> {
         let mut result = flushed;
-        for image in &self.images {
-            result = result.and(image.close().await);
+        for disk in self.disks() {
+            result = result.and(disk.close().await);
         }
         if result.is_err() {
-            (0..self.disks.len()).for_each(|disk| self.distrust_maps(disk));
+            self.disks().iter().for_each(|disk| self.distrust_maps(disk.number));
         }
         result = result.and(self.close_maps());
         if result.is_ok() {
@@ -375,8 +416,22 @@ impl Group {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn disks(&self) -> &[DiskPart] {
-        &self.disks
+    pub(crate) fn disks(&self) -> Disks<DiskPart> {
+        self.disks.get()
+    }
+
+    /// A disk by its number, while it is part of the group.
+    pub(crate) fn disk(&self, number: usize) -> Option<Arc<DiskPart>> {
+        self.disks().into_iter().find(|disk| disk.number == number)
+    }
+
+    pub(crate) fn disk_names(&self) -> Vec<String> {
+        self.disks().iter().map(|disk| disk.name.clone()).collect()
+    }
+
+    /// The name of a disk, for messages.
+    pub(crate) fn disk_name(&self, number: usize) -> String {
+        self.disk(number).map_or_else(String::new, |disk| disk.name.clone())
     }
 
     pub(crate) fn record(&self) -> Arc<Record> {
@@ -385,33 +440,41 @@ impl Group {
 
     /// What hello tells of this side.
     pub(crate) fn introduce(&self) -> link::Side {
-        let maps = describe(self.core().maps.iter());
-        let growable = true;
-        let disks =
-            self.disks.iter().map(|d| DiskInfo { name: d.name.clone(), size: d.size(), growable });
+        let maps = describe(self.core().maps.values());
+        let record = self.record();
+        let joins = &record.primary.joins;
+        let disks = self.disks().into_iter().map(|d| DiskInfo {
+            name: d.name.clone(),
+            size: d.size(),
+            growable: true,
+            joining: joins.iter().find(|(name, _)| *name == d.name).map(|(_, id)| *id),
+        });
         self.side.introduce(disks.collect(), maps)
     }
 
     /// A failure that no guest is told of, or not only.
     pub(crate) fn report(&self, disk: usize, error: &BlockError) {
-        let name = self.disks.get(disk).map_or("", |d| d.name.as_str());
-        let entry = self.errors.add(name, error);
+        let name = self.disk_name(disk);
+        let entry = self.errors.add(&name, error);
         tracing::warn!(disk = name, %error, count = entry.count, "replication error");
         self.events.emit("BREP_ERROR", json!(entry));
     }
 
     /// A session begins. What differs from the peer now is in the maps before the first write.
     pub(crate) fn attach(&self, terms: Terms<'_>) -> Result<()> {
-        let Terms { cur, epoch, session, copy, wish, trusted, connections, peer, peer_durability } =
+        let Terms { cur, epoch, session, copy, wish, trusted, disks, joins, connections, .. } =
             terms;
         {
             let core = self.core();
             if !core.epochs.is_settled() {
                 return Err(Error::failed("writes to the lost secondary have not ended yet"));
             }
-            let fits = |(d, c): (&DiskPart, &Arc<Connection>)| d.size() == c.export().size;
-            if !self.disks.iter().zip(&connections).all(fits) {
-                return Err(Error::failed("a disk has grown since the session was agreed on"));
+            let fits = |(d, c): (&Arc<DiskPart>, &Arc<Connection>)| d.size() == c.export().size;
+            let same = disks.is_same(&self.disks());
+            if !same || !disks.iter().zip(&connections).all(fits) {
+                return Err(Error::failed(
+                    "the disks have changed since the session was agreed on",
+                ));
             }
             if core.wish != wish {
                 return Err(Error::failed("the session was agreed on before the last command"));
@@ -423,16 +486,21 @@ impl Group {
                 ));
             }
         }
+        let joined =
+            |disk: &Arc<DiskPart>| joins.iter().any(|join| join.is_new && join.disk == disk.name);
+        self.copy_whole(disks.iter().filter(|disk| joined(disk)).map(|disk| disk.number));
         self.prepare_maps(copy, trusted)?;
         self.record.update(|record| {
             record.epoch = epoch;
             record.session = session;
+            // Only now: what the maps have to hold for that is in them.
+            record.primary.joins = joins.into_iter().map(|join| (join.disk, join.id)).collect();
             record.primary.had_peer = true;
             record.primary.alone = false;
         })?;
         self.record.secure_now()?;
         let mut core = self.core();
-        core.connections = connections;
+        core.connections = disks.iter().map(|d| d.number).zip(connections).collect();
         core.copying = true;
         core.comparing = match copy {
             CopyMode::Full => false,
@@ -446,12 +514,12 @@ impl Group {
         core.link = LinkState::Connected;
         core.refusal = None;
         core.reason = None;
-        core.peer = Some(peer.to_owned());
-        core.peer_durability = peer_durability;
+        core.peer = Some(terms.peer.to_owned());
+        core.peer_durability = terms.peer_durability;
         core.epochs.attach(epoch);
         drop(core);
         // What an earlier session has written there is not known to be flushed.
-        self.disks.iter().for_each(|disk| disk.peer_writes.note());
+        self.disks().iter().for_each(|disk| disk.peer_writes.note());
         // A secondary that had taken over, and has undone that.
         self.takeover.send_replace(Takeover::None);
         // What was measured of the guest was with another load.

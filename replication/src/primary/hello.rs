@@ -1,14 +1,16 @@
+mod disks;
 #[cfg(test)]
 mod histories;
 mod refusal;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use disks::{Join, joins};
 pub(crate) use refusal::Refusal;
 
 use crate::Commit;
 use crate::config::Seeded;
-use crate::link::{CopyMode, DiskInfo, HelloAnswer, LINK_VERSION, RefusalKind, Side};
+use crate::link::{CopyMode, HelloAnswer, LINK_VERSION, RefusalKind, Side};
 use crate::state::Lines;
 
 /// What the primary makes of a secondary's answer.
@@ -74,9 +76,7 @@ pub(crate) fn decide(me: &Side, answer: &HelloAnswer, wish: Wish) -> Decision {
     if peer.primary {
         return Decision::Refuse(both_primary(me, peer));
     }
-    if let Some(reason) = disks_differ(me, peer) {
-        let refusal =
-            Refusal::new(reason, "give both sides the same disks, with the same names and sizes");
+    if let Some(refusal) = disks::disks_differ(me, peer) {
         let is_secondary = peer.set.is_some();
         return Decision::Refuse(Refusal { is_secondary, ..refusal });
     }
@@ -139,32 +139,6 @@ fn strangers(me: &Side, answer: &HelloAnswer) -> Option<Refusal> {
                 peer.name
             ),
             "brep failover on the side that shall be the primary",
-        )
-    })
-}
-
-fn disks_differ(me: &Side, peer: &Side) -> Option<String> {
-    let names =
-        |side: &Side| side.disks.iter().map(|d| d.name.as_str()).collect::<Vec<_>>().join(", ");
-    for disk in &me.disks {
-        let theirs = peer.disks.iter().find(|d| d.name == disk.name);
-        let grows = |theirs: &&DiskInfo| theirs.growable && theirs.size < disk.size;
-        let grows = |theirs: &&DiskInfo| peer.set.is_some() && grows(theirs);
-        if let Some(theirs) = theirs.filter(|t| t.size != disk.size && !grows(t)) {
-            return Some(format!(
-                "disk {}: {} bytes here, {} on the secondary {}",
-                disk.name, disk.size, theirs.size, peer.name
-            ));
-        }
-    }
-    let has = |side: &Side, name: &str| side.disks.iter().any(|d| d.name == name);
-    let same = me.disks.len() == peer.disks.len() && me.disks.iter().all(|d| has(peer, &d.name));
-    (!same).then(|| {
-        format!(
-            "the disks differ: {} here, {} on the secondary {}",
-            names(me),
-            names(peer),
-            peer.name
         )
     })
 }

@@ -1,6 +1,6 @@
 //! The control link to a brep secondary, for as long as a session lasts.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ pub(super) struct Link {
     /// Who waits for the next answers to a cut.
     cut_answers: Mutex<Option<mpsc::Sender<Message>>>,
     /// The peer's number of each disk: its disks may be in another order.
-    peer_disks: Vec<u32>,
+    peer_disks: BTreeMap<usize, u32>,
     /// Who waits for the hashes of a range, by the peer's number of the disk and first byte.
     hashes: Mutex<HashMap<(u32, u64), HashesSender>>,
     /// Who waits to hear whether the secondary could take over.
@@ -95,7 +95,11 @@ impl Link {
             heartbeat_pause: heartbeat_pause(group.config.peer_timeout, answer.timeout_ms),
             parts: Mutex::new(Some(Parts { reader, writer, messages })),
             cut_answers: Mutex::new(None),
-            peer_disks: group.disks().iter().filter_map(|d| peer_disk(answer, &d.name)).collect(),
+            peer_disks: group
+                .disks()
+                .iter()
+                .filter_map(|d| Some((d.number, peer_disk(answer, &d.name)?)))
+                .collect(),
             hashes: Mutex::new(HashMap::new()),
             switchover: Mutex::default(),
         }
@@ -159,6 +163,10 @@ impl Link {
                 }
                 None => Err(Error::failed("link: an answer that nobody asked for")),
             },
+            Message::Disks { disks } => {
+                self.group.core().peer_disks = Some(disks);
+                Ok(())
+            }
             Message::Promoting => {
                 self.group.takeover_begins();
                 // A link that takes no more is as good as broken: the answer is not waited for long.
@@ -274,7 +282,7 @@ impl Link {
         length: u64,
         chunk: u32,
     ) -> Result<Vec<String>> {
-        let disk = self.peer_disks.get(disk).copied();
+        let disk = self.peer_disks.get(&disk).copied();
         let disk = disk.ok_or_else(|| Error::failed("the secondary does not have this disk"))?;
         let (answer, wait) = oneshot::channel();
         let key = (disk, offset);

@@ -26,7 +26,7 @@ impl Group {
         }
         let attached = self.is_attached();
         let mut nodes = Vec::new();
-        for (disk, config) in self.disks().iter().zip(&self.config.disks) {
+        for disk in self.disks() {
             let size = disk.size();
             let node = |name: String, driver, file: String| Node {
                 name,
@@ -35,7 +35,7 @@ impl Group {
                 size,
                 backing: Vec::new(),
             };
-            let driver = match config.format {
+            let driver = match disk.format {
                 DiskFormat::Raw => "raw",
                 DiskFormat::Qcow2 => "qcow2",
             };
@@ -55,13 +55,14 @@ impl Group {
             return json!([]);
         }
         let node = |name: &str| json!({ "type": "block-node", "node-name": peer_node(name) });
-        let nodes = self.disks().iter().map(|disk| node(&disk.name));
+        let disks = self.disks();
+        let nodes = disks.iter().map(|disk| node(&disk.name));
         nodes.chain([json!({ "type": "migration" })]).collect()
     }
 
     /// A write of the guest has failed on the local disk, and fails to the guest.
     pub(super) fn report_lost_vote(&self, disk: usize, offset: u64, len: u64, error: &BlockError) {
-        let Some(disk) = self.disks().get(disk) else { return };
+        let Some(disk) = self.disk(disk) else { return };
         let sector_num = offset / 512;
         let sectors_count = offset.saturating_add(len).div_ceil(512) - sector_num;
         self.events.emit(

@@ -56,8 +56,7 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     let exports = Arc::new(GuestExports(Arc::clone(&group)));
     let allowed = group.guest_allowed.clone();
     let service = Service::new(exports, allowed, side.config.exposure(), side.events.clone());
-    let disks: Vec<_> = group.disks().iter().map(|d| d.name.as_str()).collect();
-    service.serve(address, &disks).await?;
+    service.serve(address, &group.disk_names()).await?;
     let primary = Primary::start(&group, &service);
     side.serve_control()?;
     tracing::info!(name = side.config.name, "primary ready");
@@ -295,7 +294,7 @@ struct GuestExports(Arc<Group>);
 
 impl Exports for GuestExports {
     fn list(&self) -> Vec<ExportDescription> {
-        let describe = |d: &group::DiskPart| ExportDescription {
+        let describe = |d: &Arc<group::DiskPart>| ExportDescription {
             name: d.name.clone(),
             description: "replicated disk".to_owned(),
         };
@@ -321,7 +320,7 @@ impl Exports for GuestExports {
                 format!("no export {name:?}; there is {}", names.join(", ")),
             ));
         };
-        let disk = PrimaryDisk::new(&self.0, index);
+        let disk = PrimaryDisk::new(&self.0, Arc::clone(&disks[index]));
         let mut export = Export::new(disks[index].name.clone(), Arc::new(disk));
         // One device behind all connections: a flush covers what any of them was told.
         export.multi_conn = true;

@@ -8,6 +8,7 @@ use futures_util::future::{select_all, try_join_all};
 use tokio::time::{sleep, timeout};
 
 use super::group::Group;
+use super::session::Connections;
 use crate::secondary::hash_hex;
 use crate::{Error, Result};
 
@@ -28,11 +29,11 @@ pub(super) const LAPSED: &[&str] = &[
 /// The peer while a session lasts.
 pub(super) struct Plain {
     group: Arc<Group>,
-    connections: Vec<Arc<Connection>>,
+    connections: Connections,
 }
 
 impl Plain {
-    pub(super) fn new(group: &Arc<Group>, connections: Vec<Arc<Connection>>) -> Self {
+    pub(super) fn new(group: &Arc<Group>, connections: Connections) -> Self {
         Plain { group: Arc::clone(group), connections }
     }
 
@@ -41,7 +42,7 @@ impl Plain {
     /// Without it nobody would notice a peer that hangs or is unreachable while the guest writes
     /// nothing.
     pub(super) async fn run(&self) -> String {
-        let beats = self.connections.iter().map(|c| Box::pin(self.heartbeat(c)));
+        let beats = self.connections.values().map(|c| Box::pin(self.heartbeat(c)));
         select_all(beats).await.0.to_string()
     }
 
@@ -64,7 +65,7 @@ impl Plain {
 
     /// Everything that was forwarded is in the peer's files as far as a flush brings it there.
     pub(super) async fn flush(&self) -> Result<()> {
-        let flushes = self.connections.iter().map(|c| c.start_flush(FlushLevel::Durable));
+        let flushes = self.connections.values().map(|c| c.start_flush(FlushLevel::Durable));
         try_join_all(flushes).await?;
         Ok(())
     }
@@ -78,7 +79,7 @@ impl Plain {
         chunk: u32,
     ) -> Result<Vec<String>> {
         let length = usize::try_from(length).map_err(|_| Error::failed("too long"))?;
-        let data = self.connections[disk].start_read(offset, length).await?;
+        let data = self.connections[&disk].start_read(offset, length).await?;
         Ok(data.chunks(chunk as usize).map(hash_hex).collect())
     }
 }

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,17 +56,20 @@ pub(super) enum Peer {
     Plain(Plain),
 }
 
+/// The data connections, by the numbers of the disks.
+pub(super) type Connections = BTreeMap<usize, Arc<Connection>>;
+
 /// One stay of the secondary.
 pub(super) struct Session {
     group: Arc<Group>,
     peer: Peer,
-    connections: Vec<Arc<Connection>>,
+    connections: Connections,
     /// It is about to end: nothing more is copied.
     ending: CancellationToken,
 }
 
 impl Session {
-    pub(super) fn new(group: &Arc<Group>, peer: Peer, connections: Vec<Arc<Connection>>) -> Self {
+    pub(super) fn new(group: &Arc<Group>, peer: Peer, connections: Connections) -> Self {
         let ending = CancellationToken::new();
         Session { group: Arc::clone(group), peer, connections, ending }
     }
@@ -128,7 +132,7 @@ impl Session {
     }
 
     async fn watch_connections(&self) -> String {
-        let ended = self.connections.iter().map(|c| Box::pin(c.failed()));
+        let ended = self.connections.values().map(|c| Box::pin(c.failed()));
         let (error, _, _) = futures_util::future::select_all(ended).await;
         error.to_string()
     }
@@ -454,7 +458,7 @@ impl Session {
         offset: u64,
         length: u64,
     ) -> Result<BlockStatus> {
-        Ok(self.connections[disk].block_status(offset, length).await?)
+        Ok(self.connections[&disk].block_status(offset, length).await?)
     }
 
     /// The peer's hashes of a range of a disk.

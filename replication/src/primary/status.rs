@@ -23,7 +23,8 @@ impl Group {
         // A promoted side is called so until it has had a peer.
         let promoted = record.secondary.promotion.is_some() && record.session.is_none();
         let merges = self.promoted.as_ref().map(|secondary| secondary.merges());
-        let disks = self.disks().iter().zip(behind).enumerate();
+        let parts = self.disks();
+        let disks = parts.iter().zip(behind).enumerate();
         let disks = disks.map(|(index, (disk, behind))| {
             let merging = merges.as_ref().and_then(|merges| merges[index]);
             let merging = merging.filter(|_| held.is_none());

@@ -311,6 +311,15 @@ impl BufferPool {
         Ok(numbers)
     }
 
+    /// Removes the files of a disk that is closed for good.
+    pub(crate) fn remove_files(&self) -> Result<()> {
+        for path in self.numbers()?.into_iter().map(|number| self.path(number)) {
+            storage::remove(&path)
+                .map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
+        }
+        Ok(())
+    }
+
     async fn open_file(&self, path: &Path) -> Result<Buffer> {
         let options = RawFileOptions { growable: true, ..file_options(path) };
         let file = storage::open_disk(path, options)?;

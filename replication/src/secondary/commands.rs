@@ -86,6 +86,17 @@ impl SecondaryCommands {
             "block_resize" => Err(CommandError::refused(
                 "a secondary's disks grow with its primary's: run brep resize there",
             )),
+            "disk-add" => {
+                let config = arguments.disk()?;
+                let name = config.name.clone();
+                let changed = group.add_disk(config).await?;
+                Ok(json!({ "name": name, "changed": changed }))
+            }
+            "disk-remove" => {
+                let name = arguments.text("name").unwrap_or_default();
+                let changed = group.remove_disk(name, arguments.flag("force")).await?;
+                Ok(json!({ "name": name, "changed": changed }))
+            }
             "peer-set" => Ok(group
                 .set_peer(Some(peer_argument(arguments, group.config.tls.is_some())?))
                 .map(done)?),

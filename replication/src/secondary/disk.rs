@@ -13,6 +13,7 @@ use brep_backup::{CbwOptions, Copied, CopyBeforeWrite};
 use brep_block::{BlockDevice, ErrorKind, FlushLevel};
 use brep_qcow2::Qcow2;
 use futures_util::FutureExt;
+use uuid::Uuid;
 
 use super::buffers::{Buffer, BufferPool};
 use super::named::BufferUse;
@@ -34,6 +35,7 @@ const AHEAD_BYTES: u64 = 1 << 20;
 pub(crate) struct ReplicaDisk {
     pub(crate) name: String,
     pub(crate) file: String,
+    pub(crate) config: DiskConfig,
     /// In bytes. It grows with the primary's.
     size: AtomicU64,
     pub(crate) pool: Arc<BufferPool>,
@@ -45,6 +47,8 @@ pub(crate) struct ReplicaDisk {
 
 #[derive(Debug, Default)]
 struct State {
+    /// It is not part of the checkpoint yet; the id under which it was added.
+    joining: Option<Uuid>,
     /// The hidden disks since the last checkpoint, the oldest first.
     chain: Vec<Buffer>,
     /// Empty, named by the record; the next cut switches to it.
@@ -107,6 +111,7 @@ impl ReplicaDisk {
         let disk = ReplicaDisk {
             name: config.name.clone(),
             file: config.path.display().to_string(),
+            config: config.clone(),
             size: AtomicU64::new(size),
             pool: Arc::new(pool),
             image,
@@ -121,6 +126,7 @@ impl ReplicaDisk {
         let mut buffers = disk.pool.open(set, &wanted, seq_max, power_lost).await?.into_iter();
         {
             let mut state = disk.state();
+            state.joining = known.joining;
             state.chain = buffers.by_ref().take(known.chain.len()).collect();
             state.next = known.next.and_then(|_| buffers.next());
             state.active = known.active.and_then(|_| buffers.next());
@@ -138,6 +144,11 @@ impl ReplicaDisk {
             None => disk.show_guest().await?,
         }
         Ok(disk)
+    }
+
+    /// The id under which it was added, if no checkpoint holds it yet.
+    pub(crate) fn joining(&self) -> Option<Uuid> {
+        self.state().joining
     }
 
     /// In bytes.
@@ -414,6 +425,7 @@ impl ReplicaDisk {
             chain: state.chain.iter().map(Buffer::reference).collect(),
             next: state.next.as_ref().map(Buffer::reference),
             active: state.active.as_ref().map(Buffer::reference),
+            joining: state.joining,
             top: state.top.as_ref().map(Buffer::reference),
             ..DiskRecord::new(&self.name, self.size())
         }
@@ -424,6 +436,7 @@ impl ReplicaDisk {
     pub(crate) async fn committed(&self, fresh: Fresh) -> Result<Vec<Buffer>> {
         let (mut retired, view, layers) = {
             let mut state = self.state();
+            state.joining = None;
             let newest = state.chain.pop();
             let retired = std::mem::replace(&mut state.chain, newest.into_iter().collect());
             state.next = Some(fresh.next);
@@ -455,7 +468,9 @@ impl ReplicaDisk {
     pub(crate) async fn show_guest(&self) -> Result<()> {
         let (active, view) = {
             let state = self.state();
-            let (Some(active), Some(replica)) = (&state.active, &state.replica) else {
+            let none_yet = state.joining.is_some();
+            let (Some(active), Some(replica), false) = (&state.active, &state.replica, none_yet)
+            else {
                 return Ok(());
             };
             (active.clone(), Arc::clone(&replica.view))

@@ -59,6 +59,8 @@ pub(crate) struct Report {
     pub(crate) held: bool,
     /// It had been done before.
     pub(crate) repeated: bool,
+    /// Disks that are not part of this: they were being added, and no checkpoint held them.
+    pub(crate) left_out: Vec<String>,
 }
 
 impl Group {
@@ -89,7 +91,7 @@ impl Group {
         if let Some(session) = &session {
             session.conclude_promotion(self.what_became());
         }
-        let differing_bytes = promoted.map_err(|error| self.explain(error))?;
+        let (differing_bytes, left_out) = promoted.map_err(|error| self.explain(error))?;
         let report = Report {
             target: wanted.target,
             epoch: self.record().com.map(|c| c.epoch),
@@ -98,6 +100,7 @@ impl Group {
             took_us: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
             held: wanted.hold,
             repeated: false,
+            left_out,
         };
         self.core().reason = None;
         let (target, epoch) = (report.target.as_str(), report.epoch.map(|e| e.0));
@@ -168,15 +171,20 @@ impl Group {
         }
     }
 
-    /// Ends what the primary has begun here, and promotes. Returns the bytes that differ.
-    async fn promote_drained(self: &Arc<Self>, wanted: Wanted) -> Result<u64> {
+    /// Ends what the primary has begun here, and promotes. Returns the bytes that differ, and the
+    /// disks that have no part in it.
+    async fn promote_drained(self: &Arc<Self>, wanted: Wanted) -> Result<(u64, Vec<String>)> {
         self.end_session(StopReason::Promoted).await?;
         self.drop_test("this side is promoted");
         let _held = self.hold_guest().await?;
         // Again, now that nothing moves: a write that was drained may have failed, and the guest
         // may have written.
         self.check_failover(wanted)?;
-        self.promote(wanted).await
+        let left_out = self.leave_out_joining();
+        let names = left_out.names();
+        let differing_bytes = self.promote(wanted, &names).await?;
+        left_out.gone().await;
+        Ok((differing_bytes, names))
     }
 
     /// Where guests have no address of their own, they are served where the primary was: also if
@@ -202,8 +210,8 @@ impl Group {
             devices.push(disk.promoted().ok_or_else(|| Error::failed("not promoted"))?);
         }
         let group = primary::Group::of_promoted(&self.side, self, devices, maps)?;
-        for (index, disk) in self.disks().iter().enumerate() {
-            disk.gate().replace(Arc::new(PrimaryDisk::new(&group, index)));
+        for (disk, part) in self.disks().into_iter().zip(group.disks()) {
+            disk.gate().replace(Arc::new(PrimaryDisk::new(&group, part)));
         }
         *self.primary() = Some(Primary::start(&group, &self.service()?));
         Ok(())
@@ -261,7 +269,7 @@ impl Group {
     }
 
     /// Writes the record first, then serves. Returns the bytes that differ.
-    async fn promote(self: &Arc<Self>, wanted: Wanted) -> Result<u64> {
+    async fn promote(self: &Arc<Self>, wanted: Wanted, left_out: &[String]) -> Result<u64> {
         let Wanted { target, hold } = wanted;
         let record = self.record();
         let set = record.set.ok_or_else(|| Error::failed("no set"))?;
@@ -300,11 +308,13 @@ impl Group {
             self.record_disks(record, |disk| {
                 promoted_record(disk.record(), references.next().copied().flatten())
             });
+            left_out.iter().for_each(|disk| record.remove_disk(disk));
             record.role = Role::Primary;
             record.session = None;
             let disks = self.disks().iter().map(|d| (d.name.clone(), d.size())).collect();
             // Nobody else can be the disk: a restart serves the guest at once.
-            record.primary = PrimaryRecord { had_peer: true, alone: true, disks };
+            record.primary =
+                PrimaryRecord { had_peer: true, alone: true, disks, ..PrimaryRecord::default() };
             record.secondary.latest_ok &= hold;
             let dropped_bytes = differing_bytes;
             record.secondary.promotion = Some(Promotion { target, merged, dropped_bytes, held });
@@ -494,6 +504,7 @@ pub(crate) fn repeated(
         took_us: 0,
         held: wanted.hold,
         repeated: true,
+        left_out: Vec::new(),
     }))
 }
 

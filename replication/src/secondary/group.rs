@@ -3,7 +3,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use brep_hbitmap::MapSet;
-use brep_nbd::server::{OptionError, OptionErrorCode};
 use brep_nbd::tls::TlsPeer;
 use futures_util::future::join_all;
 use serde_json::json;
@@ -12,7 +11,7 @@ use tokio::time::Instant;
 
 use super::buffers::Buffer;
 use super::disk::{Fresh, ReplicaDisk};
-use super::opening::{check_known_disks, open_disk};
+use super::opening::{check_known_disks, joining, open_disk};
 use super::plain::{Claim, Plain};
 use super::rejoin::{self, Refused};
 use super::session::Session;
@@ -20,12 +19,13 @@ use super::test_view::Test;
 use crate::commands::{ColoMode, Service};
 use crate::config::Durability;
 use crate::guest::Guest;
-use crate::link::{self, DiskInfo, StopReason};
+use crate::link::{self, StopReason};
 use crate::node::Stage;
 use crate::primary::Primary;
 use crate::side::Side;
 use crate::state::{DiskRecord, Record};
 use crate::status::LinkState;
+use crate::table::{DiskTable, Disks};
 use crate::{Commit, Epoch, Error, Result};
 
 /// The disks of a secondary, and everything that concerns all of them: record, session, commits.
@@ -33,7 +33,7 @@ pub(crate) struct Group {
     pub(super) side: Arc<Side>,
     /// What is known of a plain primary; none if primaries are brep's.
     pub(super) plain: Option<Plain>,
-    disks: Vec<Arc<ReplicaDisk>>,
+    pub(super) replicas: DiskTable<ReplicaDisk>,
     core: Mutex<Core>,
     /// Held while a hello is decided, a failover runs, or replication is stopped.
     pub(crate) transition: tokio::sync::Mutex<()>,
@@ -144,14 +144,21 @@ impl Group {
         let secondary = &record.secondary;
         let boot = side.boot_id();
         let lost = record.lost_power(boot.as_deref());
+        let configs = side.disk_configs();
+        check_known_disks(&record, &configs)?;
         let mut disks = Vec::new();
-        for disk in &config.disks {
+        for disk in &configs {
             let known = secondary.disks.iter().find(|d| d.name == disk.name);
-            disks.push(Arc::new(open_disk(config, disk, known, &record, lost).await?));
+            let known = known.cloned().or_else(|| joining(disk, &record));
+            disks.push(Arc::new(open_disk(config, disk, known.as_ref(), &record, lost).await?));
         }
-        check_known_disks(secondary, config)?;
         store.update(|record| {
             record.begin_run(boot, config.durability);
+            let joining = disks.iter().filter(|disk| disk.joining().is_some());
+            for disk in joining.map(|disk| disk.record()) {
+                record.secondary.disks.retain(|known| known.name != disk.name);
+                record.secondary.disks.push(disk);
+            }
         })?;
         let sizes: Vec<_> = disks.iter().map(|d: &Arc<ReplicaDisk>| (&*d.name, d.size())).collect();
         let own_maps = rejoin::open_own_maps(&store.get(), config, &sizes)?;
@@ -197,7 +204,7 @@ impl Group {
             guest: Arc::new(Guest::new(doors)),
             plain: config.plain_primary.then(Plain::default),
             side: Arc::clone(side),
-            disks,
+            replicas: DiskTable::new(disks),
             core: Mutex::new(core),
             transition: tokio::sync::Mutex::new(()),
             guest_hold: Arc::default(),
@@ -226,27 +233,12 @@ impl Group {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn disks(&self) -> &[Arc<ReplicaDisk>] {
-        &self.disks
+    pub(crate) fn disks(&self) -> Disks<ReplicaDisk> {
+        self.replicas.get()
     }
 
     pub(crate) fn has_guest(&self) -> bool {
         self.side.has_second_guest()
-    }
-
-    /// The disk of an export name; the empty name is the only disk's.
-    pub(crate) fn find_disk(
-        &self,
-        name: &str,
-    ) -> std::result::Result<Arc<ReplicaDisk>, OptionError> {
-        let only = (name.is_empty() && self.disks.len() == 1).then(|| &self.disks[0]);
-        only.or_else(|| self.disks.iter().find(|d| d.name == name)).cloned().ok_or_else(|| {
-            let names: Vec<_> = self.disks.iter().map(|d| d.name.as_str()).collect();
-            OptionError::new(
-                OptionErrorCode::Unknown,
-                format!("no export {name:?}; there is {}", names.join(", ")),
-            )
-        })
     }
 
     pub(crate) fn record(&self) -> Arc<Record> {
@@ -292,12 +284,7 @@ impl Group {
 
     /// What hello tells of this side.
     pub(crate) fn introduce(&self) -> link::Side {
-        let disks = self.disks.iter().map(|d| DiskInfo {
-            name: d.name.clone(),
-            size: d.size(),
-            growable: d.is_growable(),
-        });
-        self.side.introduce(disks.collect(), self.own_writes())
+        self.side.introduce(self.describe_disks(), self.own_writes())
     }
 
     /// Ends the present session, if any: afterwards nothing that it, or one before it, started
@@ -342,8 +329,10 @@ impl Group {
             record.epoch = record.epoch.max(terms.epoch);
         })?;
         self.secure_record().await?;
-        for disk in &self.disks {
-            disk.begin_session(terms.set, self.has_guest(), keep_checkpoint).await?;
+        for disk in &*session.disks.taking_part {
+            // What is not part of a checkpoint has none to keep.
+            let keep = keep_checkpoint && disk.joining().is_none();
+            disk.begin_session(terms.set, self.has_guest(), keep).await?;
         }
         self.update_record(|record| {
             self.record_disks(record, |disk| disk.record());
@@ -358,7 +347,7 @@ impl Group {
         })?;
         self.secure_record().await?;
         if keep_checkpoint {
-            for disk in &self.disks {
+            for disk in self.disks() {
                 disk.show_guest().await?;
             }
         }
@@ -378,8 +367,9 @@ impl Group {
         record: &mut Record,
         mut describe: impl FnMut(&ReplicaDisk) -> DiskRecord,
     ) {
-        let disks = self.disks.iter().map(|d| describe(d)).collect();
-        let seq = self.disks.iter().map(|d| d.pool.seq()).max().unwrap_or(0);
+        let all = self.disks();
+        let disks = all.iter().map(|d| describe(d)).collect();
+        let seq = all.iter().map(|d| d.pool.seq()).max().unwrap_or(0);
         let secondary = &mut record.secondary;
         secondary.disks = disks;
         secondary.buffer_seq = secondary.buffer_seq.max(seq);
@@ -389,16 +379,16 @@ impl Group {
     /// checks it.
     pub(crate) async fn cut(&self, session: &Session, epoch: Epoch) -> Result<()> {
         let begun = Instant::now();
-        for disk in &self.disks {
+        for disk in &*session.disks.taking_part {
             disk.drain(self.config.peer_timeout).await?;
         }
         self.check_current(session)?;
         // From here to the end there is no await: no write can come between two disks.
-        for disk in &self.disks {
+        for disk in &*session.disks.taking_part {
             // A plain primary may not have been stopped: all are cut, or none is.
             disk.check_switch()?;
         }
-        for disk in &self.disks {
+        for disk in &*session.disks.taking_part {
             disk.switch()?;
         }
         session.forget_failed_writes();
@@ -411,7 +401,9 @@ impl Group {
     /// Commits `epoch`: one record names the new chain, and the older buffers are given up.
     pub(crate) async fn commit(self: &Arc<Self>, session: &Session, epoch: Epoch) -> Result<()> {
         // The next epoch is being written meanwhile; that some of it is flushed too does no harm.
-        for flushed in join_all(self.disks.iter().map(|disk| disk.flush_image())).await {
+        for flushed in
+            join_all(session.disks.taking_part.iter().map(|disk| disk.flush_image())).await
+        {
             flushed.inspect_err(|_| self.note_failed_flushes())?;
         }
         let retired = {
@@ -443,16 +435,24 @@ impl Group {
         let Some(set) = self.record().set else {
             return Err(Error::failed("no set: the session was never begun"));
         };
-        let fresh = self.fresh(set).await?;
-        let disks = self.disks.iter().zip(&fresh).map(|(d, f)| d.record_after_commit(f)).collect();
-        let seq = self.disks.iter().map(|d| d.pool.seq()).max().unwrap_or(0);
+        let fresh = self.fresh(set, &session.disks.taking_part).await?;
+        let mut disks: Vec<_> = session
+            .disks
+            .taking_part
+            .iter()
+            .zip(&fresh)
+            .map(|(d, f)| d.record_after_commit(f))
+            .collect();
+        let leaving = self.leaving_disks(session);
+        disks.extend(self.bystanders(session).map(|disk| disk.record()));
+        let seq = self.disks().iter().map(|d| d.pool.seq()).max().unwrap_or(0);
         // A write may fail while this is saved; it then finds the record saved and clears the
         // flag again, for both run on the thread of the disks.
         let latest_ok = session.is_complete();
         // The last await was above: a failover, a stop or a newer session has ended this one
         // before that, or finds the commit done.
         if let Err(error) = self.check_current(session) {
-            self.give_back(fresh).await;
+            self.give_back(fresh, &session.disks.taking_part).await;
             return Err(error);
         }
         let save = |record: &mut Record| {
@@ -467,15 +467,16 @@ impl Group {
             secondary.latest_ok = latest_ok;
             secondary.disks = disks;
             secondary.buffer_seq = secondary.buffer_seq.max(seq);
+            leaving.iter().for_each(|disk| record.remove_disk(&disk.name));
         };
         #[cfg(feature = "simulation")]
-        let Some(fresh) = self.drop_early(fresh).await? else {
+        let Some(fresh) = self.drop_early(fresh, &session.disks.taking_part).await? else {
             return self.update_record(save).map(|()| Vec::new());
         };
         self.update_record(save)?;
         // Nor is there one between the record and what follows it here.
         let mut retired = Vec::new();
-        for (disk, fresh) in self.disks.iter().zip(fresh) {
+        for (disk, fresh) in session.disks.taking_part.iter().zip(fresh) {
             retired.push((Arc::clone(disk), disk.committed(fresh).await?));
             // The first commit is also the first time that there is something to show.
             disk.show_guest().await?;
@@ -483,17 +484,20 @@ impl Group {
         // Before anything that it drops is given up, and before the guest goes on.
         self.secure_record().await?;
         self.drop_own_maps();
+        for disk in &*leaving {
+            self.take_out(disk).await;
+        }
         Ok(retired)
     }
 
     /// Takes the buffers that a commit is going to name, on all disks or on none.
-    async fn fresh(&self, set: crate::SetId) -> Result<Vec<Fresh>> {
+    async fn fresh(&self, set: crate::SetId, disks: &Disks<ReplicaDisk>) -> Result<Vec<Fresh>> {
         let mut fresh = Vec::new();
-        for disk in &self.disks {
+        for disk in &**disks {
             match disk.fresh(set).await {
                 Ok(buffers) => fresh.push(buffers),
                 Err(error) => {
-                    self.give_back(fresh).await;
+                    self.give_back(fresh, disks).await;
                     return Err(error);
                 }
             }
@@ -502,8 +506,8 @@ impl Group {
     }
 
     /// Gives buffers up that no record has named.
-    async fn give_back(&self, fresh: Vec<Fresh>) {
-        let unused = self.disks.iter().zip(fresh);
+    async fn give_back(&self, fresh: Vec<Fresh>, disks: &Disks<ReplicaDisk>) {
+        let unused = disks.iter().zip(fresh);
         self.recycle(unused.map(|(d, f)| (Arc::clone(d), f.into_buffers())).collect()).await;
     }
 
@@ -566,7 +570,7 @@ impl Group {
         };
         self.end_with_test().await;
         let mut result = Ok(());
-        for disk in &self.disks {
+        for disk in self.disks() {
             result = result.and(disk.close().await);
         }
         for maps in std::mem::take(&mut self.core().own_maps) {

@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::disk::ReplicaDisk;
 use super::group::{Group, Terms};
 use super::rejoin::Refused;
 use super::session::Session;
@@ -114,7 +115,9 @@ impl Group {
         if let Some((reason, advice)) = self.objection(&terms) {
             return refuse(writer, limit, reason, advice).await;
         }
-        let (session, outbox) = Session::new(sync, heartbeat_pause(limit, hello.timeout_ms));
+        let disks = self.disks_of_session(&hello.side)?;
+        let pause = heartbeat_pause(limit, hello.timeout_ms);
+        let (session, outbox) = Session::new(sync, pause, disks);
         let begun = match self.grow_disks(&hello.side.disks).await {
             Ok(()) => self.begin_session(&terms, &session).await,
             Err(error) => Err(error),
@@ -203,7 +206,7 @@ impl Group {
                 Message::CopyBegun => self.core().copying = true,
                 Message::Cut { epoch } => self.handle_cut(session, epoch).await?,
                 Message::HashRequest { disk, offset, length, chunk } => {
-                    let answer = self.hash(disk, offset, length, chunk).await;
+                    let answer = self.hash(session, (disk, offset, length), chunk).await;
                     session.send(answer).await?;
                 }
                 Message::CheckpointAnswer { id, epoch, error } => {
@@ -269,8 +272,13 @@ impl Group {
     }
 
     /// Hashes chunks of a replica as it is now.
-    async fn hash(&self, disk: u32, offset: u64, length: u64, chunk: u32) -> Message {
-        let result = self.hash_chunks(disk, offset, length, chunk).await;
+    async fn hash(&self, session: &Session, range: (u32, u64, u64), chunk: u32) -> Message {
+        let (disk, offset, length) = range;
+        let told = session.disks.told.get(disk as usize);
+        let result = match told {
+            Some(replica) => self.hash_chunks(replica, offset, length, chunk).await,
+            None => Err(Error::usage("no such disk")),
+        };
         let (hashes, error) = match result {
             Ok(hashes) => (hashes, None),
             Err(error) => (Vec::new(), Some(error.to_string())),
@@ -280,12 +288,11 @@ impl Group {
 
     async fn hash_chunks(
         &self,
-        disk: u32,
+        disk: &ReplicaDisk,
         offset: u64,
         length: u64,
         chunk: u32,
     ) -> Result<Vec<String>> {
-        let disk = self.disks().get(disk as usize).ok_or_else(|| Error::usage("no such disk"))?;
         let chunk = u64::from(chunk);
         let fits = offset <= disk.size() && length <= disk.size() - offset;
         if !fits || chunk < 512 || length > HASH_BYTES_MAX || length.div_ceil(chunk) > HASHES_MAX {

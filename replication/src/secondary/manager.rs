@@ -20,16 +20,16 @@ impl Group {
         }
     }
 
-    pub(super) fn disk_names(&self) -> Vec<&str> {
-        self.disks().iter().map(|disk| disk.name.as_str()).collect()
+    pub(super) fn disk_names(&self) -> Vec<String> {
+        self.disks().iter().map(|disk| disk.name.clone()).collect()
     }
 
     /// The answer to `query-named-block-nodes`.
     pub(crate) fn nodes(&self, flat: bool) -> Value {
         let mut nodes = Vec::new();
-        for (disk, config) in self.disks().iter().zip(&self.config.disks) {
+        for disk in self.disks() {
             let name = |layer: &str| format!("{}-{layer}", disk.name);
-            let driver = match config.format {
+            let driver = match disk.config.format {
                 DiskFormat::Raw => "raw",
                 DiskFormat::Qcow2 => "qcow2",
             };

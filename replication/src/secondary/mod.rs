@@ -3,6 +3,7 @@
 mod buffers;
 mod commands;
 mod disk;
+mod disks;
 mod durable;
 mod exports;
 mod failover;
@@ -33,6 +34,7 @@ use brep_nbd::server::{Exports, Server};
 use tokio_util::sync::CancellationToken;
 
 use self::commands::SecondaryCommands;
+pub(crate) use self::disk::ReplicaDisk;
 use self::exports::{GuestExports, PeerExports};
 pub(crate) use self::failover::{Wanted, repeated};
 pub(crate) use self::group::Group;

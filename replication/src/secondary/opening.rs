@@ -2,8 +2,8 @@ use super::buffers::BufferPool;
 use super::disk::ReplicaDisk;
 use crate::config::{DiskConfig, SideConfig};
 use crate::image::Image;
-use crate::state::{DiskRecord, Record, SecondaryRecord};
-use crate::{Error, Result};
+use crate::state::{DiskRecord, Record};
+use crate::{Error, Result, random};
 
 /// Opens a disk and the buffers that the record names for it.
 pub(super) async fn open_disk(
@@ -33,22 +33,36 @@ pub(super) async fn open_disk(
     ReplicaDisk::open(disk, pool, image, known, record, power_lost).await
 }
 
-/// Every disk of the record must be given, and no other: a group is promoted as a whole.
-pub(super) fn check_known_disks(secondary: &SecondaryRecord, config: &SideConfig) -> Result<()> {
+/// The record of a disk that is new to a group that has others: its checkpoint lacks it.
+pub(super) fn joining(disk: &DiskConfig, record: &Record) -> Option<DiskRecord> {
+    let known = &record.secondary.disks;
+    let is_new = !known.is_empty() && !known.iter().any(|known| known.name == disk.name);
+    is_new.then(|| {
+        tracing::info!(disk = disk.name, "the disk is new to the group");
+        // Its size is not known yet: any is larger.
+        DiskRecord { joining: Some(random::uuid()), ..DiskRecord::new(&disk.name, 0) }
+    })
+}
+
+/// Every disk of the record must be given: a group is promoted as a whole. Others come in addition,
+/// but not to a side whose disks are not its primary's.
+pub(super) fn check_known_disks(record: &Record, disks: &[DiskConfig]) -> Result<()> {
+    let secondary = &record.secondary;
     for known in &secondary.disks {
-        if !config.disks.iter().any(|d| d.name == known.name) {
+        if !disks.iter().any(|d| d.name == known.name) {
             return Err(Error::refused(format!(
                 "disk {}: the state record knows it, but it was not given; add --disk {}=FILE",
                 known.name, known.name
             )));
         }
     }
-    let new = config.disks.iter().find(|d| !secondary.disks.iter().any(|k| k.name == d.name));
-    if let Some(new) = new.filter(|_| !secondary.disks.is_empty()) {
+    let new = disks.iter().find(|d| !secondary.disks.iter().any(|k| k.name == d.name));
+    let takes_new = !secondary.outdated && !record.is_primary();
+    if let Some(new) = new.filter(|_| !secondary.disks.is_empty() && !takes_new) {
         return Err(Error::refused(format!(
-            "disk {}: it is not part of the checkpoint that the state record names; leave it out, \
-             or move the state directory away and start over",
-            new.name
+            "disk {}: it is not part of what this side holds; leave it out, and add it when this \
+             side is in sync again: brep disk add {}=FILE",
+            new.name, new.name
         )));
     }
     Ok(())

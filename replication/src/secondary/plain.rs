@@ -15,7 +15,7 @@ use tokio::sync::OnceCell;
 
 use super::exports::ReplicaDevice;
 use super::group::{Group, Terms};
-use super::session::Session;
+use super::session::{Session, SessionDisks};
 use crate::link::StopReason;
 use crate::state::Record;
 use crate::status::LinkState;
@@ -105,7 +105,8 @@ impl Group {
             history: record.history,
         };
         // Nobody reads its messages.
-        let (session, _) = Session::new(false, self.config.peer_timeout);
+        let (session, _) =
+            Session::new(false, self.config.peer_timeout, SessionDisks::all(self.disks()));
         self.begin_session(&terms, &session).await?;
         Ok(session)
     }

@@ -121,7 +121,8 @@ pub fn would_discard(config: &SideConfig) -> Result<Discard> {
         let mut secondary = record.secondary.disks.iter().map(|d| (d.name.as_str(), d.size));
         primary.find(|d| d.0 == name).or_else(|| secondary.find(|d| d.0 == name))
     };
-    let names = || config.disks.iter().map(|d| d.name.as_str());
+    let configs = record.disks_at_start(&config.disks);
+    let names = || configs.iter().map(|d| d.name.as_str());
     let maps_of = |disk| {
         let (state_dir, set) = (&config.state_dir, record.set);
         MapsOf { state_dir, set, disk, size: 0, granularity_log2: None }
@@ -132,7 +133,7 @@ pub fn would_discard(config: &SideConfig) -> Result<Discard> {
         Some(disks) => open_own_maps(&record, config, &disks)?,
         None => Vec::new(),
     };
-    let disks = show_written(names(), &maps);
+    let disks = show_written(names(), maps.iter());
     for maps in maps {
         maps.close().map_err(|e| Error::failed(e.to_string()))?;
     }
@@ -163,7 +164,7 @@ impl Group {
 
     /// The same of all disks, for people.
     pub(super) fn own_written(&self) -> Vec<Written> {
-        show_written(self.disks().iter().map(|d| d.name.as_str()), &self.core().own_maps)
+        show_written(self.disks().iter().map(|d| d.name.as_str()), self.core().own_maps.iter())
     }
 
     /// The maps have done their work: a copy has been committed.

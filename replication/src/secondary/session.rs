@@ -8,7 +8,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::disk::ReplicaDisk;
 use crate::link::{Message, StopReason};
+use crate::table::Disks;
 use crate::{Epoch, Error, Result};
 
 /// Messages that wait to be sent; more than any exchange of the link has at a time.
@@ -44,6 +46,7 @@ pub(crate) struct Session {
     pub(crate) heartbeat_pause: Duration,
     /// The link task ends when this is cancelled.
     pub(crate) ending: CancellationToken,
+    pub(crate) disks: SessionDisks,
     outbox: mpsc::Sender<Message>,
     slots: Mutex<Slots>,
     /// A replica write has failed since the last cut.
@@ -54,6 +57,24 @@ pub(crate) struct Session {
     promoting: AtomicBool,
     /// The primary acknowledges nothing for the moment.
     held: CancellationToken,
+}
+
+/// What a session does with this side's disks.
+#[derive(Debug)]
+pub(crate) struct SessionDisks {
+    /// All, as hello told them.
+    pub(crate) told: Disks<ReplicaDisk>,
+    /// Those that its checkpoints hold.
+    pub(crate) taking_part: Disks<ReplicaDisk>,
+    /// Those that its first checkpoint does not hold any more.
+    pub(crate) leaving: Disks<ReplicaDisk>,
+}
+
+impl SessionDisks {
+    /// All take part.
+    pub(crate) fn all(disks: Disks<ReplicaDisk>) -> Self {
+        SessionDisks { leaving: disks.only(|_| false), taking_part: disks.clone(), told: disks }
+    }
 }
 
 /// The data connections. None are bound once the session is closed.
@@ -67,12 +88,14 @@ impl Session {
     pub(crate) fn new(
         sync: bool,
         heartbeat_pause: Duration,
+        disks: SessionDisks,
     ) -> (Arc<Self>, mpsc::Receiver<Message>) {
         let (outbox, messages) = mpsc::channel(OUTBOX_LEN);
         let session = Session {
             token: crate::random::uuid(),
             sync,
             heartbeat_pause,
+            disks,
             ending: CancellationToken::new(),
             outbox,
             slots: Mutex::new(Slots::default()),
@@ -203,6 +226,11 @@ impl Session {
     pub(crate) async fn send(&self, message: Message) -> Result<()> {
         let gone = || Error::failed("the link to the primary is gone");
         self.outbox.send(message).await.map_err(|_| gone())
+    }
+
+    /// Queues a message for the primary, if there is room.
+    pub(crate) fn try_send(&self, message: Message) {
+        let _ = self.outbox.try_send(message);
     }
 
     /// Asks the primary for a checkpoint and waits for its answer.

@@ -31,7 +31,7 @@ impl Group {
         };
         let differences = core.refused.as_ref().filter(|r| r.kind != RefusalKind::Other);
         let differences = differences.map(|refused| Differences {
-            here: show_written(self.disks().iter().map(|d| &*d.name), &core.own_maps),
+            here: show_written(self.disks().iter().map(|d| &*d.name), core.own_maps.iter()),
             there: refused.theirs.clone(),
         });
         Status {
@@ -95,6 +95,7 @@ fn disk_status(disk: &ReplicaDisk, secondary: &SecondaryRecord, core: &Core) -> 
     let incomplete = secondary.inconsistent || secondary.outdated;
     let state = match (incomplete, core.link) {
         (_, LinkState::Refused) if split => DiskState::SplitBrain,
+        (false, _) if disk.joining().is_some() => DiskState::Joining,
         (true, LinkState::Connected) => DiskState::Resyncing,
         (true, _) if secondary.outdated => DiskState::Outdated,
         (true, _) => DiskState::Inconsistent,

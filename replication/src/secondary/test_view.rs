@@ -99,6 +99,11 @@ impl Group {
         Ok(report)
     }
 
+    /// Whether a view is open.
+    pub(super) fn has_open_test(&self) -> bool {
+        self.core().test.as_ref().is_some_and(Test::is_open)
+    }
+
     fn check_test(&self) -> Result<()> {
         let record = self.record();
         if record.is_primary() {
@@ -113,6 +118,12 @@ impl Group {
             return Err(Error::refused(format!(
                 "the test view {} is open, and there is one at a time: brep failover --test-end {}",
                 open.name, open.name
+            )));
+        }
+        if let Some(disk) = self.disks().iter().find(|disk| disk.joining().is_some()) {
+            return Err(Error::refused(format!(
+                "disk {} is being added: try again when it is in sync",
+                disk.name
             )));
         }
         self.disks().iter().try_for_each(|disk| disk.check_test_view())?;
@@ -262,7 +273,7 @@ impl Group {
     fn test_exports(&self, test: &Test) -> impl Iterator<Item = String> {
         let is_only = self.disks().len() == 1;
         let name = test.name.clone();
-        self.disks().iter().map(move |disk| match is_only {
+        self.disks().into_iter().map(move |disk| match is_only {
             true => name.clone(),
             false => format!("{name}/{}", disk.name),
         })
@@ -289,7 +300,7 @@ impl Group {
 
     pub(super) fn test_status(&self, test: Option<&Test>) -> Option<TestStatus> {
         let test = test?;
-        let bytes = self.disks().iter().map(|disk| disk.test_bytes());
+        let bytes = self.disks().into_iter().map(|disk| disk.test_bytes());
         let (kept_bytes, written_bytes) =
             bytes.fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1));
         let age_ms = u64::try_from(test.opened.elapsed().as_millis()).unwrap_or(u64::MAX);

@@ -1,4 +1,5 @@
 //! One process of a pair: what stays while it is a secondary, is promoted, and is a primary.
+mod disks;
 mod handler;
 mod peer;
 
@@ -15,7 +16,7 @@ use uuid::Uuid;
 use self::handler::SideHandler;
 pub(crate) use self::handler::{RoleCommands, peer_argument};
 use crate::commands::Colo;
-use crate::config::{Durability, SideConfig};
+use crate::config::{DiskConfig, Durability, SideConfig};
 use crate::control::EventBus;
 use crate::daemon::{self, ControlThread};
 use crate::errors::ErrorLog;
@@ -70,6 +71,8 @@ pub(crate) struct Side {
     pub(crate) stopping: CancellationToken,
     pub(crate) record: SharedRecord,
     pub(crate) colo: Colo,
+    /// The disks that are there now.
+    disks: Mutex<Vec<DiskConfig>>,
     /// Where the other side listens.
     peer: watch::Sender<Option<Endpoint>>,
     /// Carries out commands in the present role.
@@ -89,7 +92,7 @@ impl std::fmt::Debug for Side {
 impl Side {
     /// Opens the state record, or makes a first one.
     fn open(config: SideConfig, stopping: CancellationToken) -> Result<Arc<Self>> {
-        daemon::prepare(&config.state_dir, &config.disks)?;
+        daemon::prepare(&config)?;
         let exposure = config.exposure();
         let mut addresses = config.listen.iter().chain(&config.guest_listen);
         addresses.try_for_each(|address| exposure.check(address))?;
@@ -104,6 +107,8 @@ impl Side {
         let record = SharedRecord::new(store, &events);
         take_role(&config, &record).map_err(|e| e.context(config.state_dir.display()))?;
         let peer = peer::at_start(&config, &record.get())?;
+        let disks = record.get().disks_at_start(&config.disks);
+        daemon::check_disks(&disks)?;
         let leaving = stopping.child_token();
         Ok(Arc::new(Side {
             config,
@@ -113,6 +118,7 @@ impl Side {
             stopping,
             record,
             colo: Colo::default(),
+            disks: Mutex::new(disks),
             peer: watch::Sender::new(peer),
             role: watch::Sender::default(),
             control: Mutex::default(),
@@ -194,10 +200,9 @@ impl Side {
     /// What tells one boot from every other of the machines that the files of this side lie on, if
     /// it is known of all of them.
     pub(crate) fn boot_id(&self) -> Option<String> {
-        let config = &self.config;
-        let mut paths = config.disks.iter().map(|disk| disk.path.as_path());
-        let first = storage::boot_id(&config.state_dir)?;
-        paths.try_fold(first, |id, path| storage::boot_id(path).map(|_| id))
+        let first = storage::boot_id(&self.config.state_dir)?;
+        let disks = self.disk_configs();
+        disks.iter().try_fold(first, |id, disk| storage::boot_id(&disk.path).map(|_| id))
     }
 
     /// Puts the record, and the names of the files beside it, on stable storage.
@@ -234,6 +239,7 @@ impl Side {
             history: record.history.clone(),
             primary: record.is_primary(),
             disks,
+            removed: record.removed.clone(),
             durability: self.config.durability,
             maps,
         }

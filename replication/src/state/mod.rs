@@ -2,11 +2,13 @@
 //!
 //! Every function here that changes a [`Record`] only computes; [`RecordStore::save`] is the one
 //! place that makes it persistent.
+mod disks;
 mod lines;
 mod record;
 mod shared;
 mod store;
 
+pub use disks::{AddedDisk, RemovedDisk};
 pub use lines::Lines;
 
 pub use record::{

@@ -1,6 +1,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::{AddedDisk, RemovedDisk};
 use crate::config::Durability;
 use crate::{Commit, Epoch, Generation, SetId};
 
@@ -28,6 +29,11 @@ pub struct Record {
     pub session: Option<Uuid>,
     /// Where the other side listens, as a URI, if that was set by command.
     pub peer: Option<String>,
+    /// Disks that were added by command.
+    pub added: Vec<AddedDisk>,
+    /// Disks that were taken out of the group, by name: a command line that has them is not
+    /// followed.
+    pub removed: Vec<RemovedDisk>,
     /// What it remembers as a primary.
     pub primary: PrimaryRecord,
     /// What it remembers as a secondary. A promoted one keeps its buffers until they are merged.
@@ -65,6 +71,9 @@ pub struct PrimaryRecord {
     pub alone: bool,
     /// Names and sizes of the disks.
     pub disks: Vec<(String, u64)>,
+    /// Disks that the secondary's checkpoint lacked at the last session's begin, with the id under
+    /// which the secondary had added each: the maps tell what is missing of that copy.
+    pub joins: Vec<(String, Uuid)>,
 }
 
 /// What a secondary remembers.
@@ -102,6 +111,8 @@ pub struct DiskRecord {
     pub name: String,
     /// Size in bytes.
     pub size: u64,
+    /// It is not part of the checkpoint yet; the id under which it was added.
+    pub joining: Option<Uuid>,
     /// The hidden disks that make the last checkpoint, the oldest first. The view at the
     /// checkpoint is the first that has a range, else the secondary disk.
     pub chain: Vec<BufferRef>,
@@ -190,6 +201,8 @@ impl Record {
             role,
             session: None,
             peer: None,
+            added: Vec::new(),
+            removed: Vec::new(),
             primary: PrimaryRecord::default(),
             // Nothing to be promoted to before the first commit.
             secondary: SecondaryRecord {
@@ -391,6 +404,7 @@ impl DiskRecord {
         DiskRecord {
             name: name.to_owned(),
             size,
+            joining: None,
             chain: Vec::new(),
             next: None,
             active: None,

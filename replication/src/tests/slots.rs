@@ -31,7 +31,8 @@ fn identity() -> Identity {
         primary: true,
         session: None,
         durability: crate::config::Durability::Power,
-        disks: vec![DiskInfo { name: "vda".into(), size: MIB, growable: false }],
+        disks: vec![DiskInfo { name: "vda".into(), size: MIB, growable: false, joining: None }],
+        removed: vec![],
         maps: None,
     }
 }

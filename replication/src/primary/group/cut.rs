@@ -29,7 +29,7 @@ impl Group {
         self.record.update(|record| record.epoch = record.epoch.max(epoch.next()))?;
         let cur = self.record.get().cur;
         let since = cur.map_or(Since::Unknown, |cur| Since::Commit(Commit { cur, epoch }));
-        for maps in &mut self.core().maps {
+        for maps in self.core().maps.values_mut() {
             maps.rotate(since.tag()).map_err(|e| Error::failed(e.to_string()))?;
         }
         Ok(Some(epoch))
@@ -82,7 +82,7 @@ impl Group {
                 return Err(Error::failed("the secondary was lost after a commit"));
             }
             // Only now: a start after a kill in between finds more than it needs.
-            core.maps.iter_mut().for_each(MapSet::drop_pending);
+            core.maps.values_mut().for_each(MapSet::drop_pending);
         }
         self.errors.clear_latch();
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use brep_block::FlushLevel;
 use futures_util::future::join_all;
 
-use super::Group;
+use super::{DiskPart, Group};
 use crate::Result;
 use crate::config::Durability;
 
@@ -43,12 +43,12 @@ impl Group {
     /// Flushes a disk of this side.
     pub(crate) async fn flush_disk(
         &self,
-        disk: usize,
+        disk: &DiskPart,
         level: FlushLevel,
     ) -> brep_block::Result<()> {
-        let result = self.disks[disk].device.flush(level).await;
+        let result = disk.device.flush(level).await;
         if result.is_err() {
-            self.distrust_maps(disk);
+            self.distrust_maps(disk.number);
         }
         result
     }
@@ -61,9 +61,10 @@ impl Group {
         if self.config.durability == Durability::Process {
             return Ok(());
         }
-        let flushes = (0..self.disks.len()).map(|disk| self.flush_disk(disk, FlushLevel::Durable));
-        for (disk, flushed) in join_all(flushes).await.into_iter().enumerate() {
-            flushed.inspect_err(|error| self.report(disk, error))?;
+        let disks = self.disks();
+        let flushes = disks.iter().map(|disk| self.flush_disk(disk, FlushLevel::Durable));
+        for (disk, flushed) in disks.iter().zip(join_all(flushes).await) {
+            flushed.inspect_err(|error| self.report(disk.number, error))?;
         }
         Ok(())
     }
@@ -76,8 +77,8 @@ impl Group {
     /// A guest's flush goes to the peer too, if there is one and the guest waits for it: what is
     /// flushed there was acknowledged, so it is there. It fails for no guest: a peer that cannot
     /// flush is reported, one that does not answer is lost; and it is not asked for nothing.
-    pub(crate) async fn flush_peer(self: &Arc<Self>, disk: usize) {
-        let writes = &self.disks[disk].peer_writes;
+    pub(crate) async fn flush_peer(self: &Arc<Self>, part: &DiskPart) {
+        let (disk, writes) = (part.number, &part.peer_writes);
         if !self.core().flushes_reach_peer || writes.are_flushed() {
             return;
         }
@@ -86,7 +87,7 @@ impl Group {
         let (epoch, flush) = {
             let core = self.core();
             // Locked with the look: a session that ends later ends the flush.
-            let Some(connection) = core.connections.get(disk) else { return };
+            let Some(connection) = core.connections.get(&disk) else { return };
             (core.epochs.current(), connection.start_flush(FlushLevel::Durable))
         };
         match flush.await {

@@ -1,6 +1,7 @@
 //! What a loss of power may take from the maps: the activity log of each disk, and the flushes that
 //! let extents leave it. With `--durability process` there is none of this.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -41,6 +42,21 @@ pub(super) struct HotTasks {
 impl MapsOf<'_> {
     fn log_path(&self) -> PathBuf {
         self.state_dir.join(format!("{}.log", self.disk))
+    }
+
+    /// Removes whatever there is of a disk's maps.
+    ///
+    /// # Errors
+    /// A file cannot be removed; it must not be taken for true later.
+    pub(super) fn remove_all(&self) -> Result<()> {
+        self.remove()?;
+        let path = self.log_path();
+        match storage::remove(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::failed(format!("{}: {error}", path.display())))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Opens the maps, whether or not there was a log; see [`open`](Self::open).
@@ -100,16 +116,15 @@ impl MapsOf<'_> {
 ///
 /// # Errors
 /// A log cannot be written, or maps not be flushed.
-pub(super) fn begin_logs(
+pub(super) fn begin_logs<'a>(
     side: &Side,
-    disks: &[DiskPart],
-    maps: &mut [MapSet],
-) -> Result<Vec<HotExtents>> {
-    let mut hot = Vec::new();
-    for (disk, maps) in disks.iter().zip(maps) {
+    disks: impl Iterator<Item = (&'a Arc<DiskPart>, &'a mut MapSet)>,
+) -> Result<BTreeMap<usize, HotExtents>> {
+    let mut hot = BTreeMap::new();
+    for (disk, maps) in disks {
         let of = MapsOf::new(side, &disk.name, disk.size());
         match side.config.durability {
-            Durability::Power => hot.push(of.begin_log(maps)?),
+            Durability::Power => drop(hot.insert(disk.number, of.begin_log(maps)?)),
             Durability::Process => maps.set_logged(false).map_err(|e| of.failed(&e))?,
         }
     }
@@ -128,10 +143,10 @@ impl Core {
     /// The disk has grown: what is added differs. On stable storage when this returns, as is what was
     /// set before.
     pub(super) fn grow_maps(&mut self, disk: usize, size: u64) -> brep_hbitmap::Result<()> {
-        if let Some(maps) = self.maps.get_mut(disk) {
+        if let Some(maps) = self.maps.get_mut(&disk) {
             maps.grow(size)?;
         }
-        if let Some(hot) = self.hot.get_mut(disk) {
+        if let Some(hot) = self.hot.get_mut(&disk) {
             hot.log.resize(size);
         }
         Ok(())
@@ -139,7 +154,7 @@ impl Core {
 
     /// Whether bits of a range may be set now.
     fn heat(&mut self, disk: usize, offset: u64, len: u64) -> bool {
-        self.hot.get_mut(disk).is_none_or(|hot| hot.log.heat(offset, len))
+        self.hot.get_mut(&disk).is_none_or(|hot| hot.log.heat(offset, len))
     }
 }
 
@@ -201,7 +216,7 @@ impl Group {
     /// # Errors
     /// It failed: nothing more may be acknowledged.
     pub(crate) async fn flush_maps(self: &Arc<Self>) -> Result<()> {
-        for disk in 0..self.disks().len() {
+        for disk in self.disks().iter().map(|disk| disk.number) {
             let Some((flush, sync)) = self.begin_flush(disk) else { continue };
             let group = Arc::clone(self);
             let flushed = detach(async move {
@@ -216,7 +231,7 @@ impl Group {
 
     /// The same, for what is rare and cannot be interrupted: the data path waits.
     pub(super) fn flush_maps_now(&self) -> Result<()> {
-        for disk in 0..self.disks().len() {
+        for disk in self.disks().iter().map(|disk| disk.number) {
             let Some((flush, sync)) = self.begin_flush(disk) else { continue };
             self.end_flush(disk, sync, flush.run().map_err(|e| e.to_string()))?;
         }
@@ -225,8 +240,8 @@ impl Group {
 
     fn begin_flush(&self, disk: usize) -> Option<(MapFlush, Sync)> {
         let mut core = self.core();
-        let sync = core.hot.get_mut(disk)?.log.begin_sync();
-        Some((core.maps.get(disk)?.flusher(), sync))
+        let sync = core.hot.get_mut(&disk)?.log.begin_sync();
+        Some((core.maps.get(&disk)?.flusher(), sync))
     }
 
     fn end_flush(
@@ -237,7 +252,7 @@ impl Group {
     ) -> Result<()> {
         match flushed {
             Ok(()) => {
-                if let Some(hot) = self.core().hot.get_mut(disk) {
+                if let Some(hot) = self.core().hot.get_mut(&disk) {
                     hot.log.synced(sync);
                 }
                 self.hot_tasks.wanted.notify_one();
@@ -295,10 +310,11 @@ impl Drop for Paused<'_> {
 async fn write_logs(group: Arc<Group>) {
     loop {
         let mut written = false;
-        for disk in 0..group.disks().len() {
+        for part in group.disks() {
+            let disk = part.number;
             let next = {
                 let mut core = group.core();
-                let Some(hot) = core.hot.get_mut(disk) else { return };
+                let Some(hot) = core.hot.get_mut(&disk) else { continue };
                 let next = hot.log.next_write();
                 if hot.log.wants_sync() || hot.log.is_full() {
                     group.hot_tasks.full.notify_one();
@@ -307,11 +323,11 @@ async fn write_logs(group: Arc<Group>) {
             };
             let Some((next, file)) = next else { continue };
             if let Err(error) = write(file, next).await {
-                let name = &group.disks()[disk].name;
+                let name = &part.name;
                 group.log_failed(&format!("activity log of disk {name}: {error}"));
                 return;
             }
-            if let Some(hot) = group.core().hot.get_mut(disk) {
+            if let Some(hot) = group.core().hot.get_mut(&disk) {
                 hot.log.written();
             }
             group.hot_tasks.changed.notify_waiters();

@@ -218,10 +218,10 @@ impl Group {
     /// They could not be put on stable storage where that is promised.
     pub(super) fn prepare_maps(&self, copy: CopyMode, trusted: bool) -> Result<()> {
         let unite = |core: &mut Core| {
-            core.maps.iter_mut().for_each(|maps| unite_for(maps, copy, trusted));
+            core.maps.values_mut().for_each(|maps| unite_for(maps, copy, trusted));
         };
         self.change_roles(unite, |core| {
-            for maps in &mut core.maps {
+            for maps in core.maps.values_mut() {
                 let size = maps.map(Role::Differs).size();
                 if trusted {
                     trust(maps, size);
@@ -239,15 +239,15 @@ impl Group {
     /// A cut has come to nothing.
     pub(super) fn void_pending(&self) {
         let unite = |core: &mut Core| {
-            core.maps.iter_mut().for_each(|maps| maps.unite(Role::Open, Role::Pending));
+            core.maps.values_mut().for_each(|maps| maps.unite(Role::Open, Role::Pending));
         };
-        self.change_roles(unite, |core| core.maps.iter_mut().for_each(MapSet::void_pending));
+        self.change_roles(unite, |core| core.maps.values_mut().for_each(MapSet::void_pending));
     }
 
     /// Everything differs, in a session that goes on.
     pub(super) fn all_differs(&self) {
         let all = |core: &mut Core| {
-            for maps in &mut core.maps {
+            for maps in core.maps.values_mut() {
                 maps.set(Role::Differs, 0, maps.map(Role::Differs).size());
             }
             core.progress = Some(CopyProgress::begin(core.all_bytes_behind(), Instant::now()));
@@ -255,14 +255,28 @@ impl Group {
         self.change_roles(|_| {}, all);
     }
 
-    /// Looks at the maps of a disk.
-    pub(crate) fn with_maps<T>(&self, disk: usize, look: impl FnOnce(&MapSet) -> T) -> Option<T> {
-        self.core().maps.get(disk).map(look)
+    /// All of these disks differs, when a session is about to begin that copies them.
+    pub(super) fn copy_whole(&self, disks: impl Iterator<Item = usize>) {
+        let disks: Vec<_> = disks.collect();
+        if disks.is_empty() {
+            return;
+        }
+        let all = |core: &mut Core| {
+            for (_, maps) in core.maps.iter_mut().filter(|(disk, _)| disks.contains(disk)) {
+                maps.set(Role::Differs, 0, maps.map(Role::Differs).size());
+            }
+        };
+        self.change_roles(|_| {}, all);
+    }
+
+    /// Looks at the maps of a disk, by its place in the order of hello.
+    pub(crate) fn with_maps<T>(&self, place: usize, look: impl FnOnce(&MapSet) -> T) -> Option<T> {
+        self.core().maps.values().nth(place).map(look)
     }
 
     /// A flush of a disk has failed: it may have lost what the peer has, and nobody knows what.
     pub(crate) fn distrust_maps(&self, disk: usize) {
-        if let Some(maps) = self.core().maps.get_mut(disk) {
+        if let Some(maps) = self.core().maps.get_mut(&disk) {
             maps.set_tag(Role::Differs, Since::Unknown.tag());
         }
     }
@@ -272,7 +286,7 @@ impl Group {
     pub(crate) fn mark_theirs(&self, disk: usize, ranges: &[(u64, u64)]) {
         let mut core = self.core();
         for (start, len) in ranges {
-            let size = core.maps.get(disk).map_or(0, |maps| maps.map(Role::Differs).size());
+            let size = core.maps.get(&disk).map_or(0, |maps| maps.map(Role::Differs).size());
             let start = (*start).min(size);
             core.mark(disk, Role::Differs, start, (*len).min(size - start));
         }
@@ -280,12 +294,12 @@ impl Group {
 
     /// What this side has written since its maps begin.
     pub(crate) fn written(&self) -> Vec<Written> {
-        show_written(self.disks().iter().map(|d| d.name.as_str()), &self.core().maps)
+        show_written(self.disks().iter().map(|d| d.name.as_str()), self.core().maps.values())
     }
 
     /// What one bit of a disk's maps stands for.
     pub(crate) fn granule_bytes(&self, disk: usize) -> u64 {
-        self.core().maps.get(disk).map_or(1, |maps| maps.map(Role::Differs).granularity())
+        self.core().maps.get(&disk).map_or(1, |maps| maps.map(Role::Differs).granularity())
     }
 
     /// Bytes that the peer is not known to have, of each disk.
@@ -296,7 +310,7 @@ impl Group {
     /// The first range of a disk, from `offset` on, that differs; at most `max` bytes.
     pub(crate) fn next_different(&self, disk: usize, offset: u64, max: u64) -> Option<Range<u64>> {
         let core = self.core();
-        let map = core.maps.get(disk)?.map(Role::Differs);
+        let map = core.maps.get(&disk)?.map(Role::Differs);
         let granule = map.granularity();
         let area = map.next_dirty_area(offset..map.size(), max)?;
         // Whole granules: a bit is cleared for all of it.
@@ -308,7 +322,7 @@ impl Group {
     /// The range, made longer to at most `len` bytes, as far as whole granules differ.
     pub(crate) fn extend_range(&self, disk: usize, range: &Range<u64>, len: u64) -> Range<u64> {
         let core = self.core();
-        let Some(maps) = core.maps.get(disk) else { return range.clone() };
+        let Some(maps) = core.maps.get(&disk) else { return range.clone() };
         let map = maps.map(Role::Differs);
         let limit = range.start.saturating_add(len).min(map.size());
         let end = map.next_zero(range.start..limit).unwrap_or(limit);
@@ -336,7 +350,7 @@ impl Group {
 
     /// Whether any range of any disk differs.
     pub(crate) fn has_differences(&self) -> bool {
-        self.core().maps.iter().any(|maps| !maps.map(Role::Differs).is_empty())
+        self.core().maps.values().any(|maps| !maps.map(Role::Differs).is_empty())
     }
 
     /// Puts the maps on stable storage and closes them.
@@ -348,7 +362,7 @@ impl Group {
         let mut core = self.core();
         core.hot.clear();
         let mut result = Ok(());
-        for maps in std::mem::take(&mut core.maps) {
+        for maps in std::mem::take(&mut core.maps).into_values() {
             result = result.and(maps.close().map_err(|e| Error::failed(e.to_string())));
         }
         result
@@ -398,12 +412,12 @@ impl Drop for AssumedEqual<'_> {
 
 impl Core {
     pub(super) fn all_bytes_behind(&self) -> Vec<u64> {
-        self.maps.iter().map(|maps| maps.map(Role::Differs).dirty_bytes()).collect()
+        self.maps.values().map(|maps| maps.map(Role::Differs).dirty_bytes()).collect()
     }
 
     /// Marks whole granules as on their way.
     pub(super) fn clear_different(&mut self, disk: usize, offset: u64, len: u64) {
-        if let Some(maps) = self.maps.get_mut(disk) {
+        if let Some(maps) = self.maps.get_mut(&disk) {
             maps.transfer(Role::Differs, Role::Open, offset, len);
         }
     }
@@ -416,17 +430,17 @@ impl Core {
         len: u64,
         ends: u8,
     ) -> Option<InFlight> {
-        self.maps.get_mut(disk)?.begin_in_flight(offset, len, ends)
+        self.maps.get_mut(&disk)?.begin_in_flight(offset, len, ends)
     }
 
     pub(super) fn end_in_flight(&mut self, disk: usize, request: Option<InFlight>) {
-        if let (Some(maps), Some(request)) = (self.maps.get_mut(disk), request) {
+        if let (Some(maps), Some(request)) = (self.maps.get_mut(&disk), request) {
             maps.end_in_flight(request);
         }
     }
 
     pub(super) fn mark(&mut self, disk: usize, role: Role, offset: u64, len: u64) {
-        if let Some(maps) = self.maps.get_mut(disk)
+        if let Some(maps) = self.maps.get_mut(&disk)
             && len > 0
         {
             maps.set(role, offset, len);

@@ -14,10 +14,9 @@ impl Group {
     /// changed. Or its maps do not grow: then it is served as it was.
     pub(crate) async fn resize(&self, name: &str, size: u64) -> Result<()> {
         self.check_final()?;
-        let _one = self.resizing.lock().await;
-        let index = self.disks.iter().position(|d| d.name == name);
-        let index = index.ok_or_else(|| Error::usage(format!("there is no disk {name:?}")))?;
-        let disk = &self.disks[index];
+        let _one = self.changing_disks.lock().await;
+        let disk = self.disks().into_iter().find(|d| d.name == name);
+        let disk = disk.ok_or_else(|| Error::usage(format!("there is no disk {name:?}")))?;
         let old = disk.size();
         if size < old || !size.is_multiple_of(512) {
             return Err(Error::usage(format!(
@@ -32,7 +31,7 @@ impl Group {
             return Ok(());
         }
         // Before anybody can write there. What is added differs until it has been looked at.
-        let grown = self.core().grow_maps(index, size);
+        let grown = self.core().grow_maps(disk.number, size);
         grown.map_err(|e| Error::failed(format!("maps of disk {name}: {e}")))?;
         disk.size.store(size, Ordering::Release);
         let saved = self.update_record(|record| {

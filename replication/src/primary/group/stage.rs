@@ -86,7 +86,7 @@ impl Group {
     }
 
     /// Waits until the peer gets nothing more.
-    async fn detached(&self) {
+    pub(super) async fn detached(&self) {
         loop {
             let ended = self.ended.notified();
             let mut ended = std::pin::pin!(ended);

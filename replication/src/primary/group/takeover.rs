@@ -126,7 +126,7 @@ impl Group {
             false => Ok(()),
             true => {
                 let text = "the other side has been promoted: it is the disk now";
-                Err(BlockError::new(operation, ErrorKind::Shutdown, &self.disks[disk].name, text))
+                Err(BlockError::new(operation, ErrorKind::Shutdown, self.disk_name(disk), text))
             }
         }
     }
@@ -145,7 +145,7 @@ impl Group {
             if !core.epochs.is_attached() {
                 return;
             }
-            core.connections.iter().for_each(|c| c.kill());
+            core.connections.values().for_each(|c| c.kill());
             core.dropped.take().unwrap_or(loss)
         };
         // At the end of the process the guest is gone already; and while the secondary may be taking
@@ -184,7 +184,7 @@ impl Group {
         let mut core = self.core();
         if core.epochs.is_attached() {
             core.dropped = Some(loss.into());
-            core.connections.iter().for_each(|c| c.kill());
+            core.connections.values().for_each(|c| c.kill());
         }
     }
 

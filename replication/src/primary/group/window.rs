@@ -170,7 +170,7 @@ impl Group {
         match &core.fatal {
             None => Ok(()),
             Some(reason) => {
-                let node = &self.disks[disk].name;
+                let node = self.disk_name(disk);
                 Err(BlockError::new(operation, ErrorKind::Io, node, reason.clone()))
             }
         }
@@ -222,7 +222,7 @@ impl Group {
                 Err(_) => Err(BlockError::new(
                     Operation::Write,
                     ErrorKind::NotConnected,
-                    &self.disks[disk].name,
+                    self.disk_name(disk),
                     "the secondary was lost",
                 )),
             },
@@ -250,7 +250,9 @@ impl Group {
                 core.epochs.remote_done(epoch, true);
                 core.end_in_flight(disk, in_flight);
                 drop(core);
-                self.disks[disk].peer_writes.note();
+                if let Some(part) = self.disk(disk) {
+                    part.peer_writes.note();
+                }
                 self.counters.replicated_writes.fetch_add(1, Ordering::Relaxed);
                 self.counters.replicated_bytes.fetch_add(len, Ordering::Relaxed);
             }
@@ -293,7 +295,7 @@ impl Group {
 impl Core {
     /// How the connections to the peer are encrypted, while there are any.
     pub(crate) fn peer_tls(&self) -> Option<TlsStatus> {
-        let peer = self.connections.first()?.tls_peer()?;
+        let peer = self.connections.values().next()?.tls_peer()?;
         Some(TlsStatus::from(&**peer))
     }
 
@@ -309,7 +311,8 @@ impl Core {
         }
         let remote = match route {
             Route::Send => {
-                let connection = &self.connections[disk];
+                // Attached is only who has a connection for every disk.
+                let connection = &self.connections[&disk];
                 Remote::Sent(submit(change, connection, offset))
             }
             Route::Hold => {
@@ -332,7 +335,7 @@ impl Core {
 
     pub(super) fn send_held(&mut self, held: VecDeque<HeldWrite>) {
         for write in held {
-            let io = submit(write.change, &self.connections[write.disk], write.offset);
+            let io = submit(write.change, &self.connections[&write.disk], write.offset);
             // An owner that is gone does not take its write back.
             let _ = write.sent.send(io);
         }

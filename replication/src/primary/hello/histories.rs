@@ -198,7 +198,13 @@ impl Node {
             history: record.history,
             primary: record.role == Role::Primary,
             session: record.session,
-            disks: vec![DiskInfo { name: "vda".into(), size: CELLS as u64, growable: false }],
+            disks: vec![DiskInfo {
+                name: "vda".into(),
+                size: CELLS as u64,
+                growable: false,
+                joining: None,
+            }],
+            removed: Vec::new(),
             maps: self.files.maps.as_ref().filter(|_| own).and_then(Maps::info),
         }
     }

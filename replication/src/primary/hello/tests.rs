@@ -6,6 +6,20 @@ fn at(cur: Generation, epoch: u64) -> Commit {
     Commit { cur, epoch: Epoch(epoch) }
 }
 
+/// As hello tells of it.
+pub(super) fn disk(name: &str, size: u64) -> DiskInfo {
+    DiskInfo { name: name.into(), size, growable: name != "vda", joining: None }
+}
+
+pub(super) fn sides() -> (Side, Side) {
+    let pair = Pair::new();
+    (pair.me, pair.answer.side)
+}
+
+pub(super) fn answer() -> HelloAnswer {
+    Pair::new().answer
+}
+
 /// A pair whose last checkpoint is epoch 5, and that has gone on to epoch 9.
 struct Pair {
     me: Side,
@@ -27,7 +41,8 @@ impl Pair {
             history: vec![],
             primary: true,
             session: None,
-            disks: vec![DiskInfo { name: "vda".into(), size: 1 << 20, growable: false }],
+            disks: vec![disk("vda", 1 << 20)],
+            removed: vec![],
             durability: crate::config::Durability::Power,
             maps: Some(MapsInfo { since: Some(at(line, 5)), bytes: vec![65536] }),
         };
@@ -184,7 +199,7 @@ fn sizes_and_names_must_be_equal() {
     pair.answer.side.disks[0].size = 1024;
     assert!(pair.refused_always().reason.contains("1024"));
     pair.answer.side.disks[0] = DiskInfo { name: "vdb".into(), ..vda.clone() };
-    assert!(pair.refused_always().reason.contains("vdb"));
+    assert!(pair.refused_always().reason.contains("vda is not on the secondary"));
     let vdc = DiskInfo { name: "vdc".into(), ..vda.clone() };
     pair.answer.side.disks = vec![vdc.clone(), vda.clone()];
     let refused = pair.refused_always();

@@ -1,0 +1,187 @@
+//! Disks that come and go while the others are used.
+
+use std::sync::Arc;
+
+use brep_hbitmap::Role;
+
+use super::hot::begin_logs;
+use super::maps::{MapsOf, Since};
+use super::{DiskPart, Group};
+use crate::config::{DiskConfig, PeerKind};
+use crate::daemon;
+use crate::image::Image;
+use crate::side::Side;
+use crate::{Error, Result};
+
+/// Every disk that the record knows has to be there: its guest would miss it, and the secondary's
+/// checkpoint holds it.
+pub(super) fn check_known_disks(known: &[(String, u64)], given: &[DiskConfig]) -> Result<()> {
+    let missing = known.iter().find(|(name, _)| !given.iter().any(|disk| disk.name == *name));
+    missing.map_or(Ok(()), |(name, _)| {
+        Err(Error::refused(format!(
+            "disk {name}: the state record knows it, but it was not given; add --disk {name}=FILE. \
+             To take it out of the group: start with it, then brep disk remove {name}"
+        )))
+    })
+}
+
+/// Makes the maps of a disk that is new to the group: the secondary lacks all of it.
+pub(super) fn maps_of_new(side: &Side, disk: &DiskPart) -> Result<()> {
+    let of = MapsOf::new(side, &disk.name, disk.size());
+    let mut maps = of.create(Since::Ever)?;
+    maps.set(Role::Differs, 0, disk.size());
+    maps.close().map_err(|e| of.failed(&e))
+}
+
+impl Group {
+    /// Adds a disk. It is part of the group when this returns, and its export can be served; the
+    /// secondary is connected again, and gets a copy. Returns whether it was not there before.
+    ///
+    /// # Errors
+    /// Refused, or the file cannot be used; nothing was changed.
+    pub(crate) async fn add_disk(&self, config: DiskConfig) -> Result<bool> {
+        let _one = self.changing_disks.lock().await;
+        if self.is_there_already(&config)? {
+            return Ok(false);
+        }
+        self.check_change()?;
+        let image = Image::open(&config).await?;
+        self.check_peer_has(&config.name, image.device().size())?;
+        let number = self.next_disk.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let disk = DiskPart::of_image(number, &config, image);
+        maps_of_new(&self.side, &disk)?;
+        let mut maps = MapsOf::new(&self.side, &disk.name, disk.size()).open()?;
+        let mut hot = begin_logs(&self.side, std::iter::once((&disk, &mut maps)))?;
+        // Whoever is attached has a connection for every disk.
+        self.take_leave(&format!("disk {} is added", disk.name)).await;
+        self.update_record(|record| {
+            record.add_disk(&config);
+            record.primary.disks.push((disk.name.clone(), disk.size()));
+        })?;
+        self.side.note_added(&config);
+        {
+            let mut core = self.core();
+            core.maps.insert(number, maps);
+            core.hot.append(&mut hot);
+        }
+        self.disks.add(Arc::clone(&disk));
+        self.secure_record().await?;
+        tracing::info!(disk = disk.name, file = disk.file, "the disk is part of the group");
+        self.wake.notify_one();
+        Ok(true)
+    }
+
+    fn is_there_already(&self, config: &DiskConfig) -> Result<bool> {
+        daemon::check_disks(std::slice::from_ref(config))?;
+        let configs = self.side.disk_configs();
+        let Some(known) = configs.iter().find(|disk| disk.name == config.name) else {
+            daemon::check_disks(&[configs.as_slice(), std::slice::from_ref(config)].concat())?;
+            return Ok(false);
+        };
+        if known.path == config.path {
+            return Ok(true);
+        }
+        Err(Error::refused(format!(
+            "disk {}: it is part of the group, with the file {}",
+            config.name,
+            known.path.display()
+        )))
+    }
+
+    /// Whether disks can come and go at present.
+    fn check_change(&self) -> Result<()> {
+        if self.promoted.is_some() {
+            return Err(Error::refused(
+                "this side was promoted in its present run: disks can be added and removed when it \
+                 has been merged (see brep status) and started again",
+            ));
+        }
+        if self.config.peer_kind == PeerKind::Plain && self.peer().is_some() {
+            return Err(Error::refused(
+                "a plain NBD server does not say what it holds: stop both sides, and start them \
+                 with the disks that there shall be",
+            ));
+        }
+        if self.core().stepping_down.is_some() || self.is_superseded() {
+            return Err(Error::refused("the other side takes over: it is the primary then"));
+        }
+        Ok(())
+    }
+
+    /// A secondary that is connected has to have the disk: else it would have to be refused, and
+    /// the other disks with it.
+    fn check_peer_has(&self, name: &str, size: u64) -> Result<()> {
+        let core = self.core();
+        let Some(disks) = core.peer_disks.as_ref().filter(|_| core.epochs.is_attached()) else {
+            return Ok(());
+        };
+        match disks.iter().find(|disk| disk.name == name) {
+            None => Err(Error::refused(format!(
+                "disk {name}: the secondary does not have it. First, on the secondary: brep disk \
+                 add {name}=FILE, with a file of {size} bytes; then this again"
+            ))),
+            Some(theirs) if theirs.size > size || theirs.size < size && !theirs.growable => {
+                Err(Error::refused(format!(
+                    "disk {name}: {size} bytes here, {} on the secondary; give both the same size",
+                    theirs.size
+                )))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Ends the session: the next one begins with the disks that there are then.
+    async fn take_leave(&self, reason: &str) {
+        while self.is_attached() {
+            self.drop_peer(reason.to_owned());
+            self.detached().await;
+        }
+    }
+
+    /// Takes a disk out of the group; nobody uses its export any more. The secondary keeps it up to
+    /// its next checkpoint. Returns whether it was there.
+    ///
+    /// # Errors
+    /// Refused; nothing was changed. Or its file could not be written out: then it is out of the
+    /// group all the same.
+    pub(crate) async fn remove_disk(&self, name: &str) -> Result<bool> {
+        let _one = self.changing_disks.lock().await;
+        let Some(disk) = self.removable_disk(name)? else { return Ok(false) };
+        self.take_leave(&format!("disk {name} is removed")).await;
+        self.update_record(|record| record.remove_disk(name))?;
+        self.side.note_removed(name);
+        self.disks.remove(&disk);
+        {
+            let mut core = self.core();
+            core.hot.remove(&disk.number);
+            core.maps.remove(&disk.number);
+        }
+        self.secure_record().await?;
+        MapsOf::new(&self.side, name, disk.size()).remove_all()?;
+        tracing::info!(disk = name, "the disk is not part of the group any more");
+        self.wake.notify_one();
+        disk.close().await?;
+        Ok(true)
+    }
+
+    /// The disk that is to be removed, if that can be done; none: it is not there any more.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub(crate) fn removable_disk(&self, name: &str) -> Result<Option<Arc<DiskPart>>> {
+        let disks = self.disks();
+        let Some(disk) = disks.iter().find(|disk| disk.name == name) else {
+            return match self.record().has_removed(name) {
+                true => Ok(None),
+                false => Err(Error::usage(format!("there is no disk {name:?}"))),
+            };
+        };
+        self.check_change()?;
+        if disks.len() == 1 {
+            return Err(Error::refused(format!(
+                "disk {name} is the last one of the group: stop this side instead"
+            )));
+        }
+        Ok(Some(Arc::clone(disk)))
+    }
+}

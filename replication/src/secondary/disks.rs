@@ -1,0 +1,245 @@
+//! Disks that come and go while the others are replicated.
+
+use std::sync::Arc;
+
+use brep_nbd::server::{OptionError, OptionErrorCode};
+
+use super::Group;
+use super::disk::ReplicaDisk;
+use super::opening::{joining, open_disk};
+use super::session::{Session, SessionDisks};
+use crate::config::DiskConfig;
+use crate::daemon;
+use crate::link::{DiskInfo, Message, Side};
+use crate::table::Disks;
+use crate::{Error, Result};
+
+impl Group {
+    /// The disk of an export name; the empty name is the only disk's.
+    pub(crate) fn find_disk(
+        &self,
+        name: &str,
+    ) -> std::result::Result<Arc<ReplicaDisk>, OptionError> {
+        let disks = self.disks();
+        let only = (name.is_empty() && disks.len() == 1).then(|| &disks[0]);
+        only.or_else(|| disks.iter().find(|d| d.name == name)).cloned().ok_or_else(|| {
+            let names: Vec<_> = disks.iter().map(|d| d.name.as_str()).collect();
+            let text = match self.record().has_removed(name) {
+                true => format!("disk {name:?} is not part of the group any more"),
+                false => format!("no export {name:?}; there is {}", names.join(", ")),
+            };
+            OptionError::new(OptionErrorCode::Unknown, text)
+        })
+    }
+
+    /// What hello tells of the disks.
+    pub(super) fn describe_disks(&self) -> Vec<DiskInfo> {
+        let describe = |d: Arc<ReplicaDisk>| DiskInfo {
+            name: d.name.clone(),
+            size: d.size(),
+            growable: d.is_growable(),
+            joining: d.joining(),
+        };
+        self.disks().into_iter().map(describe).collect()
+    }
+
+    /// The disks that a primary takes part with, and those that it has removed.
+    ///
+    /// # Errors
+    /// It takes part with one that is not there.
+    pub(super) fn disks_of_session(&self, primary: &Side) -> Result<SessionDisks> {
+        let told = self.disks();
+        let has = |disk: &ReplicaDisk| primary.disks.iter().any(|d| d.name == disk.name);
+        let taking_part = told.only(has);
+        if taking_part.len() != primary.disks.len() {
+            return Err(Error::refused("the primary has a disk that this side does not have"));
+        }
+        let removed = |disk: &ReplicaDisk| {
+            let mut removed = primary.removed.iter().filter(|removed| removed.name == disk.name);
+            let joining = disk.joining();
+            !has(disk) && removed.any(|r| joining.is_none() || joining == r.joining)
+        };
+        Ok(SessionDisks { leaving: told.only(removed), taking_part, told })
+    }
+
+    /// The disks that the next checkpoint does not hold any more: none while a view of the last one is
+    /// open, which has them all.
+    pub(super) fn leaving_disks(&self, session: &Session) -> Disks<ReplicaDisk> {
+        let is_tested = self.has_open_test();
+        session.disks.leaving.only(|_| !is_tested)
+    }
+
+    /// Disks that a session has nothing to do with: they are being added here, or stay a while.
+    pub(super) fn bystanders(&self, session: &Session) -> impl Iterator<Item = Arc<ReplicaDisk>> {
+        let (taking_part, leaving) = (&session.disks.taking_part, self.leaving_disks(session));
+        let stays = move |disk: &Arc<_>| !taking_part.has(disk) && !leaving.has(disk);
+        self.disks().into_iter().filter(stays)
+    }
+
+    /// Adds a disk. The primary may add it from now on; the checkpoint holds it when everything has
+    /// been copied. Returns whether it was not there before.
+    ///
+    /// # Errors
+    /// Refused, or the file cannot be used; nothing was changed.
+    pub(super) async fn add_disk(self: &Arc<Self>, config: DiskConfig) -> Result<bool> {
+        let _transition = self.transition.lock().await;
+        let configs = self.disk_configs();
+        daemon::check_disks(std::slice::from_ref(&config))?;
+        if let Some(known) = configs.iter().find(|disk| disk.name == config.name) {
+            return match known.path == config.path {
+                true => Ok(false),
+                false => Err(Error::refused(format!(
+                    "disk {}: it is part of the group, with the file {}",
+                    config.name,
+                    known.path.display()
+                ))),
+            };
+        }
+        daemon::check_disks(&[configs.as_slice(), std::slice::from_ref(&config)].concat())?;
+        self.check_change()?;
+        let record = self.record();
+        let known = joining(&config, &record);
+        let disk = open_disk(&self.config, &config, known.as_ref(), &record, false).await?;
+        self.update_record(|record| {
+            record.add_disk(&config);
+            if !record.secondary.disks.is_empty() {
+                record.secondary.disks.push(disk.record());
+            }
+        })?;
+        self.note_added(&config);
+        self.guest.add_door(disk.gate().door());
+        self.replicas.add(Arc::new(disk));
+        if let Ok(service) = self.service() {
+            service.add_disk(&config.name).await;
+        }
+        self.secure_record().await?;
+        self.tell_disks();
+        tracing::info!(disk = config.name, "the disk is part of the group");
+        Ok(true)
+    }
+
+    /// Takes a disk out of the group that no checkpoint holds yet; with `force` any. Returns whether
+    /// it was there.
+    ///
+    /// # Errors
+    /// Refused; nothing was changed.
+    pub(super) async fn remove_disk(self: &Arc<Self>, name: &str, force: bool) -> Result<bool> {
+        let _transition = self.transition.lock().await;
+        let disks = self.disks();
+        let Some(disk) = disks.iter().find(|disk| disk.name == name) else {
+            return match self.record().has_removed(name) {
+                true => Ok(false),
+                false => Err(Error::usage(format!("there is no disk {name:?}"))),
+            };
+        };
+        self.check_change()?;
+        if disks.len() == 1 {
+            return Err(Error::refused(format!(
+                "disk {name} is the last one of the group: stop this side instead"
+            )));
+        }
+        let session = self.session();
+        if session.is_some_and(|s| s.disks.taking_part.has(disk)) {
+            return Err(Error::refused(format!(
+                "disk {name} is replicated: run brep disk remove {name} on the primary; this side \
+                 follows with the next checkpoint"
+            )));
+        }
+        if disk.joining().is_none() && self.record().has_checkpoint() && !force {
+            return Err(Error::refused(format!(
+                "the last checkpoint holds disk {name}: run brep disk remove {name} on the primary, \
+                 and this side follows; or, to take it out of the checkpoint, --force"
+            )));
+        }
+        self.update_record(|record| record.remove_disk(name))?;
+        self.secure_record().await?;
+        self.take_out(disk).await;
+        self.tell_disks();
+        Ok(true)
+    }
+
+    /// Whether disks can come and go at present.
+    fn check_change(&self) -> Result<()> {
+        if self.plain.is_some() {
+            return Err(Error::refused(
+                "the primary is a plain NBD client, which says nothing of its disks: stop both \
+                 sides, and start them with the disks that there shall be",
+            ));
+        }
+        if self.has_open_test() {
+            return Err(Error::refused(
+                "a view of the last checkpoint is open, with the disks that it has: end it first, brep \
+                 failover --test-end",
+            ));
+        }
+        if self.record().secondary.outdated {
+            return Err(Error::refused(
+                "this side is being brought to its primary's line of writes (outdated): disks can \
+                 be added and removed when that copy has ended",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whoever replicates to here learns which disks there are.
+    fn tell_disks(&self) {
+        if let Some(session) = self.session() {
+            // One that takes nothing more is told in its next hello.
+            session.try_send(Message::Disks { disks: self.describe_disks() });
+        }
+    }
+
+    /// Disks that no checkpoint holds have no part in a promotion: as long as the result is not
+    /// [`LeftOut::gone`], they come back.
+    pub(super) fn leave_out_joining(self: &Arc<Self>) -> LeftOut {
+        let disks: Vec<_> = self.disks().into_iter().filter(|d| d.joining().is_some()).collect();
+        disks.iter().for_each(|disk| self.replicas.remove(disk));
+        LeftOut { group: Arc::clone(self), disks }
+    }
+
+    /// A disk that the record does not name any more goes; its file stays what it is.
+    pub(super) async fn take_out(&self, disk: &Arc<ReplicaDisk>) {
+        self.replicas.remove(disk);
+        self.note_removed(&disk.name);
+        if let Ok(service) = self.service() {
+            service.forget_disk(&disk.name);
+        }
+        disk.gate().open();
+        self.guest.remove_door(disk.gate().door());
+        let closed = async {
+            disk.drop_buffers().await?;
+            disk.close().await?;
+            disk.pool.remove_files()
+        };
+        if let Err(error) = closed.await {
+            tracing::warn!(disk = disk.name, %error, "a disk that was removed was not closed cleanly");
+        }
+        tracing::info!(disk = disk.name, "the disk is not part of the group any more");
+    }
+}
+
+/// Disks that are left out of a promotion.
+pub(super) struct LeftOut {
+    group: Arc<Group>,
+    disks: Vec<Arc<ReplicaDisk>>,
+}
+
+impl LeftOut {
+    pub(super) fn names(&self) -> Vec<String> {
+        self.disks.iter().map(|disk| disk.name.clone()).collect()
+    }
+
+    /// The record does not name them any more.
+    pub(super) async fn gone(mut self) {
+        for disk in std::mem::take(&mut self.disks) {
+            tracing::warn!(disk = disk.name, "left out: it was not copied completely");
+            self.group.take_out(&disk).await;
+        }
+    }
+}
+
+impl Drop for LeftOut {
+    fn drop(&mut self) {
+        self.disks.drain(..).for_each(|disk| self.group.replicas.add(disk));
+    }
+}
