@@ -281,7 +281,7 @@ impl Group {
         let mut tops: Vec<Option<Buffer>> = Vec::new();
         let mut maps = Vec::new();
         for disk in self.disks() {
-            let prepared = self.prepare_disk(disk, target, &record).await;
+            let prepared = self.prepare_disk(&disk, target, &record).await;
             let top = match (prepared, merged) {
                 (Ok(map), true) => Ok((map, None)),
                 (Ok(map), false) => disk.pool.take(set).await.map(|top| (map, Some(top))),
@@ -293,7 +293,7 @@ impl Group {
                     tops.push(top);
                 }
                 Err(error) => {
-                    let disks = self.disks().iter().map(Arc::clone);
+                    let disks = self.disks().into_iter();
                     let unused = tops.into_iter().map(|top| top.into_iter().collect());
                     self.recycle(disks.zip(unused).collect()).await;
                     return Err(error);
