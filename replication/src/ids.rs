@@ -11,11 +11,13 @@ use serde::{Deserialize, Serialize};
 pub struct Epoch(pub u64);
 
 impl Epoch {
+    /// No session begins beyond this, which nobody ever gets to: a peer that names such a number
+    /// would leave none to go on with, and nobody could replicate any more.
+    pub const MAX: Epoch = Epoch(1 << 62);
+
     /// The one that follows.
     #[must_use]
     pub fn next(self) -> Self {
-        // A peer may name any number; the highest has no successor, and terms that do not go up
-        // are refused.
         Epoch(self.0.saturating_add(1))
     }
 }

@@ -8,10 +8,10 @@ mod tests;
 pub(crate) use disks::{Join, joins};
 pub(crate) use refusal::Refusal;
 
-use crate::Commit;
 use crate::config::Seeded;
 use crate::link::{CopyMode, HelloAnswer, LINK_VERSION, RefusalKind, Side};
 use crate::state::Lines;
+use crate::{Commit, Epoch};
 
 /// What the primary makes of a secondary's answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,6 +121,13 @@ fn strangers(me: &Side, answer: &HelloAnswer) -> Option<Refusal> {
         return Some(Refusal::new(
             format!("the secondary speaks link version {}, not {LINK_VERSION}", answer.version),
             "run the same version of brep on both sides",
+        ));
+    }
+    if peer.epoch >= Epoch::MAX {
+        return Some(Refusal::new(
+            format!("the secondary {} tells of epoch {}, which cannot be", peer.name, peer.epoch),
+            "that side, or its state directory, is damaged: connect the right pair; or stop that \
+             side, move its state directory away, and start it again",
         ));
     }
     if let Some(set) = peer.set

@@ -152,7 +152,8 @@ impl Group {
         if let Some(reason) = self.wants_consent() {
             return Some((reason, None));
         }
-        let fits = record.set.is_none_or(|s| s == terms.set) && terms.epoch > record.epoch;
+        let follows = terms.epoch > record.epoch && terms.epoch <= Epoch::MAX;
+        let fits = record.set.is_none_or(|s| s == terms.set) && follows;
         if !fits {
             let reason = "the terms do not fit what this side said in its hello";
             return Some((reason.to_owned(), None));

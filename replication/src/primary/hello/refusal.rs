@@ -73,7 +73,11 @@ impl Refusal {
 /// How much each side has that the other lacks.
 pub(super) fn amounts(me: &Side, peer: &Side) -> String {
     let bytes = |side: &Side| match &side.maps {
-        Some(maps) => format!("at most {}", size_text(maps.bytes.iter().sum())),
+        Some(maps) => {
+            // The peer's may be any numbers.
+            let bytes = maps.bytes.iter().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes));
+            format!("at most {}", size_text(bytes))
+        }
         None => "an unknown amount".to_owned(),
     };
     // By their names: both sides show it.

@@ -136,6 +136,25 @@ fn another_version_is_refused_whatever_else_it_says() {
     assert!(refused.reason.contains("version") && !refused.is_secondary);
 }
 
+/// I14: a number that this side would have to count on from, and could not.
+#[test]
+fn i14_an_epoch_that_leaves_none_to_follow_is_refused_whatever_else_it_says() {
+    let mut pair = Pair::new();
+    for epoch in [Epoch::MAX, Epoch(u64::MAX)] {
+        pair.answer.side.epoch = epoch;
+        assert!(pair.refused_always().reason.contains("cannot be"));
+        let blank = Side { set: None, ..pair.answer.side.clone() };
+        let answer = HelloAnswer { side: blank, ..pair.answer.clone() };
+        refusal(decide(&pair.me, &answer, Wish::default()));
+    }
+    // Nor do the bytes that it has written make anybody stumble.
+    pair.answer.side.epoch = Epoch(7);
+    pair.answer.side.primary = true;
+    let maps = MapsInfo { since: None, bytes: vec![u64::MAX, u64::MAX] };
+    pair.answer.side.maps = Some(maps);
+    pair.refused_always();
+}
+
 #[test]
 fn unrelated_disks_are_refused() {
     let mut pair = Pair::new();
