@@ -150,6 +150,8 @@ impl RecordStore {
         written.map_err(|error| self.broken("write", &error))?;
         self.seq = seq;
         self.record = record;
+        #[cfg(test)]
+        faults::saved(&self.path);
         Ok(())
     }
 
@@ -301,7 +303,7 @@ pub(crate) mod faults {
     use std::collections::HashMap;
     use std::io;
     use std::path::{Path, PathBuf};
-    use std::sync::{Condvar, Mutex};
+    use std::sync::{Arc, Condvar, Mutex};
     use std::time::Duration;
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -314,6 +316,28 @@ pub(crate) mod faults {
     enum Fault {
         Hang { reached: bool },
         Fail,
+    }
+
+    /// Called after each save into a directory.
+    pub(crate) type Watch = Arc<dyn Fn() + Send + Sync>;
+
+    static WATCHES: Mutex<Option<HashMap<PathBuf, Watch>>> = Mutex::new(None);
+
+    /// From now on `watch` is called after each save into a directory; none: nobody is.
+    pub(crate) fn watch(dir: &Path, watch: Option<Watch>) {
+        let mut watches = WATCHES.lock().unwrap();
+        let watches = watches.get_or_insert_default();
+        match watch {
+            Some(watch) => watches.insert(dir.join("state"), watch),
+            None => watches.remove(&dir.join("state")),
+        };
+    }
+
+    pub(super) fn saved(file: &Path) {
+        let watch = WATCHES.lock().unwrap().get_or_insert_default().get(file).cloned();
+        if let Some(watch) = watch {
+            watch();
+        }
     }
 
     static FAULTS: Mutex<Option<HashMap<(PathBuf, Kind), Fault>>> = Mutex::new(None);

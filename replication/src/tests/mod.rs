@@ -11,6 +11,7 @@ mod grow;
 mod hot;
 mod interrupted;
 mod invariants;
+mod kill_points;
 mod killed;
 mod policies;
 mod record_fails;

@@ -1,0 +1,189 @@
+//! Both sides are killed at each moment at which one of them has just saved its record, and found
+//! again: whatever the two records say together leads to a pair, and nothing acknowledged is lost.
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+
+use super::common::{MIB, Scratch, Side, connect, copy_dir, file, fill};
+use crate::config::{Role, SideConfig};
+use crate::state::faults::watch;
+
+/// Where a write of 4096 bytes was, and of what.
+type Write = (u64, u8);
+
+/// What a kill would leave of both sides, and what had been acknowledged.
+struct Point {
+    files: Scratch,
+    acknowledged: Vec<Write>,
+}
+
+/// What kills would leave at each save of a record.
+struct Points {
+    taken: Arc<Mutex<Vec<Point>>>,
+    acknowledged: Arc<Mutex<Vec<Write>>>,
+}
+
+impl Points {
+    fn watch(scratch: &Scratch, acknowledged: &[Write]) -> Self {
+        let acknowledged = Arc::new(Mutex::new(acknowledged.to_vec()));
+        let points = Points { taken: Arc::default(), acknowledged };
+        let (taken, acknowledged) = (Arc::clone(&points.taken), Arc::clone(&points.acknowledged));
+        let root = scratch.path("");
+        let look: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
+            let files = Scratch::new();
+            for disk in ["p.raw", "s.raw"] {
+                std::fs::copy(root.join(disk), files.path(disk)).unwrap();
+            }
+            for dir in ["p.state", "s.state"] {
+                copy_dir(&root.join(dir), &files.path(dir));
+            }
+            let acknowledged = acknowledged.lock().unwrap().clone();
+            taken.lock().unwrap().push(Point { files, acknowledged });
+        });
+        watch(&scratch.path("p.state"), Some(Arc::clone(&look)));
+        watch(&scratch.path("s.state"), Some(look));
+        points
+    }
+
+    async fn write(&self, scratch: &Scratch, socket: &str, write: Write) {
+        write_to(scratch, socket, write).await;
+        self.acknowledged.lock().unwrap().push(write);
+    }
+
+    fn taken(self, scratch: &Scratch) -> Vec<Point> {
+        watch(&scratch.path("p.state"), None);
+        watch(&scratch.path("s.state"), None);
+        std::mem::take(&mut self.taken.lock().unwrap())
+    }
+}
+
+async fn write_to(scratch: &Scratch, socket: &str, (offset, byte): Write) {
+    let guest = connect(scratch.endpoint(socket), "vda").await;
+    fill(&*guest, offset, 4096, byte).await;
+    guest.close();
+}
+
+/// The side that was the primary, as it is started for `role`.
+fn here(scratch: &Scratch, role: Role) -> SideConfig {
+    let config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+    SideConfig { role, listen: Some(scratch.endpoint("p.sock")), ..config }
+}
+
+fn there(scratch: &Scratch) -> SideConfig {
+    let config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    SideConfig { peer: Some(scratch.endpoint("p.sock")), ..config }
+}
+
+fn serves(status: &Value) -> bool {
+    status["role"] != "secondary"
+}
+
+fn in_sync(status: &Value) -> bool {
+    let disk = &status["disks"][0];
+    serves(status) && disk["state"] == "in-sync" && disk["merging"].is_null()
+}
+
+/// Brings the pair together as the docs say, and takes it apart.
+async fn recover(what: String, point: &Point, role: Role) {
+    let scratch = &point.files;
+    let sides = [Side::run(here(scratch, role)), Side::run(there(scratch))];
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let mut nobody_since = None;
+    loop {
+        let ask = |side: usize| sides[side].command("query-status", json!({}));
+        let (Ok(a), Ok(b)) = tokio::join!(ask(0), ask(1)) else {
+            assert!(Instant::now() < deadline, "{what}: no answers");
+            sleep(Duration::from_millis(20)).await;
+            continue;
+        };
+        if in_sync(&a) != in_sync(&b) && serves(&a) != serves(&b) {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{what}: {a:#} {b:#}");
+        // Nobody is the disk: the operator says who is.
+        if serves(&a) || serves(&b) {
+            nobody_since = None;
+        } else if *nobody_since.get_or_insert(Instant::now()) + Duration::from_millis(300)
+            < Instant::now()
+        {
+            sides[1].command("failover", json!({})).await.expect(&what);
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    let [a, b] = sides;
+    a.stop().await;
+    b.stop().await;
+    let disks = ["p.raw", "s.raw"].map(|disk| file(&scratch.path(disk)));
+    assert!(disks[0] == disks[1], "{what}: in sync, and the disks differ");
+    for (offset, byte) in &point.acknowledged {
+        let at = *offset as usize;
+        assert_eq!(disks[0][at..at + 4096], [*byte; 4096], "{what}: a write at {at} is lost");
+    }
+}
+
+async fn recover_all(points: Vec<Point>, least: usize, role: Role) {
+    assert!(points.len() >= least, "{} saves", points.len());
+    let all = points.iter().enumerate();
+    join_all(all.map(|(n, point)| recover(format!("save {n}"), point, role))).await;
+}
+
+/// Part of the checkpoint that [`pair`] ends with.
+const FIRST: Write = (8192, 0x5a);
+
+/// A pair in sync.
+async fn pair() -> (Scratch, Side, Side) {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", MIB, 1);
+    scratch.raw("s.raw", MIB, 2);
+    let sides = (Side::run(here(&scratch, Role::Primary)), Side::run(there(&scratch)));
+    sides.0.wait_state("in-sync").await;
+    write_to(&scratch, "p-guest.sock", FIRST).await;
+    sides.0.checkpoint().await;
+    (scratch, sides.0, sides.1)
+}
+
+#[tokio::test]
+async fn i16_kills_at_each_record_of_a_switchover() {
+    let (scratch, here, there) = pair().await;
+    let points = Points::watch(&scratch, &[FIRST]);
+    here.command("switchover", json!({})).await.unwrap();
+    there.wait("in sync", in_sync).await;
+    let points = points.taken(&scratch);
+    here.stop().await;
+    there.stop().await;
+    recover_all(points, 8, Role::Primary).await;
+}
+
+#[tokio::test]
+async fn i16_kills_at_each_record_of_a_promotion_and_of_the_old_primarys_return() {
+    let (scratch, old, there) = pair().await;
+    old.stop().await;
+    let points = Points::watch(&scratch, &[FIRST]);
+    there.command("failover", json!({})).await.unwrap();
+    there.wait_state("promoted").await;
+    points.write(&scratch, "s.sock", (65536, 0x66)).await;
+    let old = Side::run(here(&scratch, Role::Secondary));
+    there.wait("in sync", in_sync).await;
+    let points = points.taken(&scratch);
+    old.stop().await;
+    there.stop().await;
+    recover_all(points, 8, Role::Secondary).await;
+}
+
+#[tokio::test]
+async fn i16_kills_at_each_record_of_a_session_that_begins() {
+    let (scratch, old, away) = pair().await;
+    away.stop().await;
+    old.wait_state("disconnected").await;
+    let points = Points::watch(&scratch, &[FIRST]);
+    points.write(&scratch, "p-guest.sock", (131_072, 0x77)).await;
+    let back = Side::run(there(&scratch));
+    old.wait("in sync", in_sync).await;
+    let points = points.taken(&scratch);
+    old.stop().await;
+    back.stop().await;
+    recover_all(points, 6, Role::Primary).await;
+}
