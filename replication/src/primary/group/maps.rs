@@ -92,13 +92,14 @@ impl<'a> MapsOf<'a> {
 
     fn options(&self) -> Options {
         let identity = self.identity();
-        match self.granularity_log2 {
+        let options = match self.granularity_log2 {
             Some(granularity_log2) => Options::new(identity, self.size, granularity_log2),
             None => {
                 let fitting = Options::granularity_log2_for(self.size);
                 Options::new(identity, self.size, fitting).keep_granularity()
             }
-        }
+        };
+        in_boot(options, storage::boot_id(self.state_dir).as_deref())
     }
 
     pub(super) fn failed(&self, error: &MapError) -> Error {
@@ -165,6 +166,14 @@ impl<'a> MapsOf<'a> {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// What lies on another machine may have lost its power with nobody here knowing.
+fn in_boot(options: Options, boot: Option<&str>) -> Options {
+    match boot {
+        Some(_) => options,
+        None => options.boot_id([0; 16]),
     }
 }
 
@@ -444,6 +453,29 @@ impl Core {
             && len > 0
         {
             maps.set(role, offset, len);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use brep_hbitmap::LastStop;
+
+    use super::*;
+
+    #[test]
+    fn maps_that_were_in_use_on_another_machine_may_have_lost_power() {
+        let dir = tempfile::tempdir().unwrap();
+        for boot in [Some("this one"), None] {
+            let path = dir.path().join("vda.maps");
+            let options = in_boot(Options::new(Identity([7; 16]), 1 << 20, 16), boot);
+            drop(MapSet::create(&path, &options, Tag::default()).unwrap());
+            let found = MapSet::open(&path, &options).map(|maps| maps.last_stop());
+            match boot {
+                Some(_) => assert_eq!(found.unwrap(), LastStop::Killed),
+                None => assert!(matches!(found, Err(MapError::PowerLost { .. })), "{found:?}"),
+            }
+            std::fs::remove_file(&path).unwrap();
         }
     }
 }
