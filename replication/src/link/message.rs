@@ -166,6 +166,14 @@ pub enum Message {
     },
 }
 
+impl Message {
+    /// No session, and nothing more than that.
+    pub fn refusal(reason: String, advice: Option<&str>) -> Self {
+        let advice = advice.map(str::to_owned);
+        Message::Refuse { reason, advice, kind: RefusalKind::Other, written: Vec::new() }
+    }
+}
+
 /// What a refusal means for the disks of the side that is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -231,6 +239,8 @@ pub struct Side {
     pub history: Vec<Commit>,
     /// A primary, or promoted.
     pub primary: bool,
+    /// A secondary that has made room in a switchover, and does not know of any primary since.
+    pub made_room: bool,
     /// The last session that this side has begun, by its token.
     pub session: Option<Uuid>,
     /// Names and sizes of the disks, in order.

@@ -316,6 +316,7 @@ impl Group {
             record.primary =
                 PrimaryRecord { had_peer: true, alone: true, disks, ..PrimaryRecord::default() };
             record.secondary.latest_ok &= hold;
+            record.secondary.made_room = false;
             let dropped_bytes = differing_bytes;
             record.secondary.promotion = Some(Promotion { target, merged, dropped_bytes, held });
         })?;

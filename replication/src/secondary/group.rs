@@ -339,6 +339,7 @@ impl Group {
             record.session = Some(session.token);
             let secondary = &mut record.secondary;
             secondary.inconsistent = !keep_checkpoint;
+            secondary.made_room = false;
             // Until a commit says otherwise: a copy begins, or writes that may be missing.
             secondary.latest_ok = false;
             // What was lost with the power is copied now, or is part of what a later session

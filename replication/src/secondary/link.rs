@@ -11,8 +11,8 @@ use super::group::{Group, Terms};
 use super::rejoin::Refused;
 use super::session::Session;
 use crate::link::{
-    HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, RefusalKind, StopReason,
-    heartbeat_pause, split, timeout_ms,
+    HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, StopReason, heartbeat_pause, split,
+    timeout_ms,
 };
 use crate::status::LinkState;
 use crate::{Epoch, Error, Result};
@@ -67,7 +67,7 @@ impl Group {
             return Err(Error::failed("the first message was no hello"));
         };
         // One at a time, and none during a failover.
-        let _transition = self.transition.lock().await;
+        let transition = self.transition.lock().await;
         if !self.core().is_started() {
             let reason = "replication has not been started on the secondary".to_owned();
             return refuse(writer, limit, reason, Some("brep start, there")).await;
@@ -92,6 +92,11 @@ impl Group {
             match reader.receive_within(limit).await? {
                 Message::RangesRequest { disk, offset } => {
                     writer.send(&self.own_ranges(disk, offset), limit).await?;
+                }
+                Message::TakeOver { epoch } => {
+                    drop(transition);
+                    self.take_over_now(writer, &hello.side, epoch).await?;
+                    return Err(Error::failed("the other side has made room for this one"));
                 }
                 Message::Start { set, cur, epoch, copy: _, sync, discard_checkpoint } => {
                     let history = hello.side.history_before(cur);
@@ -321,10 +326,7 @@ async fn refuse<T>(
     reason: String,
     advice: Option<&str>,
 ) -> Result<T> {
-    let advice = advice.map(str::to_owned);
-    let (kind, written) = (RefusalKind::Other, Vec::new());
-    let refuse = Message::Refuse { reason: reason.clone(), advice, kind, written };
-    writer.send(&refuse, limit).await?;
+    writer.send(&Message::refusal(reason.clone(), advice), limit).await?;
     Err(Error::refused(reason))
 }
 

@@ -25,6 +25,7 @@ mod session;
 mod status;
 mod tag;
 mod test_view;
+mod unfinished;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -75,6 +76,7 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
         None => None,
     };
     group.prepare_plain().await?;
+    tokio::spawn(Arc::clone(&group).finish_switchover());
     side.serve_control()?;
     // Nobody is served before all is ready: a plain primary that went away again would be missed.
     allowed.cancel();

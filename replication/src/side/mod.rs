@@ -238,6 +238,7 @@ impl Side {
             session: record.session,
             history: record.history.clone(),
             primary: record.is_primary(),
+            made_room: record.secondary.made_room,
             disks,
             removed: record.removed.clone(),
             durability: self.config.durability,

@@ -99,6 +99,9 @@ pub struct SecondaryRecord {
     /// maps tell what it wrote. There is nothing to be promoted to. Once a copy has begun it is
     /// `inconsistent` too, until the copy's commit.
     pub outdated: bool,
+    /// This side was a primary and has made room in a switchover, and nobody knows yet whether the
+    /// other one has taken over. Both have the same checkpoint.
+    pub made_room: bool,
     /// The operator gives up what this side has and its primary lacks; until the next commit.
     pub discard_local: bool,
 }
@@ -290,6 +293,7 @@ impl Record {
         self.role = Role::Primary;
         self.secondary.promotion = None;
         self.secondary.outdated = false;
+        self.secondary.made_room = false;
         self.secondary.discard_local = false;
     }
 
@@ -348,6 +352,7 @@ impl Record {
         self.secondary = SecondaryRecord {
             disks: disks.collect(),
             buffer_seq: self.secondary.buffer_seq,
+            made_room: true,
             ..SecondaryRecord::default()
         };
     }

@@ -29,6 +29,7 @@ fn identity() -> Identity {
         epoch: Epoch(0),
         history: Vec::new(),
         primary: true,
+        made_room: false,
         session: None,
         durability: crate::config::Durability::Power,
         disks: vec![DiskInfo { name: "vda".into(), size: MIB, growable: false, joining: None }],

@@ -54,7 +54,8 @@ class Relay:
                         data = key.fileobj.recv(1 << 18)
                         if not data:
                             return
-                        other.sendall(data)
+                        if self._show(data, other):
+                            other.sendall(data)
         except OSError:
             pass
         finally:
@@ -64,6 +65,10 @@ class Relay:
                 except OSError:
                     pass
                 end.close()
+
+    def _show(self, _data, _other):
+        """Whether data are to be passed on."""
+        return True
 
     def cut(self):
         with self._lock:
@@ -85,3 +90,36 @@ class Relay:
         self.cut()
         if os.path.exists(path):
             os.unlink(path)
+
+
+class Tap(Relay):
+    """A relay that stops at a message of the link: what is about to be passed on is shown first.
+
+    `at(kind, act, drop)`: when the next message of this kind comes by, `act` is called, before it is
+    passed on, or, with `drop`, instead; then the connection ends.
+    """
+
+    def __init__(self, listen, target):
+        self._waits = None
+        self.seen = threading.Event()
+        super().__init__(listen, target)
+
+    def at(self, kind, act, drop):
+        self.seen.clear()
+        self._waits = (f'"type":"{kind}"'.encode(), act, drop)
+
+    def forget(self):
+        self._waits = None
+
+    def _show(self, data, other):
+        """Whether the data are still to be passed on."""
+        waits = self._waits
+        if waits is None or waits[0] not in data:
+            return True
+        self._waits = None
+        _, act, drop = waits
+        if not drop:
+            other.sendall(data)
+        act()
+        self.seen.set()
+        raise OSError("the connection is ended here")

@@ -94,8 +94,8 @@ impl Group {
                 true => Ok(down.epoch),
                 false => Err(Error::failed(
                     "the other side has not said whether it has taken over; this side is a \
-                     secondary now. If the other one is not the primary (see brep status there): \
-                     brep failover on one of the two",
+                     secondary now, and asks it again until it has (see brep status). If it is \
+                     gone for good: brep failover, here",
                 )),
             });
         }

@@ -197,6 +197,7 @@ impl Node {
             epoch: record.epoch,
             history: record.history,
             primary: record.role == Role::Primary,
+            made_room: false,
             session: record.session,
             disks: vec![DiskInfo {
                 name: "vda".into(),

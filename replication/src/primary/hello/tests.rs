@@ -40,6 +40,7 @@ impl Pair {
             epoch: Epoch(9),
             history: vec![],
             primary: true,
+            made_room: false,
             session: None,
             disks: vec![disk("vda", 1 << 20)],
             removed: vec![],
