@@ -93,6 +93,13 @@ impl Qcow2 {
         start(async move { image.release_space(keep).await }).await
     }
 
+    /// Why this handle takes no changes any more, if it does not: a write of metadata has failed, so
+    /// that it is not known what the file holds; or the contents contradict the format. The first
+    /// is mended by opening the file again, which looks.
+    pub fn failure(&self) -> Option<Error> {
+        self.image.check_health(Operation::Control).err()
+    }
+
     /// Makes everything durable, and gives back what had been set aside. Later changes fail with
     /// [`ErrorKind::Shutdown`]. Does nothing to an image that is open read-only.
     ///

@@ -1,7 +1,10 @@
 use std::sync::Arc;
 
-use brep_block::{BlockDevice, FlushLevel, RawFileOptions, storage};
+use brep_block::{
+    BlockDevice, Error as BlockError, ErrorKind, FlushLevel, RawFileOptions, storage,
+};
 use brep_qcow2::{OpenOptions, Qcow2};
+use futures_util::FutureExt;
 
 use crate::config::{DiskConfig, DiskFormat};
 use crate::{Error, Result};
@@ -10,6 +13,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone)]
 pub(crate) struct Image {
     device: Arc<dyn BlockDevice>,
+    file: Arc<dyn BlockDevice>,
     qcow2: Option<Arc<Qcow2>>,
 }
 
@@ -31,13 +35,13 @@ impl Image {
         #[cfg(test)]
         let file = faults::over(&config.path, file);
         match config.format {
-            DiskFormat::Raw => Ok(Image { device: file, qcow2: None }),
+            DiskFormat::Raw => Ok(Image { device: Arc::clone(&file), file, qcow2: None }),
             DiskFormat::Qcow2 => {
                 let options = OpenOptions { name: config.name.clone(), ..OpenOptions::default() };
-                let image = Qcow2::open(file, options).await.map_err(|e| {
+                let image = Qcow2::open(Arc::clone(&file), options).await.map_err(|e| {
                     Error::from(brep_block::Error::from(e)).context(config.path.display())
                 })?;
-                Ok(Image { device: Arc::clone(&image) as _, qcow2: Some(image) })
+                Ok(Image { device: Arc::clone(&image) as _, file, qcow2: Some(image) })
             }
         }
     }
@@ -51,6 +55,16 @@ impl Image {
         &self.device
     }
 
+    /// Why it takes no writes any more until it is opened again, if it does not.
+    pub(crate) fn failure(&self) -> Option<BlockError> {
+        self.qcow2.as_ref()?.failure()
+    }
+
+    /// Why no flush of it succeeds any more, if none does.
+    pub(crate) fn failed_flush(&self) -> Option<BlockError> {
+        failed_flush(&*self.file)
+    }
+
     /// Writes everything out; the image is not to be used afterwards.
     pub(crate) async fn close(&self) -> Result<()> {
         self.device.flush(FlushLevel::Durable).await?;
@@ -59,6 +73,12 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Why no flush of a file succeeds any more, if none does.
+pub(crate) fn failed_flush(file: &dyn BlockDevice) -> Option<BlockError> {
+    let error = file.flush(FlushLevel::Process).now_or_never()?.err()?;
+    (error.kind() == ErrorKind::Sticky).then_some(error)
 }
 
 /// Lets tests put faults below a disk that a side opens by its path.
@@ -82,7 +102,7 @@ pub(crate) mod faults {
     /// A disk that is closed gives its file back, so nobody is kept alive here.
     static DISKS: LazyLock<Mutex<HashMap<PathBuf, Known>>> = LazyLock::new(Mutex::default);
 
-    pub(super) fn over(path: &Path, device: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
+    pub(crate) fn over(path: &Path, device: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
         let lower = Fault::new(device);
         let upper = Fault::new(Arc::clone(&lower) as _);
         let known = (Arc::downgrade(&upper), Arc::downgrade(&lower));
@@ -90,9 +110,14 @@ pub(crate) mod faults {
         upper
     }
 
-    /// The faults below the disk that was last opened under this path.
+    /// The faults below the disk that was last opened under this path, if it is open still.
+    pub(crate) fn find(path: &Path) -> Option<Faults> {
+        let (upper, lower) = DISKS.lock().unwrap().get(path)?.clone();
+        Some(Faults { upper: upper.upgrade()?, lower: lower.upgrade()? })
+    }
+
+    /// The same of one that is open.
     pub(crate) fn of(path: &Path) -> Faults {
-        let (upper, lower) = DISKS.lock().unwrap()[path].clone();
-        Faults { upper: upper.upgrade().unwrap(), lower: lower.upgrade().unwrap() }
+        find(path).unwrap()
     }
 }

@@ -70,6 +70,9 @@ impl History {
             if advice.contains("resync --full") {
                 self.world.count("advice: resync --full");
                 self.tell(A, "resync", &[("full", Value::Bool(true))]).await;
+            } else if advice.contains("start brep secondary again") {
+                self.world.count("advice: start the secondary again");
+                self.world.kill(B);
             } else if advice.contains("brep start") {
                 // "There" is the secondary.
                 let side = if advice.contains("brep start, there") { B } else { A };

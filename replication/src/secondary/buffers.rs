@@ -3,12 +3,15 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use brep_block::{BlockDevice, CacheMode, FlushLevel, RawFileOptions, storage};
+use brep_block::{
+    BlockDevice, CacheMode, Error as BlockError, FlushLevel, RawFileOptions, storage,
+};
 use brep_qcow2::{CreateOptions, MakeEmpty, OpenOptions, Qcow2};
 
 use super::named::{self, BufferUse};
 use super::tag::{TAG_EXTENSION, Tag};
 use crate::config::{BufferFiles, Durability};
+use crate::image::failed_flush;
 use crate::layer::{Below, cropped};
 use crate::state::BufferRef;
 use crate::{Error, Result, SetId};
@@ -34,6 +37,8 @@ const SPACE_MARGIN_BYTES: u64 = 16 << 20;
 pub(crate) struct Buffer {
     pub(crate) seq: u64,
     pub(crate) image: Arc<Qcow2>,
+    /// What the image lies in.
+    file: Arc<dyn BlockDevice>,
     /// What the image falls through to.
     pub(crate) below: Arc<Below>,
     size: u64,
@@ -66,6 +71,29 @@ impl Buffer {
         self.below.grow(size);
         self.size = size;
         Ok(())
+    }
+
+    /// Why no flush of it succeeds any more, if none does.
+    pub(crate) fn failed_flush(&self) -> Option<BlockError> {
+        failed_flush(&*self.file)
+    }
+
+    /// Opens it again if a write of its metadata has failed: what the file holds then is what a
+    /// kill would have left. Nobody may use it meanwhile. Whether that was done.
+    ///
+    /// A failed flush is not mended: nobody knows what stable storage has.
+    pub(crate) async fn reopen(&mut self, durability: Durability) -> Result<bool> {
+        let Some(failure) = self.image.failure() else { return Ok(false) };
+        if let Some(error) = self.failed_flush() {
+            return Err(error.into());
+        }
+        let options = image_options(&node_name(&self.path), &self.below, durability);
+        let image = Qcow2::open(Arc::clone(&self.file), options)
+            .await
+            .map_err(|e| Error::from(brep_block::Error::from(e)).context(self.path.display()))?;
+        tracing::warn!(buffer = %self.path.display(), %failure, "the buffer was opened again");
+        self.image = image;
+        Ok(true)
     }
 
     /// Gives the buffer up: its tag first, then its contents.
@@ -324,33 +352,30 @@ impl BufferPool {
         let options = RawFileOptions { growable: true, ..file_options(path) };
         let file = storage::open_disk(path, options)?;
         let below = Below::nothing(self.size());
-        let options = OpenOptions {
-            name: node_name(path),
-            backing: Some(Arc::clone(&below) as Arc<dyn BlockDevice>),
-            ordered: self.durability == Durability::Power,
-            ..OpenOptions::default()
-        };
-        let image = Qcow2::open(file, options)
+        #[cfg(test)]
+        let file = crate::image::faults::over(path, file);
+        let options = image_options(&node_name(path), &below, self.durability);
+        let image = Qcow2::open(Arc::clone(&file), options)
             .await
             .map_err(|e| Error::from(brep_block::Error::from(e)).context(path.display()))?;
-        Ok(self.buffer(path, image, below, None))
+        Ok(self.buffer(path, (image, file), below, None))
     }
 
     async fn open_named(&self, used_as: BufferUse, path: &Path) -> Result<Buffer> {
         let below = Below::nothing(self.size());
-        let image = named::open(used_as, path, Arc::clone(&below) as _, self.durability).await?;
-        Ok(self.buffer(path, image, below, Some(used_as)))
+        let opened = named::open(used_as, path, Arc::clone(&below) as _, self.durability).await?;
+        Ok(self.buffer(path, opened, below, Some(used_as)))
     }
 
     fn buffer(
         &self,
         path: &Path,
-        image: Arc<Qcow2>,
+        (image, file): (Arc<Qcow2>, Arc<dyn BlockDevice>),
         below: Arc<Below>,
         named: Option<BufferUse>,
     ) -> Buffer {
-        let mut buffer =
-            Buffer { seq: 0, image, below, size: self.size(), path: path.to_owned(), named };
+        let (size, path) = (self.size(), path.to_owned());
+        let mut buffer = Buffer { seq: 0, image, file, below, size, path, named };
         buffer.seq = buffer.tag().map_or(0, |tag| tag.seq);
         buffer
     }
@@ -489,6 +514,16 @@ impl BufferPool {
     }
 }
 
+/// How the image of a buffer is opened.
+fn image_options(name: &str, below: &Arc<Below>, durability: Durability) -> OpenOptions {
+    OpenOptions {
+        name: name.to_owned(),
+        backing: Some(Arc::clone(below) as Arc<dyn BlockDevice>),
+        ordered: durability == Durability::Power,
+        ..OpenOptions::default()
+    }
+}
+
 fn remove(path: &Path) -> Result<()> {
     storage::remove(path).map_err(|e| Error::failed(format!("{}: {e}", path.display())))
 }
@@ -507,97 +542,4 @@ fn file_options(path: &Path) -> RawFileOptions {
 }
 
 #[cfg(test)]
-mod tests {
-    use bytes::Bytes;
-
-    use super::*;
-
-    fn pool(dir: &Path, size: u64) -> BufferPool {
-        BufferPool::new(dir, "vda", size, None, Durability::Process)
-    }
-
-    /// A process that is killed while it makes a buffer must not keep the next from its
-    /// checkpoint.
-    #[tokio::test]
-    async fn what_a_killed_process_was_making_does_not_keep_the_others_from_being_opened() {
-        let dir = tempfile::tempdir().unwrap();
-        let set = SetId::random();
-        let seq = {
-            let pool = pool(dir.path(), 1 << 20);
-            pool.open(Some(set), &[], 0, false).await.unwrap();
-            pool.take(set).await.unwrap().seq
-        };
-        let unfinished = dir.path().join("vda.1.qcow2.new");
-        std::fs::write(&unfinished, b"QFI\xfb").unwrap();
-        std::fs::write(dir.path().join("vda.2.qcow2"), b"").unwrap();
-        let pool = pool(dir.path(), 1 << 20);
-        let named = pool.open(Some(set), &[BufferRef { seq }], seq, false).await.unwrap();
-        assert_eq!(named[0].seq, seq);
-        assert!(!unfinished.exists());
-        for _ in 0..3 {
-            pool.take(set).await.unwrap();
-        }
-        let missing = pool.open(Some(set), &[BufferRef { seq: 99 }], seq, false).await.unwrap_err();
-        assert!(missing.to_string().contains("vda.2.qcow2"), "{missing}");
-    }
-
-    #[tokio::test]
-    async fn what_a_power_loss_has_left_of_a_buffer_that_nobody_names_does_not_stay_for_ever() {
-        let dir = tempfile::tempdir().unwrap();
-        let set = SetId::random();
-        let seq = {
-            let pool = pool(dir.path(), 1 << 20);
-            pool.open(Some(set), &[], 0, false).await.unwrap();
-            pool.take(set).await.unwrap().seq
-        };
-        // Its name was flushed, and its contents were not.
-        let torn = dir.path().join("vda.1.qcow2");
-        std::fs::write(&torn, [0; 4096]).unwrap();
-        let open = async |seq: u64, power_lost: bool| {
-            let wanted = [BufferRef { seq }];
-            pool(dir.path(), 1 << 20).open(Some(set), &wanted, seq, power_lost).await
-        };
-        open(99, true).await.unwrap_err();
-        assert!(torn.exists(), "it may be what is missing");
-        open(seq, false).await.unwrap();
-        assert!(torn.exists(), "no power was lost: nobody knows how that came");
-        open(seq, true).await.unwrap();
-        assert!(!torn.exists());
-    }
-
-    #[tokio::test]
-    async fn a_spare_gives_space_back_slowly_when_epochs_have_become_small() {
-        use std::os::unix::fs::MetadataExt;
-        let dir = tempfile::tempdir().unwrap();
-        let set = SetId::random();
-        let pool = pool(dir.path(), 256 << 20);
-        pool.open(Some(set), &[], 0, false).await.unwrap();
-        let epoch = async |bytes: u64| {
-            let buffer = pool.take(set).await.unwrap();
-            let mut at = 0;
-            while at < bytes {
-                let len = (bytes - at).min(1 << 20);
-                let data = Bytes::from(vec![7; len as usize]);
-                buffer.device().write(at, data, Default::default()).await.unwrap();
-                at += len;
-            }
-            pool.note_use(bytes);
-            pool.recycle(buffer).await.unwrap();
-            let file = std::fs::metadata(dir.path().join("vda.0.qcow2")).unwrap();
-            file.blocks() * 512
-        };
-        let large = epoch(64 << 20).await;
-        assert!(large >= 64 << 20, "a spare keeps its space: {large}");
-        let mut last = large;
-        for _ in 1..RECENT_EPOCHS {
-            last = epoch(4096).await;
-        }
-        assert_eq!(last, large, "a busy epoch is remembered");
-        let first = epoch(4096).await;
-        assert!(first < large && first >= large - (32 << 20), "piece by piece: {first}");
-        for _ in 0..8 {
-            last = epoch(4096).await;
-        }
-        assert!(last <= SPACE_MARGIN_BYTES + (2 << 20), "down to the margin: {last}");
-    }
-}
+mod tests;

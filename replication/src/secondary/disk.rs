@@ -1,3 +1,4 @@
+mod broken;
 mod promoted;
 mod test_view;
 
@@ -10,9 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use brep_backup::{CbwOptions, Copied, CopyBeforeWrite};
-use brep_block::{BlockDevice, ErrorKind, FlushLevel};
+use brep_block::{BlockDevice, Error as BlockError, FlushLevel};
 use brep_qcow2::Qcow2;
-use futures_util::FutureExt;
 use uuid::Uuid;
 
 use super::buffers::{Buffer, BufferPool};
@@ -65,6 +65,8 @@ struct State {
     dropped_bytes: u64,
     /// The filter's count when the newest buffer of the chain was begun.
     copied_at_switch: u64,
+    /// The first flush of the image that has failed: what a later one says has no meaning.
+    failed_flush: Option<BlockError>,
 }
 
 impl State {
@@ -175,35 +177,33 @@ impl ReplicaDisk {
         // Before the record names the size.
         self.image.device().flush(FlushLevel::Durable).await?;
         self.size.store(size, Ordering::Release);
-        let was_built = self.state().replica.take().is_some();
-        if was_built {
-            self.start_replica(Copied::AllocatedInTarget)?;
-            self.show_guest().await?;
+        if self.state().replica.is_some() {
+            self.rebuild_replica().await?;
         }
         Ok(())
+    }
+
+    /// Builds filter and view anew over what the buffers hold. Nobody uses the old ones.
+    pub(super) async fn rebuild_replica(&self) -> Result<()> {
+        let kept_bytes = self.hidden_bytes();
+        {
+            let mut state = self.state();
+            state.replica = None;
+            (state.kept_bytes, state.dropped_bytes, state.copied_at_switch) = (kept_bytes, 0, 0);
+        }
+        self.start_replica(Copied::AllocatedInTarget)?;
+        self.show_guest().await
     }
 
     async fn grow_buffers(&self, size: u64) -> Result<()> {
         if size <= self.pool.size() {
             return Ok(());
         }
-        let mut buffers: Vec<Buffer> = {
-            let state = self.state();
-            let named = state.chain.iter().chain(&state.next).chain(&state.active);
-            named.cloned().collect()
-        };
+        let mut buffers = self.buffers();
         for buffer in &mut buffers {
             buffer.grow(size).await?;
         }
-        {
-            let mut state = self.state();
-            let mut grown = buffers.into_iter();
-            let state = &mut *state;
-            let places = state.chain.iter_mut().chain(&mut state.next).chain(&mut state.active);
-            for (place, buffer) in places.zip(&mut grown) {
-                *place = buffer;
-            }
-        }
+        self.put_buffers(buffers);
         self.pool.grow(size).await
     }
 
@@ -262,23 +262,30 @@ impl ReplicaDisk {
 
     /// Puts everything that the primary has written so far on stable storage, if that is promised.
     pub(crate) async fn flush_image(&self) -> Result<()> {
-        match self.pool.durability() {
-            Durability::Process => Ok(()),
-            Durability::Power => Ok(self.image.device().flush(FlushLevel::Durable).await?),
+        if self.pool.durability() == Durability::Process {
+            return Ok(());
         }
+        let flushed = self.image.device().flush(FlushLevel::Durable).await;
+        flushed.map_err(|error| {
+            self.state().failed_flush.get_or_insert(error.clone());
+            error.into()
+        })
     }
 
-    /// Whether the image, or a buffer that pre-images go to, has failed to flush.
-    pub(crate) fn flush_has_failed(&self) -> bool {
-        let newest = {
-            let state = self.state();
-            state.chain.last().or(state.next.as_ref()).map(Buffer::device)
-        };
-        let sticky = |device: &Arc<dyn BlockDevice>| {
-            let flush = device.flush(FlushLevel::Process).now_or_never();
-            matches!(flush, Some(Err(error)) if error.kind() == ErrorKind::Sticky)
-        };
-        [Some(self.image.device()), newest.as_ref()].into_iter().flatten().any(sticky)
+    /// Those of the chain, the next and the active one.
+    fn buffers(&self) -> Vec<Buffer> {
+        let state = self.state();
+        state.chain.iter().chain(&state.next).chain(&state.active).cloned().collect()
+    }
+
+    /// Puts other handles in the place of those that [`buffers`](Self::buffers) gave.
+    fn put_buffers(&self, buffers: Vec<Buffer>) {
+        let mut state = self.state();
+        let state = &mut *state;
+        let places = state.chain.iter_mut().chain(&mut state.next).chain(&mut state.active);
+        for (place, buffer) in places.zip(buffers) {
+            *place = buffer;
+        }
     }
 
     /// Builds filter and view over the chain, if there is a buffer to write to.
@@ -339,7 +346,15 @@ impl ReplicaDisk {
             self.state().active = Some(active);
         }
         if self.state().replica.is_none() {
-            self.start_replica(Copied::Nothing)?;
+            let newest = {
+                let state = self.state();
+                state.chain.last().or(state.next.as_ref()).map(|newest| Arc::clone(&newest.image))
+            };
+            let is_empty = match newest {
+                Some(newest) => newest.is_empty().await?,
+                None => true,
+            };
+            self.start_replica(if is_empty { Copied::Nothing } else { Copied::AllocatedInTarget })?;
         }
         self.filter()?.set_enabled(keep_checkpoint);
         Ok(())

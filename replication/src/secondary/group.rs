@@ -86,6 +86,8 @@ pub(crate) struct Core {
     pub(crate) link_error: Option<String>,
     /// There was no room for what a write would have overwritten, or for the write itself.
     pub(super) full: Option<String>,
+    /// When buffers were opened again last.
+    pub(super) reopened: Option<Instant>,
     pub(super) test: Option<Test>,
 }
 
@@ -182,6 +184,7 @@ impl Group {
             copying: false,
             link_error: None,
             full: None,
+            reopened: None,
             test: None,
             session: None,
             closing: None,
@@ -315,6 +318,7 @@ impl Group {
         session: &Arc<Session>,
     ) -> Result<()> {
         self.end_session(StopReason::Replaced).await?;
+        self.reopen_buffers().await?;
         if terms.discard_checkpoint {
             self.discard_checkpoint().await?;
         }
@@ -540,26 +544,6 @@ impl Group {
         let entry = self.errors.add(disk, error);
         tracing::warn!(disk, %error, count = entry.count, "replication error");
         self.events.emit("BREP_ERROR", json!(entry));
-    }
-
-    /// A write of the primary has failed. The record knows it before the primary does.
-    pub(crate) fn replica_write_failed(&self, disk: &str, error: &brep_block::Error) {
-        if let Some(session) = self.session() {
-            session.note_failed_write();
-        }
-        if let Some(plain) = &self.plain {
-            plain.break_claim(format!("one failed ({error})"));
-        }
-        self.note_full(error);
-        self.note_error(disk, error);
-        self.note_failed_flushes();
-        let saved = self.update_record(|record| record.secondary.latest_ok = false);
-        if let Err(error) = saved {
-            tracing::error!(%error, "the state record was not saved; ending the session");
-            if let Some(session) = self.session() {
-                session.ending.cancel();
-            }
-        }
     }
 
     /// Writes everything out. Buffers keep what they hold.

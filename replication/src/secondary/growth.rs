@@ -17,6 +17,7 @@ impl Group {
         }
         self.end_session(StopReason::Replaced).await?;
         self.drop_test("the disks grow");
+        self.drop_test("the disk grows");
         let _held = self.hold_guest().await?;
         for disk in self.disks().iter().filter(growing) {
             disk.grow(size_there(disk).unwrap_or_default()).await?;

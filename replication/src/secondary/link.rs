@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::disk::ReplicaDisk;
+use super::durable::START_AGAIN;
 use super::group::{Group, Terms};
 use super::rejoin::Refused;
 use super::session::Session;
@@ -162,6 +163,9 @@ impl Group {
         if !fits {
             let reason = "the terms do not fit what this side said in its hello";
             return Some((reason.to_owned(), None));
+        }
+        if let Some(reason) = self.broken() {
+            return Some((reason, Some(START_AGAIN)));
         }
         let full = self.no_room().filter(|_| !terms.discard_checkpoint)?;
         let advice = "make room beside the secondary's state directory, or give its \

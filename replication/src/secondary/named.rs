@@ -145,7 +145,7 @@ pub(super) async fn open(
     path: &Path,
     below: Arc<dyn BlockDevice>,
     durability: Durability,
-) -> Result<Arc<Qcow2>> {
+) -> Result<(Arc<Qcow2>, Arc<dyn BlockDevice>)> {
     let disk_size = below.size();
     let options = RawFileOptions { growable: true, ..file_options(path) };
     let file = open_file(used_as, path, options, disk_size)?;
@@ -155,7 +155,7 @@ pub(super) async fn open(
         ordered: durability == Durability::Power,
         ..OpenOptions::default()
     };
-    let image = Qcow2::open(file, options).await.map_err(|e| {
+    let image = Qcow2::open(Arc::clone(&file), options).await.map_err(|e| {
         Error::from(brep_block::Error::from(e)).context(format!(
             "{} {}",
             used_as.as_str(),
@@ -180,7 +180,7 @@ pub(super) async fn open(
             image.size()
         )));
     }
-    Ok(image)
+    Ok((image, file))
 }
 
 /// What an image has to be, whatever it holds.
@@ -471,9 +471,9 @@ mod tests {
             crate::layer::Below::nothing(SIZE) as Arc<dyn BlockDevice>,
             Durability::Power,
         );
-        let image = image.await.unwrap();
+        let (image, file) = image.await.unwrap();
         write(&image, 1).await;
-        drop(image);
+        drop((image, file));
         scratch.released().await;
         let said = scratch.refusal().await;
         assert!(said.contains("is not empty") && said.contains("Nothing was changed"), "{said}");

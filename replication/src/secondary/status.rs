@@ -3,6 +3,7 @@ use std::sync::atomic::Ordering;
 use tokio::time::Instant;
 
 use super::disk::ReplicaDisk;
+use super::durable::START_AGAIN;
 use super::group::{Core, Group};
 use super::plain::LAPSED;
 use super::rejoin::Refused;
@@ -27,7 +28,10 @@ impl Group {
         let explained = self.explain_record().or_else(|| self.explain_plain(has_checkpoint));
         let (reason, advice) = match explained {
             Some((reason, advice)) => (Some(reason), Some(advice)),
-            None => explain(&record, &core, replication),
+            None => match self.broken() {
+                Some(reason) => (Some(reason), Some(START_AGAIN.to_owned())),
+                None => explain(&record, &core, replication),
+            },
         };
         let differences = core.refused.as_ref().filter(|r| r.kind != RefusalKind::Other);
         let differences = differences.map(|refused| Differences {

@@ -1,6 +1,7 @@
 //! Pairs in one process whose disks fail or hang.
 mod answers;
 mod begin;
+mod broken;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 mod copy;
