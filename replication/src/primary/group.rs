@@ -102,7 +102,7 @@ impl Deref for Group {
 }
 
 /// Why the peer is lost.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Loss {
     pub(crate) reason: String,
     /// An operator wants the guest to go on without it.

@@ -251,7 +251,8 @@ async fn attempt(
             let mut core = group.core();
             core.link = LinkState::Disconnected;
             core.reason = Some(error.to_string());
-            core.refusal = None;
+            // Who was promoted is so still when nobody hears of it.
+            core.refusal.take_if(|refusal| !refusal.superseded);
             Tried::Failed
         }
     }

@@ -124,9 +124,12 @@ impl Session {
             (OnSlowPeer::Lost, _) => reason.into(),
             (OnSlowPeer::PullAhead, Peer::Plain(_)) => Loss::left_behind(reason),
             (OnSlowPeer::PullAhead, Peer::Brep(link)) => {
+                let loss = Loss::left_behind(reason);
+                // It ends the session when it is told; a write that fails by this is not its loss.
+                self.group.core().dropped = Some(loss.clone());
                 // It need not wait for what does not come; but it may be too slow for this too.
                 let _ = tokio::time::timeout(TOLD_LIMIT, link.stop(StopReason::Stopped)).await;
-                Loss::left_behind(reason)
+                loss
             }
         }
     }

@@ -107,6 +107,10 @@ impl Group {
             return (Some(reason), Some(advice));
         }
         if self.held_writes().is_some() {
+            if let Some(refusal) = core.refusal.as_ref().filter(|refusal| refusal.superseded) {
+                let reason = format!("the guest's writes are held for good: {}", refusal.reason);
+                return (Some(reason), refusal.advice.clone());
+            }
             let why = core.refusal.as_ref().map(|r| &r.reason).or(core.reason.as_ref());
             return (
                 Some(format!(

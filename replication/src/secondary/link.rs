@@ -69,7 +69,8 @@ impl Group {
         };
         // One at a time, and none during a failover.
         let transition = self.transition.lock().await;
-        if !self.core().is_started() {
+        // One that has been promoted says so, however it was started: an old primary has to hear it.
+        if !self.core().is_started() && !self.record().is_primary() {
             let reason = "replication has not been started on the secondary".to_owned();
             return refuse(writer, limit, reason, Some("brep start, there")).await;
         }

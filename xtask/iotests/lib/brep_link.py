@@ -10,11 +10,13 @@ class Relay:
     """Passes bytes between clients of one socket and the listener at another.
 
     `cut()` ends every connection at once; `freeze()` passes nothing on any more, in one direction
-    or in both, without a word to either side, as a network does that drops packets.
+    or in both, without a word to either side, as a network does that drops packets. With a `rate` no
+    connection passes more than so many bytes a second to the listener.
     """
 
     def __init__(self, listen, target):
         self.target = str(target)
+        self.rate = None
         self._frozen = frozenset()
         self._pairs = []
         self._lock = threading.Lock()
@@ -51,9 +53,12 @@ class Relay:
                             # Not read: what is sent fills the buffers of the sender.
                             threading.Event().wait(0.01)
                             continue
-                        data = key.fileobj.recv(1 << 18)
+                        rate = self.rate if way == "there" else None
+                        data = key.fileobj.recv(1 << 18 if rate is None else 1 << 14)
                         if not data:
                             return
+                        if rate:
+                            threading.Event().wait(len(data) / rate)
                         if self._show(data, other):
                             other.sendall(data)
         except OSError:

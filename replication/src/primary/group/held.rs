@@ -42,10 +42,16 @@ impl Group {
     /// Goes on without the secondary, by command.
     ///
     /// # Errors
-    /// Nothing is held, or the record could not be saved: then it is held still.
+    /// Nothing is held; the secondary has been promoted, as far as is known; or the record could not
+    /// be saved. What was held is held still.
     pub(crate) fn resume_lonely(&self) -> Result<()> {
         if !*self.held.borrow() {
             return Err(Error::refused("no writes are held"));
+        }
+        let superseded = self.core().refusal.clone().filter(|refusal| refusal.superseded);
+        if let Some(refusal) = superseded {
+            let reason = refusal.reason;
+            return Err(Error::refused(format!("there would be two that write: {reason}")));
         }
         self.go_alone();
         if let Some(fatal) = self.core().fatal() {
