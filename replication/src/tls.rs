@@ -3,13 +3,8 @@
 use std::sync::Arc;
 
 use brep_nbd::Endpoint;
-use brep_nbd::server::{
-    Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode, PrivateReply,
-    ServerConfig,
-};
+use brep_nbd::server::{Connection, Export, OptionError, OptionErrorCode, ServerConfig};
 use brep_nbd::tls::{TlsClient, TlsPeer, TlsServer};
-use bytes::Bytes;
-use futures_util::future::BoxFuture;
 
 use crate::{Error, Result};
 
@@ -77,57 +72,29 @@ impl Exposure {
         ServerConfig::default().tls(server, required)
     }
 
-    /// The exports, for those who are allowed to use them.
-    pub(crate) fn guard(&self, exports: Arc<dyn Exports>) -> Arc<dyn Exports> {
-        match &self.tls {
-            Some(tls) => Arc::new(Guarded { exports, tls: tls.clone() }),
-            None => exports,
-        }
-    }
-}
-
-/// Exports behind TLS: private options for the other side of the pair, disks for it and for the
-/// clients that are listed.
-struct Guarded {
-    exports: Arc<dyn Exports>,
-    tls: TlsConfig,
-}
-
-impl Exports for Guarded {
-    fn list(&self) -> Vec<ExportDescription> {
-        self.exports.list()
-    }
-
-    fn open(
-        &self,
-        name: &str,
-        connection: &Arc<Connection>,
-    ) -> std::result::Result<Export, OptionError> {
-        let mut export = self.exports.open(name, connection)?;
+    /// Limits an export to the other side of the pair and to the clients that are listed.
+    pub(crate) fn limit(&self, export: &mut Export, connection: &Connection) {
+        let Some(tls) = &self.tls else { return };
         let subject = connection.tls_peer().map(|peer| &peer.subject);
-        let named = subject.is_some() && subject == self.tls.peer_subject.as_ref();
+        let named = subject.is_some() && subject == tls.peer_subject.as_ref();
         // A private option has attached something: who may send these was checked then.
         if !named && connection.data().is_none() {
-            export.allowed_subjects = self.tls.allowed_clients.clone();
+            export.allowed_subjects = tls.allowed_clients.clone();
         }
-        Ok(export)
     }
 
-    fn begin(&self, export: &Export, connection: &Arc<Connection>) {
-        self.exports.begin(export, connection);
-    }
-
-    fn private_option<'a>(
-        &'a self,
-        connection: &'a Arc<Connection>,
-        option: u32,
-        data: Bytes,
-    ) -> BoxFuture<'a, PrivateReply> {
-        if let Err(error) = self.tls.check_peer(connection.tls_peer()) {
+    /// Private options are for the other side of the pair.
+    ///
+    /// # Errors
+    /// Sent to the client: it is not that.
+    pub(crate) fn check_private(
+        &self,
+        connection: &Connection,
+    ) -> std::result::Result<(), OptionError> {
+        let Some(tls) = &self.tls else { return Ok(()) };
+        tls.check_peer(connection.tls_peer()).map_err(|error| {
             tracing::warn!(peer = connection.peer(), "refused as the other side: {error}");
-            let refusal = OptionError::new(OptionErrorCode::Policy, error.to_string());
-            return Box::pin(std::future::ready(PrivateReply::Error(refusal)));
-        }
-        self.exports.private_option(connection, option, data)
+            OptionError::new(OptionErrorCode::Policy, error.to_string())
+        })
     }
 }

@@ -39,9 +39,10 @@ struct Running {
     accepting: tokio::task::JoinHandle<()>,
 }
 
-/// Exports, as far as they are listed.
+/// Exports, as far as they are listed, for those who are allowed to use them.
 struct Listed {
     inner: Arc<dyn Exports>,
+    exposure: Exposure,
     /// By disk.
     entries: Mutex<BTreeMap<String, Entry>>,
     multi_conn: Mutex<bool>,
@@ -101,6 +102,7 @@ impl Exports for Listed {
                 format!("{} is not exported at present", export.canonical_name),
             ));
         };
+        self.exposure.limit(&mut export, connection);
         export.read_only |= !entry.writable;
         export.multi_conn &= *self.multi_conn();
         if let Some(description) = entry.description {
@@ -119,7 +121,10 @@ impl Exports for Listed {
         option: u32,
         data: Bytes,
     ) -> BoxFuture<'a, PrivateReply> {
-        self.inner.private_option(connection, option, data)
+        match self.exposure.check_private(connection) {
+            Ok(()) => self.inner.private_option(connection, option, data),
+            Err(refusal) => Box::pin(std::future::ready(PrivateReply::Error(refusal))),
+        }
     }
 }
 
@@ -132,7 +137,8 @@ impl Service {
         events: EventBus,
     ) -> Arc<Self> {
         let exports = Listed {
-            inner: exposure.guard(exports),
+            inner: exports,
+            exposure: exposure.clone(),
             entries: Mutex::default(),
             multi_conn: Mutex::new(true),
         };

@@ -11,7 +11,7 @@ use crate::commands::{self, Arguments, CommandResult, Service};
 use crate::config::{DiskConfig, PeerKind, ResyncLimits};
 use crate::control::CommandError;
 use crate::node::Stage;
-use crate::side::{RoleCommands, peer_argument};
+use crate::side::{Managed, RoleCommands, peer_argument};
 use crate::status::{LinkState, Status};
 use crate::{Error, Result, secondary};
 
@@ -36,16 +36,8 @@ impl RoleCommands for PrimaryCommands {
         self.group.status()
     }
 
-    fn get_error(&self) -> Option<String> {
-        self.group.get_error()
-    }
-
-    fn nodes(&self, flat: bool) -> Value {
-        self.group.nodes(flat)
-    }
-
-    fn yank_instances(&self) -> Value {
-        self.group.yank_instances()
+    fn managed(&self) -> &dyn Managed {
+        &*self.group
     }
 
     fn drop_peer(&self) {

@@ -8,10 +8,10 @@ use super::group::Group;
 use crate::commands::Node;
 use crate::config::DiskFormat;
 use crate::node::Stage;
+use crate::side::Managed;
 
-impl Group {
-    /// The answer to get_error: none, or its text.
-    pub(super) fn get_error(&self) -> Option<String> {
+impl Managed for Group {
+    fn get_error(&self) -> Option<String> {
         match self.overall_stage() {
             Stage::None => Some("Block replication is not running".to_owned()),
             Stage::Running | Stage::Failover => self.errors.latched(),
@@ -19,8 +19,7 @@ impl Group {
         }
     }
 
-    /// The answer to `query-named-block-nodes`.
-    pub(super) fn nodes(&self, flat: bool) -> Value {
+    fn nodes(&self, flat: bool) -> Value {
         if let Some(secondary) = &self.promoted {
             return secondary.nodes(flat);
         }
@@ -49,8 +48,7 @@ impl Group {
         nodes.iter().map(|node| node.to_value(flat)).collect()
     }
 
-    /// The answer to `query-yank`: the connections to the peer, while there are any.
-    pub(super) fn yank_instances(&self) -> Value {
+    fn yank_instances(&self) -> Value {
         if !self.is_attached() || self.core().dropped.is_some() {
             return json!([]);
         }
@@ -59,7 +57,9 @@ impl Group {
         let nodes = disks.iter().map(|disk| node(&disk.name));
         nodes.chain([json!({ "type": "migration" })]).collect()
     }
+}
 
+impl Group {
     /// A write of the guest has failed on the local disk, and fails to the guest.
     pub(super) fn report_lost_vote(&self, disk: usize, offset: u64, len: u64, error: &BlockError) {
         let Some(disk) = self.disk(disk) else { return };

@@ -10,7 +10,7 @@ use crate::commands::{self, Arguments, CommandResult, Service};
 use crate::control::CommandError;
 use crate::link::StopReason;
 use crate::node::Stage;
-use crate::side::{RoleCommands, peer_argument};
+use crate::side::{Managed, RoleCommands, peer_argument};
 use crate::status::Status;
 use crate::{Error, Result};
 
@@ -30,16 +30,8 @@ impl RoleCommands for SecondaryCommands {
         self.group.status()
     }
 
-    fn get_error(&self) -> Option<String> {
-        self.group.get_error()
-    }
-
-    fn nodes(&self, flat: bool) -> Value {
-        self.group.nodes(flat)
-    }
-
-    fn yank_instances(&self) -> Value {
-        self.group.yank_instances()
+    fn managed(&self) -> &dyn Managed {
+        &*self.group
     }
 
     fn drop_peer(&self) {

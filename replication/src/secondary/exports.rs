@@ -168,11 +168,17 @@ impl Exports for GuestExports {
         list
     }
 
-    fn open(&self, name: &str, _: &Arc<Connection>) -> std::result::Result<Export, OptionError> {
-        match self.0.test_export(name) {
-            Some(export) => Ok(export),
-            None => guest_export(&self.0, &*self.0.find_disk(name)?),
-        }
+    fn open(
+        &self,
+        name: &str,
+        connection: &Arc<Connection>,
+    ) -> std::result::Result<Export, OptionError> {
+        let mut export = match self.0.test_export(name) {
+            Some(export) => export,
+            None => guest_export(&self.0, &*self.0.find_disk(name)?)?,
+        };
+        self.0.config.exposure().limit(&mut export, connection);
+        Ok(export)
     }
 }
 

@@ -9,10 +9,10 @@ use crate::commands::{Arguments, Node};
 use crate::config::DiskFormat;
 use crate::control::CommandError;
 use crate::node::Stage;
+use crate::side::Managed;
 
-impl Group {
-    /// The answer to get_error: none, or its text.
-    pub(super) fn get_error(&self) -> Option<String> {
+impl Managed for Group {
+    fn get_error(&self) -> Option<String> {
         match self.stage() {
             Stage::None => Some("Block replication is not running".to_owned()),
             Stage::Done => None,
@@ -20,12 +20,7 @@ impl Group {
         }
     }
 
-    pub(super) fn disk_names(&self) -> Vec<String> {
-        self.disks().iter().map(|disk| disk.name.clone()).collect()
-    }
-
-    /// The answer to `query-named-block-nodes`.
-    pub(crate) fn nodes(&self, flat: bool) -> Value {
+    fn nodes(&self, flat: bool) -> Value {
         let mut nodes = Vec::new();
         for disk in self.disks() {
             let name = |layer: &str| format!("{}-{layer}", disk.name);
@@ -51,12 +46,17 @@ impl Group {
         nodes.iter().map(|node| node.to_value(flat)).collect()
     }
 
-    /// The answer to `query-yank`: the connection of the primary, while there is one.
-    pub(super) fn yank_instances(&self) -> Value {
+    fn yank_instances(&self) -> Value {
         match self.session() {
             Some(_) => json!([{ "type": "migration" }]),
             None => json!([]),
         }
+    }
+}
+
+impl Group {
+    pub(super) fn disk_names(&self) -> Vec<String> {
+        self.disks().iter().map(|disk| disk.name.clone()).collect()
     }
 
     /// `x-blockdev-change`: a secondary has nothing whose children change.

@@ -97,7 +97,7 @@ async fn serve(
     exports: Arc<dyn Exports>,
     exposure: &Exposure,
 ) -> Result<Arc<Server>> {
-    let server = Server::new(exposure.guard(exports), exposure.server_config(endpoint));
+    let server = Server::new(exports, exposure.server_config(endpoint));
     let listener = Server::bind(endpoint).await.map_err(|e| Error::failed(e.to_string()))?;
     let serving = Arc::clone(&server);
     tokio::spawn(async move { serving.serve(listener).await });

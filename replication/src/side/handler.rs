@@ -11,14 +11,8 @@ use crate::control::{CommandError, CommandSpec, Handler};
 use crate::daemon::on_data_thread;
 use crate::status::Status;
 
-/// What carries out commands in one role.
-pub(crate) trait RoleCommands: Send + Sync + 'static {
-    /// The NBD server that commands start and stop.
-    fn service(&self) -> &Service;
-
-    /// The answer to `query-status`; never waits for a disk or a peer.
-    fn status(&self) -> Status;
-
+/// A side as a manager of the original knows it. Nothing here waits for a disk or a peer.
+pub(crate) trait Managed {
     /// The answer to get_error: none, or its text.
     fn get_error(&self) -> Option<String>;
 
@@ -27,6 +21,18 @@ pub(crate) trait RoleCommands: Send + Sync + 'static {
 
     /// The answer to `query-yank`: the connections to the peer, while there are any.
     fn yank_instances(&self) -> Value;
+}
+
+/// What carries out commands in one role.
+pub(crate) trait RoleCommands: Send + Sync + 'static {
+    /// The NBD server that commands start and stop.
+    fn service(&self) -> &Service;
+
+    /// The answer to `query-status`; never waits for a disk or a peer.
+    fn status(&self) -> Status;
+
+    /// The side as a manager knows it.
+    fn managed(&self) -> &dyn Managed;
 
     /// Drops the peer, whatever is on its way.
     fn drop_peer(&self);
@@ -102,13 +108,13 @@ fn answer(
         "query-xen-replication-status" => {
             let record =
                 side.record.failure().map(|reason| format!("I/O error occurred: {reason}"));
-            Ok(commands::replication_status(record.or_else(|| role.get_error())))
+            Ok(commands::replication_status(record.or_else(|| role.managed().get_error())))
         }
         "query-colo-status" => Ok(side.colo.to_value()),
         "query-block-exports" => Ok(role.service().to_value()),
-        "query-named-block-nodes" => Ok(role.nodes(arguments.flag("flat"))),
+        "query-named-block-nodes" => Ok(role.managed().nodes(arguments.flag("flat"))),
         "query-block-jobs" => Ok(commands::jobs_value(&role.status())),
-        "query-yank" => Ok(role.yank_instances()),
+        "query-yank" => Ok(role.managed().yank_instances()),
         "yank" => yank(role, arguments),
         "quit" => {
             commands::announce_quit(&side.events);
@@ -127,7 +133,7 @@ fn answer(
 }
 
 fn yank(role: &dyn RoleCommands, arguments: Arguments<'_>) -> CommandResult<Value> {
-    commands::check_yank(&role.yank_instances(), arguments)?;
+    commands::check_yank(&role.managed().yank_instances(), arguments)?;
     if arguments.objects("instances").next().is_some() {
         role.drop_peer();
     }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::handler::SideHandler;
-pub(crate) use self::handler::{RoleCommands, peer_argument};
+pub(crate) use self::handler::{Managed, RoleCommands, peer_argument};
 use crate::commands::Colo;
 use crate::config::{DiskConfig, Durability, SideConfig};
 use crate::control::EventBus;

@@ -7,44 +7,37 @@ use super::{Pair, write};
 use crate::config::Ack;
 use crate::image::faults;
 
-/// The local disk hangs for longer than the peer may be silent. The peer has the write and is
-/// there: it is not lost over that, and needs no copy afterwards.
-#[tokio::test]
-async fn a_local_disk_that_hangs_does_not_lose_the_peer() {
+/// The local disk hangs for longer than the peer may be silent, with so many writes to one range. The
+/// peer has the first and is there: it is not lost over that, and needs no copy afterwards.
+async fn hang_locally(writes: u8) {
     let Pair { scratch, primary, secondary, local, .. } = Pair::new().await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     let hang = local.upper.hang(Rule::new(Operation::Write));
     let slow = write(&guest, 8192, 0x66);
     hang.reached(1).await;
+    let behind = (1..writes).map(|n| write(&guest, 8192, 0x66 + n));
+    let writes: Vec<_> = std::iter::once(slow).chain(behind).collect();
     tokio::time::sleep(Duration::from_millis(3500)).await;
     assert_eq!(primary.status().await["link"], "connected");
     hang.release();
-    slow.await.unwrap().unwrap();
-    primary.checkpoint().await;
-    guest.close();
-    primary.stop().await;
-    secondary.stop().await;
-}
-
-/// The same, with a write behind it that waits for its range, and not for the peer.
-#[tokio::test]
-async fn a_write_that_waits_for_one_that_hangs_locally_does_not_lose_the_peer() {
-    let Pair { scratch, primary, secondary, local, .. } = Pair::new().await;
-    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
-    let hang = local.upper.hang(Rule::new(Operation::Write));
-    let slow = write(&guest, 8192, 0x66);
-    hang.reached(1).await;
-    let behind = write(&guest, 8192, 0x67);
-    tokio::time::sleep(Duration::from_millis(3500)).await;
-    assert_eq!(primary.status().await["link"], "connected");
-    hang.release();
-    for write in [slow, behind] {
+    for write in writes {
         write.await.unwrap().unwrap();
     }
     primary.checkpoint().await;
     guest.close();
     primary.stop().await;
     secondary.stop().await;
+}
+
+#[tokio::test]
+async fn a_local_disk_that_hangs_does_not_lose_the_peer() {
+    hang_locally(1).await;
+}
+
+/// The second waits for its range, and not for the peer.
+#[tokio::test]
+async fn a_write_that_waits_for_one_that_hangs_locally_does_not_lose_the_peer() {
+    hang_locally(2).await;
 }
 
 /// The same, while checkpoints are due: what a cut holds back waits for the local disk only so
