@@ -537,13 +537,18 @@ impl Group {
 
     /// Everything differs, as far as a copy in this session is concerned, until it has been
     /// compared or sent again.
-    pub(crate) fn copy_again(&self, compare: bool) {
-        self.all_differs();
+    ///
+    /// Returns whether that was asked for.
+    pub(crate) fn copy_again(&self) -> bool {
         {
             let mut core = self.core();
+            let Some(compare) = core.again.take() else { return false };
+            // With the same lock: whoever waits for the end of it has to see it go on.
             (core.copying, core.comparing) = (true, compare);
         }
+        self.all_differs();
         self.set_resync_limits(self.resync_limits());
+        true
     }
 
     /// The guest may be served, alone if there is no session.

@@ -173,9 +173,7 @@ impl Session {
             let result = tokio::select! {
                 biased;
                 () = self.group.wake.notified() => {
-                    let again = self.group.core().again.take();
-                    if let Some(compare) = again {
-                        self.group.copy_again(compare);
+                    if self.group.copy_again() {
                         if let Peer::Brep(link) = &self.peer
                             && let Err(error) = link.copy_begun().await
                         {

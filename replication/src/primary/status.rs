@@ -137,7 +137,10 @@ impl Group {
         if let Some(refusal) = &core.refusal {
             let mut reason = refusal.reason.clone();
             if !self.guest_allowed.is_cancelled() {
-                reason.push_str("; the guest is not served: the secondary may be the disk now");
+                reason.push_str("; the guest is not served");
+                if !refusal.superseded {
+                    reason.push_str(": the secondary may be the disk now");
+                }
             }
             return (Some(reason), refusal.advice.clone());
         }
