@@ -61,4 +61,82 @@ class Sides(Pair):
         return mine
 
 
-__all__ = ["Sides", "format_of", "snapshot"]
+
+class Peers:
+    """Two sides that each know the other one's address, and are started again with the same words
+    whatever they are: alpha.sock and beta.sock are where they listen, and serve their guest."""
+
+    FILES = {"alpha": "p.raw", "beta": "s.raw"}
+
+    def __init__(self, t, size):
+        self.t, self.size = t, size
+        for file in self.FILES.values():
+            t.qemu_img("create", "-f", "raw", file, str(size))
+        self.daemons = {}
+        self.first_guest = True
+        self.run("beta")
+        self._daemon("alpha", "primary", "--guest-listen", t.uri("first.sock"))
+        self.wait_in_sync("alpha")
+
+    def run(self, side, *options):
+        """Starts a side, as a secondary; one that was promoted goes on as the primary."""
+        if side == "alpha":
+            self.first_guest = False
+        self._daemon(side, "secondary", *options)
+
+    def _daemon(self, side, role, *options):
+        t = self.t
+        self.daemons[side] = t.brep_daemon(
+            side, role, "--name", side, "--state-dir", side, "--disk", f"vda={self.FILES[side]}",
+            "--listen", t.uri(f"{side}.sock"), "--peer", t.uri(f"{self.other(side)}.sock"),
+            "--checkpoint-interval", "off", "--peer-timeout", "2s", *options,
+            ready=lambda: t.listens(f"{side}/control.sock"))
+
+    @staticmethod
+    def other(side):
+        return "beta" if side == "alpha" else "alpha"
+
+    def kill(self, side):
+        self.daemons[side].kill9()
+        for name in (f"{side}.sock", *(["first.sock"] if side == "alpha" else [])):
+            (self.t.dir / name).unlink(missing_ok=True)
+
+    def guest(self, side, name="vda"):
+        first = side == "alpha" and self.first_guest
+        return self.t.uri("first.sock" if first else f"{side}.sock", name)
+
+    def brep(self, side, *words, **options):
+        return self.t.brep(*words, "--control", f"{side}/control.sock", **options)
+
+    def status(self, side):
+        return self.brep(side, "status", "--json").json
+
+    def disk(self, side):
+        return self.status(side)["disks"][0]
+
+    def wait_in_sync(self, primary, deadline_s=30):
+        def in_sync():
+            there = self.status(self.other(primary))
+            return self.disk(primary)["state"] == "in-sync" and there["promotable"]
+        self.t.wait_until(in_sync, f"{primary} and its secondary are in sync", deadline_s)
+
+    def bring_back(self, side):
+        """An old primary returns as the secondary, and what it alone wrote is given up. Returns
+        the bytes that were sent to it."""
+        primary = self.other(side)
+        before = self.status(primary)["counters"]["replicated-bytes"]
+        self.run(side, "--discard-local")
+        self.wait_in_sync(primary)
+        return self.status(primary)["counters"]["replicated-bytes"] - before
+
+    def stop_equal(self, primary):
+        """Stops both; the disks hold the same. Returns their hash."""
+        self.brep(primary, "checkpoint")
+        for side in (primary, self.other(primary)):
+            self.daemons[side].stop()
+        hashes = {self.t.sha256(file) for file in self.FILES.values()}
+        self.t.equal(len(hashes), 1, "different disks")
+        return hashes.pop()
+
+
+__all__ = ["Peers", "Sides", "format_of", "snapshot"]
