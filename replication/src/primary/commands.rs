@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
 use super::group::{Group, Loss, no_peer};
@@ -201,15 +202,25 @@ impl PrimaryCommands {
 
     async fn ask(&self, kind: RequestKind, limit: Duration) -> CommandResult<Value> {
         let (answer, wait) = oneshot::channel();
-        self.requests
-            .try_send(CheckpointRequest { kind, answer })
-            .map_err(|_| Error::refused("too many checkpoints are waiting already"))?;
+        self.requests.try_send(CheckpointRequest { kind, answer }).map_err(
+            |error| match error {
+                TrySendError::Full(_) => Error::refused("too many checkpoints are waiting already"),
+                TrySendError::Closed(_) => Error::failed("this side is changing its role, or ends"),
+            },
+        )?;
         match tokio::time::timeout(limit, wait).await {
             Ok(Ok(result)) => Ok(json!({ "epoch": result? })),
-            Ok(Err(_)) => {
-                Err(CommandError::failed("the secondary was lost before the checkpoint was taken"))
-            }
-            Err(_) => Err(CommandError::failed(format!("no checkpoint within {limit:?}"))),
+            Ok(Err(_)) => Err(CommandError::failed(
+                "the session ended before that was done (see brep status)",
+            )),
+            Err(_) => Err(CommandError::failed(match kind {
+                RequestKind::Switchover => {
+                    format!("no switchover within {limit:?}; if it has not begun yet, it will not")
+                }
+                RequestKind::Cut | RequestKind::Checkpoint => {
+                    format!("no checkpoint within {limit:?}")
+                }
+            })),
         }
     }
 
