@@ -6,6 +6,7 @@ use std::fs::{self, DirBuilder};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,9 @@ use crate::exit::Failure;
 /// Largest entry that is read, in bytes, and most entries that are looked at.
 const ENTRY_BYTES_MAX: u64 = 64 << 10;
 const ENTRIES_MAX: usize = 1024;
+
+/// Entries that this process has made.
+static ENTRIES: AtomicU32 = AtomicU32::new(0);
 
 /// A running instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,7 +62,9 @@ impl Registry {
             name: name.to_owned(),
             control: control.to_owned(),
         };
-        let file = self.0.join(format!("{pid}.json"));
+        // A process may be several.
+        let number = ENTRIES.fetch_add(1, Ordering::Relaxed);
+        let file = self.0.join(format!("{pid}-{number}.json"));
         let written = self.make_directory().and_then(|()| write_entry(&file, &instance));
         written.map_err(|error| Failure::failed(format!("{}: {error}", file.display())))?;
         Ok(Entry(file))

@@ -34,6 +34,7 @@ fn run(command: Command) -> Outcome {
             let dry_run = args.dry_run();
             cmd::pair::run(args.resolve()?, dry_run)
         }
+        Command::Secondaries(args) => cmd::pair::run_groups(&args),
         Command::Status(args) => cmd::status::run(&args),
         Command::Events(args) => cmd::events::run(&args),
         Command::Checkpoint(args) => cmd::control::checkpoint(&args),
@@ -83,7 +84,10 @@ fn start_log(cli: &Cli) -> Result<(), Failure> {
     use std::io::IsTerminal;
     use tracing_subscriber::EnvFilter;
 
-    let daemon = matches!(cli.command, Command::Primary(_) | Command::Secondary(_));
+    let daemon = matches!(
+        cli.command,
+        Command::Primary(_) | Command::Secondary(_) | Command::Secondaries(_)
+    );
     let level = match (cli.verbose, daemon) {
         (0, false) => "warn",
         (0, true) | (1, false) => "info",

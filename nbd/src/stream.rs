@@ -66,6 +66,19 @@ impl Stream {
         let _ = stream.as_mut().poll_shutdown(&mut cx);
     }
 
+    /// The same stream, woken by the runtime in which this is called: for one that was accepted in
+    /// another. TLS stays where it began.
+    ///
+    /// # Errors
+    /// The socket cannot be registered.
+    pub(crate) fn rehome(self) -> io::Result<Self> {
+        Ok(match self {
+            Stream::Tcp(stream) => Stream::Tcp(TcpStream::from_std(stream.into_std()?)?),
+            Stream::Unix(stream) => Stream::Unix(UnixStream::from_std(stream.into_std()?)?),
+            other => other,
+        })
+    }
+
     /// Who is on the other side, if the stream is inside TLS.
     #[must_use]
     pub fn tls_peer(&self) -> Option<&Arc<TlsPeer>> {

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use brep_block::CacheMode;
 use brep_nbd::Endpoint;
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::reception::SharedListener;
 pub use crate::state::Role;
 use crate::tls::Exposure;
 pub use crate::tls::TlsConfig;
@@ -135,6 +137,49 @@ pub enum Seeded {
     Trust,
 }
 
+/// Where the other side is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerAddress {
+    /// Where it listens.
+    pub endpoint: Endpoint,
+    /// Its group, where one address serves several.
+    pub group: Option<String>,
+}
+
+impl PeerAddress {
+    /// The name of a disk's export there.
+    #[must_use]
+    pub fn export(&self, disk: &str) -> String {
+        match &self.group {
+            Some(group) => format!("{group}/{disk}"),
+            None => disk.to_owned(),
+        }
+    }
+}
+
+impl PeerAddress {
+    /// The data of a private option: the group comes last, where there are several.
+    pub(crate) fn option(&self, parts: &[&[u8]]) -> Bytes {
+        let group = self.group.as_deref().unwrap_or_default();
+        [parts, &[group.as_bytes()]].concat().concat().into()
+    }
+}
+
+impl From<Endpoint> for PeerAddress {
+    fn from(endpoint: Endpoint) -> Self {
+        PeerAddress { endpoint, group: None }
+    }
+}
+
+impl std::fmt::Display for PeerAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.group {
+            Some(group) => write!(f, "{}, group {group}", self.endpoint),
+            None => self.endpoint.fmt(f),
+        }
+    }
+}
+
 /// How a side of a pair is run.
 #[derive(Debug, Clone)]
 pub struct SideConfig {
@@ -149,12 +194,14 @@ pub struct SideConfig {
     pub state_dir: PathBuf,
     /// Where the other side listens: a primary replicates to there. None: what was set by command,
     /// if anything.
-    pub peer: Option<Endpoint>,
+    pub peer: Option<PeerAddress>,
     /// What listens there.
     pub peer_kind: PeerKind,
     /// Where the other side connects: data and control link. Without `guest_listen` guests are
     /// served here too, by a primary. A secondary needs it.
     pub listen: Option<Endpoint>,
+    /// The place among several groups that `listen` is shared with. None: it is this group's alone.
+    pub shared: Option<SharedListener>,
     /// Where guests connect. On a side that is a secondary from the start a guest of its own is
     /// served here; a manager then decides when checkpoints are taken.
     pub guest_listen: Option<Endpoint>,
@@ -209,7 +256,11 @@ pub struct SideConfig {
 
 impl SideConfig {
     pub(crate) fn exposure(&self) -> Exposure {
-        Exposure { allow_plaintext: self.allow_plaintext, tls: self.tls.clone() }
+        Exposure {
+            allow_plaintext: self.allow_plaintext,
+            tls: self.tls.clone(),
+            shared: self.shared.clone(),
+        }
     }
 
     /// Everything at its default. A primary needs `guest_listen` or `listen`, a secondary `listen`.
@@ -223,6 +274,7 @@ impl SideConfig {
             peer: None,
             peer_kind: PeerKind::Brep,
             listen: None,
+            shared: None,
             guest_listen: None,
             plain_primary: false,
             start: true,

@@ -6,11 +6,13 @@ use std::sync::Arc;
 
 use brep_block::storage;
 use serde_json::Value;
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{DiskConfig, SideConfig};
 use crate::control::{CommandError, ControlServer, EventBus, Handler};
-use crate::{Error, ErrorKind, Result};
+use crate::reception::SharedListener;
+use crate::{Error, ErrorKind, Result, side};
 
 /// Most disks of a group: the record tells of all of them.
 const DISKS_MAX: usize = 128;
@@ -60,6 +62,27 @@ pub(crate) fn check_name(what: &str, name: &str) -> Result<()> {
 
 pub(crate) fn control_path(given: &Option<PathBuf>, state_dir: &Path) -> PathBuf {
     given.clone().unwrap_or_else(|| state_dir.join("control.sock"))
+}
+
+/// Runs a group in a thread of its own; tells when it has ended, and how.
+pub(crate) fn run_in_thread(
+    config: SideConfig,
+    shutdown: CancellationToken,
+) -> Result<oneshot::Receiver<Result<()>>> {
+    let cannot = |e: std::io::Error| Error::failed(format!("cannot start a thread: {e}"));
+    let group = config.shared.as_ref().map_or("", SharedListener::group).to_owned();
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
+    let (ended, end) = oneshot::channel();
+    let run = move || {
+        let result = runtime.block_on(side::run(config, shutdown));
+        if let Err(error) = &result {
+            tracing::error!(group, %error, "the group has failed; the others go on");
+        }
+        let _ = ended.send(result);
+    };
+    std::thread::Builder::new().name("data".to_owned()).spawn(run).map_err(cannot)?;
+    Ok(end)
 }
 
 /// The thread of the control socket: it answers while the data path is stuck.

@@ -17,6 +17,7 @@ mod merge;
 pub mod node;
 mod primary;
 mod random;
+mod reception;
 mod secondary;
 mod side;
 #[cfg(feature = "simulation")]
@@ -36,5 +37,6 @@ mod written;
 
 pub use error::{Error, ErrorKind, Result};
 pub use ids::{Commit, Epoch, Generation, SetId};
+pub use reception::{SharedListener, run_groups};
 pub use secondary::{Discard, would_discard};
 pub use side::run;

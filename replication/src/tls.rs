@@ -6,6 +6,7 @@ use brep_nbd::Endpoint;
 use brep_nbd::server::{Connection, Export, OptionError, OptionErrorCode, ServerConfig};
 use brep_nbd::tls::{TlsClient, TlsPeer, TlsServer};
 
+use crate::reception::SharedListener;
 use crate::{Error, Result};
 
 /// How a side uses TLS. Its link to the other side then always does.
@@ -51,6 +52,8 @@ impl TlsConfig {
 pub(crate) struct Exposure {
     pub(crate) allow_plaintext: bool,
     pub(crate) tls: Option<TlsConfig>,
+    /// The place at an address that several groups share.
+    pub(crate) shared: Option<SharedListener>,
 }
 
 impl Exposure {

@@ -87,7 +87,7 @@ impl Process {
         };
         let config = if side == A {
             SideConfig {
-                peer: Some(reach(peer, Some(life), REPLICA_PORT)),
+                peer: Some(reach(peer, Some(life), REPLICA_PORT).into()),
                 guest_listen: Some(listen_at(life, GUEST_PORT)),
                 ..config
             }

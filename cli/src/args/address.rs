@@ -1,5 +1,8 @@
 use brep_nbd::{Endpoint, NbdUri};
 
+use brep_replication::config::PeerAddress;
+
+use super::disk::check_name;
 use crate::exit::Failure;
 
 /// The place that a URI names, for options whose exports are named by the disks.
@@ -10,6 +13,20 @@ pub(crate) fn endpoint_without_export(option: &str, uri: NbdUri) -> Result<Endpo
         )));
     }
     Ok(uri.endpoint)
+}
+
+/// The other side that a URI names: its export is the group there, if it has several.
+pub(crate) fn peer_address(option: &str, uri: NbdUri) -> Result<PeerAddress, Failure> {
+    let group = Some(uri.export).filter(|group| !group.is_empty());
+    if let Some(group) = &group {
+        check_name(group).map_err(|_| {
+            Failure::usage(format!(
+                "{option}: {group:?} is no name of a group; the exports are the names of the disks, \
+                 and not part of it"
+            ))
+        })?;
+    }
+    Ok(PeerAddress { endpoint: uri.endpoint, group })
 }
 
 /// Refuses to listen where others can read along, unless that was said to be wanted.

@@ -3,19 +3,21 @@ mod address;
 mod control;
 mod disk;
 mod drive;
+mod groups;
 mod image;
 mod nbd;
 mod pair;
 mod security;
 mod tls;
 
-pub(crate) use address::endpoint_without_export;
+pub(crate) use address::peer_address;
 pub(crate) use control::{
     CheckpointArgs, ControlArgs, DiskArgs, DiskCommand, EventsArgs, FailoverArgs, PeerArgs,
     PeerCommand, ResizeArgs, ResumeArgs, ResyncArgs, StartArgs, StatusArgs, StopArgs,
     SwitchoverArgs, Target, Wait,
 };
 pub(crate) use disk::{format_by_name, unknown_format};
+pub(crate) use groups::SecondariesArgs;
 pub(crate) use image::{
     CheckArgs, CompareArgs, CreateArgs, ImageArgs, ImageCommand, InfoArgs, Repair,
 };
@@ -58,6 +60,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     Primary(Box<PrimaryArgs>),
     Secondary(Box<SecondaryArgs>),
+    Secondaries(SecondariesArgs),
     Status(StatusArgs),
     Events(EventsArgs),
     Checkpoint(CheckpointArgs),

@@ -9,7 +9,7 @@ use brep_replication::config::{
 };
 use clap::{Args, ValueEnum};
 
-use super::address::endpoint_without_export;
+use super::address::peer_address;
 use super::disk::DiskArg;
 use super::drive::{self, Drives};
 use super::security::{ServerTls, TlsFlags};
@@ -353,7 +353,7 @@ impl ReplicateArgs {
             return Err(Failure::usage("--window-bytes: at least 1M"));
         }
         if let Some(uri) = self.peer {
-            config.peer = Some(endpoint_without_export("--peer", uri)?);
+            config.peer = Some(peer_address("--peer", uri)?);
         }
         config.peer_kind = match self.peer_kind {
             PeerKindArg::Brep => PeerKind::Brep,
@@ -416,7 +416,7 @@ impl SideArgs {
         };
         let state_dir = std::path::absolute(state_dir)?;
         let config = SideConfig {
-            peer,
+            peer: peer.map(Into::into),
             start: !self.no_start,
             control: self.control.map(std::path::absolute).transpose()?,
             durability: match self.durability {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use brep_block::CacheMode;
 use brep_nbd::{Endpoint, NbdUri};
-use brep_replication::config::DiskFormat;
+use brep_replication::config::{DiskFormat, PeerAddress};
 use brep_replication::control::{ClientError, ControlClient};
 use brep_replication::status::{DiskState, LinkState, ResyncStatus, Status};
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::args::{
     CheckpointArgs, ControlArgs, DiskArgs, DiskCommand, FailoverArgs, PeerArgs, PeerCommand,
     ResizeArgs, ResumeArgs, ResyncArgs, StartArgs, StopArgs, SwitchoverArgs, Target, Wait,
-    endpoint_without_export,
+    peer_address,
 };
 use crate::exit::{Failure, OK, Outcome};
 use crate::instances::Registry;
@@ -349,7 +349,7 @@ pub(crate) fn disk(args: &DiskArgs) -> Outcome {
 pub(crate) fn peer(args: &PeerArgs) -> Outcome {
     match &args.command {
         PeerCommand::Set { control, uri } => {
-            let endpoint = endpoint_without_export("peer set", uri.clone())?;
+            let PeerAddress { endpoint, group } = peer_address("peer set", uri.clone())?;
             // As this process understands it: the instance may run in another directory.
             let endpoint = match endpoint {
                 Endpoint::Unix { path } => Endpoint::Unix { path: std::path::absolute(path)? },
@@ -357,7 +357,8 @@ pub(crate) fn peer(args: &PeerArgs) -> Outcome {
             };
             let uri = NbdUri { endpoint: endpoint.clone(), ..uri.clone() }.to_string();
             let answer = ask(control, "peer-set", json!({ "uri": uri }))?;
-            report(control, &answer, || format!("the peer is {endpoint}"))
+            let peer = PeerAddress { endpoint, group };
+            report(control, &answer, || format!("the peer is {peer}"))
         }
         PeerCommand::Clear { control } => {
             let answer = ask(control, "peer-clear", Value::Null)?;

@@ -1,11 +1,11 @@
-//! `brep primary` and `brep secondary`.
+//! `brep primary`, `brep secondary` and `brep secondaries`.
 use std::path::{Path, PathBuf};
 
 use brep_replication::config::{Role, SideConfig};
 
 use super::control::discard_text;
 use super::runtime::until_signal;
-use crate::args::DryRun;
+use crate::args::{DryRun, SecondariesArgs};
 use crate::exit::{Failure, OK, Outcome};
 use crate::instances::{Entry, Registry};
 use crate::output;
@@ -30,6 +30,23 @@ pub(crate) fn run(config: SideConfig, dry_run: Option<DryRun>) -> Outcome {
     };
     let _entry = register(role, &config.name, &control);
     until_signal("data", |shutdown| brep_replication::run(config, shutdown))?;
+    Ok(OK)
+}
+
+/// Runs the groups of a file until they are told to stop.
+pub(crate) fn run_groups(args: &SecondariesArgs) -> Outcome {
+    let groups = args.resolve()?;
+    if args.check {
+        output::line(&format!("{} groups", groups.len()))?;
+        return Ok(OK);
+    }
+    let entry = |config: &SideConfig| {
+        let control = control_socket(config.control.as_deref(), &config.state_dir);
+        let group = config.shared.as_ref().map_or("", |place| place.group());
+        register("secondary", group, &control)
+    };
+    let _entries: Vec<_> = groups.iter().map(entry).collect();
+    until_signal("reception", |shutdown| brep_replication::run_groups(groups, shutdown))?;
     Ok(OK)
 }
 

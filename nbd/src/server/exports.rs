@@ -5,6 +5,7 @@ use brep_block::BlockDevice;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 
+use super::Server;
 use super::connection::Connection;
 use super::taken::TakenStream;
 use crate::proto::server::{ExportDescription, ExportInfo, OptionError, OptionErrorCode};
@@ -14,6 +15,13 @@ use crate::proto::server::{ExportDescription, ExportInfo, OptionError, OptionErr
 /// Names are looked up anew for every option, so exports may come and go at any time; a
 /// connection that has chosen an export keeps it until it ends.
 pub trait Exports: Send + Sync + 'static {
+    /// Where a client is served that has asked for this; none: here. Asked before the others, for the
+    /// first option that names something; what follows is answered there.
+    fn home(&self, wanted: Wanted<'_>) -> Option<Home> {
+        let _ = wanted;
+        None
+    }
+
     /// The exports to be listed.
     fn list(&self) -> Vec<ExportDescription>;
 
@@ -42,6 +50,24 @@ pub trait Exports: Send + Sync + 'static {
         let _ = (connection, option, data);
         Box::pin(std::future::ready(PrivateReply::Unsupported))
     }
+}
+
+/// What a client has asked for.
+#[derive(Debug, Clone, Copy)]
+pub enum Wanted<'a> {
+    /// The export of this name.
+    Export(&'a str),
+    /// A private option: its number and its data.
+    Private(u32, &'a [u8]),
+}
+
+/// Another server, which takes a client over in the middle of its handshake.
+#[derive(Debug, Clone)]
+pub struct Home {
+    /// The server. Its limits and exports count from then on.
+    pub server: Arc<Server>,
+    /// The runtime in which it serves the client.
+    pub runtime: tokio::runtime::Handle,
 }
 
 /// A device under the conditions under which it is served.

@@ -10,7 +10,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::config::ServerConfig;
 use super::connection::{Connection, Stop};
-use super::exports::{Export, Exports, PrivateReply, Takeover};
+use super::exports::{Export, Exports, Home, PrivateReply, Takeover, Wanted};
 use crate::Stream;
 use crate::proto::server::{
     Agreed, Ending, Handshake, OptionError, OptionErrorCode, Step, TlsPolicy,
@@ -26,6 +26,32 @@ pub(super) enum Outcome {
     Transmission { stream: Stream, export: Export, agreed: Box<Agreed>, input: BytesMut },
     /// Something other than NBD follows, beginning with what `input` holds.
     Takeover { stream: Stream, then: Takeover, input: BytesMut },
+    /// Another server goes on with it.
+    Moved { home: Home, handshake: Box<Moved> },
+}
+
+/// A handshake that another server goes on with.
+pub(super) struct Moved {
+    pub(super) stream: Stream,
+    handshake: Handshake,
+    input: BytesMut,
+    deadline: Instant,
+}
+
+impl Moved {
+    /// Registers the stream with the runtime in which this is called.
+    pub(super) fn rehome(mut self: Box<Self>) -> io::Result<Box<Self>> {
+        self.stream = self.stream.rehome()?;
+        Ok(self)
+    }
+}
+
+/// Where a handshake begins.
+pub(super) enum Begin {
+    /// At its beginning.
+    New(Stream),
+    /// Where another server has left it.
+    Moved(Box<Moved>),
 }
 
 /// Why a connection came to nothing.
@@ -58,7 +84,7 @@ pub(super) struct Driver<'a> {
 
 impl<'a> Driver<'a> {
     pub(super) fn new(
-        stream: Stream,
+        begin: Begin,
         connection: &'a Arc<Connection>,
         exports: &'a dyn Exports,
         config: &'a ServerConfig,
@@ -68,16 +94,18 @@ impl<'a> Driver<'a> {
             Some(_) if config.tls_required => TlsPolicy::Required,
             Some(_) => TlsPolicy::Optional,
         };
-        Driver {
-            stream,
-            connection,
-            exports,
-            tls: config.tls.as_ref(),
-            deadline: Instant::now() + config.handshake_timeout,
-            handshake: Handshake::new().with_tls(policy),
-            input: BytesMut::with_capacity(1024),
-            opened: None,
-        }
+        let Moved { stream, handshake, input, deadline } = match begin {
+            Begin::Moved(moved) => *moved,
+            Begin::New(stream) => Moved {
+                stream,
+                handshake: Handshake::new().with_tls(policy),
+                input: BytesMut::with_capacity(1024),
+                deadline: Instant::now() + config.handshake_timeout,
+            },
+        };
+        connection.set_tls_peer(stream.tls_peer());
+        let tls = config.tls.as_ref();
+        Driver { stream, connection, exports, tls, deadline, handshake, input, opened: None }
     }
 
     pub(super) async fn run(mut self) -> Result<Outcome, HandshakeError> {
@@ -89,6 +117,17 @@ impl<'a> Driver<'a> {
             // Sent before the next answer, so that the output never grows beyond that to one
             // option.
             self.send().await?;
+            let wanted = match &step {
+                Step::Open(name) => Some(Wanted::Export(name)),
+                Step::Private { option, data } => Some(Wanted::Private(*option, data)),
+                _ => None,
+            };
+            if let Some(home) = wanted.and_then(|wanted| self.exports.home(wanted)) {
+                // Asked there again.
+                let Driver { stream, handshake, input, deadline, .. } = self;
+                let handshake = Box::new(Moved { stream, handshake, input, deadline });
+                return Ok(Outcome::Moved { home, handshake });
+            }
             match step {
                 Step::Input(missing) => self.receive(missing).await?,
                 Step::StartTls => {

@@ -28,7 +28,7 @@ use tokio_util::task::TaskTracker;
 
 pub use self::config::ServerConfig;
 pub use self::connection::{Connection, Counters};
-pub use self::exports::{Export, Exports, PrivateReply, Takeover};
+pub use self::exports::{Export, Exports, Home, PrivateReply, Takeover, Wanted};
 pub use self::listener::{BindError, Listener};
 pub use self::static_exports::StaticExports;
 pub use self::taken::TakenStream;
@@ -36,7 +36,7 @@ pub use crate::proto::server::{ExportDescription, OptionError, OptionErrorCode};
 
 use self::budget::Budget;
 use self::connection::Stop;
-use self::handshake::{Driver, HandshakeError, Outcome};
+use self::handshake::{Begin, Driver, HandshakeError, Moved, Outcome};
 use self::session::Session;
 use crate::proto::server::Ending;
 use crate::{Endpoint, Stream};
@@ -136,18 +136,40 @@ impl Server {
     }
 
     fn spawn(self: &Arc<Self>, stream: Stream, slot: OwnedSemaphorePermit) {
+        let registration = self.register(stream.peer());
+        self.tasks.spawn(async move {
+            let _slot = slot;
+            let registration = registration;
+            registration.run(Begin::New(stream)).await;
+        });
+    }
+
+    /// Goes on with a client of another server, in `runtime`.
+    fn adopt(self: &Arc<Self>, moved: Box<Moved>, runtime: &tokio::runtime::Handle) {
+        let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else {
+            tracing::warn!(peer = moved.stream.peer(), "too many NBD clients: one more is closed");
+            return;
+        };
+        let registration = self.register(moved.stream.peer());
+        let adopted = async move {
+            let _slot = slot;
+            let registration = registration;
+            match moved.rehome() {
+                Ok(moved) => registration.run(Begin::Moved(moved)).await,
+                Err(error) => tracing::warn!(%error, "an NBD client is lost"),
+            }
+        };
+        self.tasks.spawn_on(adopted, runtime);
+    }
+
+    fn register(self: &Arc<Self>, peer: String) -> Registration {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let connection = Connection::new(id, stream.peer());
+        let connection = Connection::new(id, peer);
         self.table().insert(id, Arc::clone(&connection));
         if self.stopping.is_cancelled() {
             connection.stop(Stop::ShutDown);
         }
-        let registration = Registration { server: Arc::clone(self), connection };
-        self.tasks.spawn(async move {
-            let _slot = slot;
-            let registration = registration;
-            registration.run(stream).await;
-        });
+        Registration { server: Arc::clone(self), connection }
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Connection>>> {
@@ -177,9 +199,9 @@ struct Registration {
 }
 
 impl Registration {
-    async fn run(&self, stream: Stream) {
+    async fn run(&self, begin: Begin) {
         let Registration { server, connection } = self;
-        let handshake = Driver::new(stream, connection, &*server.exports, &server.config);
+        let handshake = Driver::new(begin, connection, &*server.exports, &server.config);
         match handshake.run().await {
             Ok(Outcome::Transmission { stream, export, agreed, input }) => {
                 connection.set_export_name(&export.canonical_name);
@@ -197,6 +219,7 @@ impl Registration {
                     () = then(stream) => {}
                 }
             }
+            Ok(Outcome::Moved { home, handshake }) => home.server.adopt(handshake, &home.runtime),
             Err(HandshakeError::Ending(Ending::Aborted) | HandshakeError::Eof) => {}
             Err(error) => {
                 tracing::info!(peer = connection.peer(), "an NBD handshake ended: {error}");

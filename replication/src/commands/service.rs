@@ -193,7 +193,20 @@ impl Service {
 
     async fn listen(&self, endpoint: &Endpoint, config: ServerConfig) -> Result<Running> {
         self.exposure.check(endpoint)?;
-        let server = Server::new(Arc::clone(&self.exports) as Arc<dyn Exports>, config);
+        let exports = Arc::clone(&self.exports) as Arc<dyn Exports>;
+        if let Some(shared) = self.exposure.shared.as_ref().filter(|shared| shared.is_at(endpoint))
+        {
+            let (shared, allowed) = (shared.clone(), self.allowed.clone());
+            let server = Server::new(shared.exports(exports), config);
+            let attached = Arc::clone(&server);
+            let accepting = tokio::spawn(async move {
+                allowed.cancelled().await;
+                let _attached = shared.attach(&attached);
+                std::future::pending().await
+            });
+            return Ok(Running { server, accepting });
+        }
+        let server = Server::new(exports, config);
         // Bound at once, so that an address in use is known now; served when it is allowed.
         let listener = Server::bind(endpoint).await.map_err(|e| Error::failed(e.to_string()))?;
         let accepting = tokio::spawn({

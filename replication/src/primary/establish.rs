@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use brep_block::BlockDevice;
+use brep_nbd::Stream;
 use brep_nbd::client::{ClientError, ConnectOptions, Connection, connect_private};
-use brep_nbd::{Endpoint, Stream};
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use uuid::Uuid;
 
 use super::group::{DiskPart, Group, Terms};
@@ -14,7 +14,7 @@ use super::hello::{Decision, Refusal, decide, decide_plain, joins};
 use super::link::{Link, peer_disk};
 use super::plain::Plain;
 use super::session::{Connections, Peer, Session};
-use crate::config::{Ack, PeerKind};
+use crate::config::{Ack, PeerAddress, PeerKind};
 use crate::link::{
     CopyMode, Hello, HelloAnswer, LINK_VERSION, LinkReader, LinkWriter, Message, OPTION_BIND,
     OPTION_LINK, split, timeout_ms,
@@ -41,7 +41,7 @@ pub(super) enum Attempt {
 }
 
 /// Tries once to begin a session.
-pub(super) async fn establish(group: &Arc<Group>, peer: &Endpoint) -> Attempt {
+pub(super) async fn establish(group: &Arc<Group>, peer: &PeerAddress) -> Attempt {
     let attempt = async {
         // A session has to be recorded.
         group.record.check()?;
@@ -53,14 +53,14 @@ pub(super) async fn establish(group: &Arc<Group>, peer: &Endpoint) -> Attempt {
     attempt.await.unwrap_or_else(Attempt::Unreachable)
 }
 
-async fn with_brep(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
+async fn with_brep(group: &Arc<Group>, peer: &PeerAddress) -> Result<Attempt> {
     // The maps have to be complete before anything is decided by them.
     group.settled().await?;
     let limit = group.config.peer_timeout;
-    let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
+    let version = peer.option(&[&LINK_VERSION.to_be_bytes()]);
     let tls = group.config.tls.as_ref();
     let client = tls.map(|tls| &tls.client);
-    let link = match connect_private(peer, client, OPTION_LINK, version, limit).await {
+    let link = match connect_private(&peer.endpoint, client, OPTION_LINK, version, limit).await {
         Ok(link) => link,
         Err(ClientError::Unsupported { .. }) => {
             return Ok(Attempt::Refused(Refusal::new(
@@ -229,7 +229,7 @@ async fn compare_writes(
 }
 
 /// A stock NBD server says nothing of what it holds: only the record and the operator know.
-async fn with_plain(group: &Arc<Group>, peer: &Endpoint) -> Result<Attempt> {
+async fn with_plain(group: &Arc<Group>, peer: &PeerAddress) -> Result<Attempt> {
     let (wish, epoch) = {
         let core = group.core();
         (core.wish, core.epoch())
@@ -273,7 +273,7 @@ fn by_number(disks: &Disks<DiskPart>, connections: Vec<Arc<Connection>>) -> Conn
 /// One data connection a disk, bound to the session by its token if there is one.
 async fn connect_disks(
     group: &Arc<Group>,
-    peer: &Endpoint,
+    peer: &PeerAddress,
     disks: &Disks<DiskPart>,
     token: Option<Uuid>,
 ) -> Result<Vec<Arc<Connection>>> {
@@ -284,14 +284,14 @@ async fn connect_disks(
             name: format!("{} on the secondary", disk.name),
             connect_timeout: config.peer_timeout,
             request_timeout: config.peer_timeout,
-            private_options: token.map(|token| bind(token, slot)).into_iter().collect(),
+            private_options: token.map(|token| bind(peer, token, slot)).into_iter().collect(),
             // The window is the bound; nothing waits in a second queue.
             in_flight_max: config.window_requests,
             in_flight_bytes_max: config.window_bytes,
             queued_max: config.window_requests.max(16_384),
             queued_bytes_max: config.window_bytes.max(256 << 20),
             tls: config.tls.as_ref().map(|tls| tls.client.clone()),
-            ..ConnectOptions::new(peer.clone(), disk.name.clone())
+            ..ConnectOptions::new(peer.endpoint.clone(), peer.export(&disk.name))
         };
         let connection =
             Connection::connect(&options).await.map_err(|e| Error::failed(e.to_string()))?;
@@ -318,9 +318,7 @@ async fn connect_disks(
     Ok(connections)
 }
 
-fn bind(token: Uuid, slot: usize) -> (u32, Bytes) {
-    let mut bind = BytesMut::new();
-    bind.put_slice(token.as_bytes());
-    bind.put_u32(u32::try_from(slot).unwrap_or(u32::MAX));
-    (OPTION_BIND, bind.freeze())
+fn bind(peer: &PeerAddress, token: Uuid, slot: usize) -> (u32, Bytes) {
+    let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+    (OPTION_BIND, peer.option(&[token.as_bytes(), &slot.to_be_bytes()]))
 }

@@ -45,13 +45,12 @@ use crate::config::{Ack, DiskConfig, DiskFormat, Durability, Seeded};
 use crate::door::Door;
 use crate::guest::Guest;
 use crate::image::Image;
-use crate::link::{self, CopyMode, DiskInfo, RefusalKind};
+use crate::link::{CopyMode, DiskInfo, RefusalKind};
 use crate::node::Stage;
 use crate::side::Side;
 use crate::state::Record;
 use crate::status::LinkState;
 use crate::table::{DiskTable, Disks};
-use crate::written::describe;
 use crate::{Epoch, Error, Generation, Result, secondary};
 
 /// The disks of a primary, and everything that concerns all of them: epochs, window, record.
@@ -416,40 +415,8 @@ impl Group {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn disks(&self) -> Disks<DiskPart> {
-        self.disks.get()
-    }
-
-    /// A disk by its number, while it is part of the group.
-    pub(crate) fn disk(&self, number: usize) -> Option<Arc<DiskPart>> {
-        self.disks().into_iter().find(|disk| disk.number == number)
-    }
-
-    pub(crate) fn disk_names(&self) -> Vec<String> {
-        self.disks().iter().map(|disk| disk.name.clone()).collect()
-    }
-
-    /// The name of a disk, for messages.
-    pub(crate) fn disk_name(&self, number: usize) -> String {
-        self.disk(number).map_or_else(String::new, |disk| disk.name.clone())
-    }
-
     pub(crate) fn record(&self) -> Arc<Record> {
         self.side.record.get()
-    }
-
-    /// What hello tells of this side.
-    pub(crate) fn introduce(&self) -> link::Side {
-        let maps = describe(self.core().maps.values());
-        let record = self.record();
-        let joins = &record.primary.joins;
-        let disks = self.disks().into_iter().map(|d| DiskInfo {
-            name: d.name.clone(),
-            size: d.size(),
-            growable: true,
-            joining: joins.iter().find(|(name, _)| *name == d.name).map(|(_, id)| *id),
-        });
-        self.side.introduce(disks.collect(), maps)
     }
 
     /// A failure that no guest is told of, or not only.

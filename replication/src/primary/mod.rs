@@ -20,7 +20,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use brep_hbitmap::MapSet;
-use brep_nbd::Endpoint;
 use brep_nbd::server::{
     Connection, Export, ExportDescription, Exports, OptionError, OptionErrorCode,
 };
@@ -35,7 +34,7 @@ pub(crate) use self::group::{Group, MapsOf, Since, check_role};
 use self::hello::Refusal;
 use self::session::CheckpointRequest;
 use crate::commands::Service;
-use crate::config::PeerKind;
+use crate::config::{PeerAddress, PeerKind};
 use crate::link::{RefusalKind, Side as Introduction, StopReason};
 use crate::secondary::Refused;
 use crate::side::Side;
@@ -195,8 +194,8 @@ fn why_alone(held: bool) -> &'static str {
 /// Tries to connect, and runs the session if that works.
 async fn attempt(
     group: &Arc<Group>,
-    peer: &Endpoint,
-    peers: &mut watch::Receiver<Option<Endpoint>>,
+    peer: &PeerAddress,
+    peers: &mut watch::Receiver<Option<PeerAddress>>,
     requests: &mut mpsc::Receiver<CheckpointRequest>,
 ) -> Tried {
     let leaving = group.leaving();

@@ -341,11 +341,7 @@ impl BufferPool {
 
     /// Removes the files of a disk that is closed for good.
     pub(crate) fn remove_files(&self) -> Result<()> {
-        for path in self.numbers()?.into_iter().map(|number| self.path(number)) {
-            storage::remove(&path)
-                .map_err(|e| Error::failed(format!("{}: {e}", path.display())))?;
-        }
-        Ok(())
+        self.numbers()?.into_iter().try_for_each(|number| remove(&self.path(number)))
     }
 
     async fn open_file(&self, path: &Path) -> Result<Buffer> {

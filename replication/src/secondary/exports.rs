@@ -128,6 +128,12 @@ impl PeerExports {
                  without --plain-primary",
             ));
         }
+        if data.len() > 4 {
+            return PrivateReply::Error(OptionError::new(
+                OptionErrorCode::Policy,
+                "this secondary serves one group: leave its name out of --peer",
+            ));
+        }
         if data != LINK_VERSION.to_be_bytes() {
             return PrivateReply::Error(OptionError::new(
                 OptionErrorCode::Policy,

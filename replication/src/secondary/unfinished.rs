@@ -4,12 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use brep_nbd::Endpoint;
 use brep_nbd::client::connect_private;
-use bytes::Bytes;
 
 use super::failover::Wanted;
 use super::group::Group;
+use crate::config::PeerAddress;
 use crate::link::{
     Hello, LINK_VERSION, LinkWriter, Message, OPTION_LINK, Side as Introduction, StopReason, split,
     timeout_ms,
@@ -58,7 +57,7 @@ impl Group {
         !record.is_primary() && record.secondary.made_room
     }
 
-    async fn ask_and_note(&self, peer: &Endpoint) {
+    async fn ask_and_note(&self, peer: &PeerAddress) {
         // Nobody promotes this side while the other one may be about to take over.
         let _transition = self.transition.lock().await;
         if !self.made_room() {
@@ -75,12 +74,12 @@ impl Group {
         self.core().reason = reason;
     }
 
-    async fn ask_to_take_over(&self, peer: &Endpoint) -> Result<Told> {
+    async fn ask_to_take_over(&self, peer: &PeerAddress) -> Result<Told> {
         let limit = self.config.peer_timeout;
-        let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
+        let version = peer.option(&[&LINK_VERSION.to_be_bytes()]);
         let tls = self.config.tls.as_ref();
         let client = tls.map(|tls| &tls.client);
-        let link = connect_private(peer, client, OPTION_LINK, version, limit)
+        let link = connect_private(&peer.endpoint, client, OPTION_LINK, version, limit)
             .await
             .map_err(|e| Error::failed(e.to_string()))?;
         if let Some(tls) = tls {

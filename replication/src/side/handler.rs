@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Side, peer};
 use crate::commands::{self, Arguments, COMMANDS, CommandResult, Service};
+use crate::config::PeerAddress;
 use crate::control::{CommandError, CommandSpec, Handler};
 use crate::daemon::on_data_thread;
 use crate::status::Status;
@@ -141,9 +142,6 @@ fn yank(role: &dyn RoleCommands, arguments: Arguments<'_>) -> CommandResult<Valu
 }
 
 /// The address that `peer-set` was given.
-pub(crate) fn peer_argument(
-    arguments: Arguments<'_>,
-    has_tls: bool,
-) -> CommandResult<brep_nbd::Endpoint> {
+pub(crate) fn peer_argument(arguments: Arguments<'_>, has_tls: bool) -> CommandResult<PeerAddress> {
     Ok(peer::parse(arguments.text("uri").unwrap_or_default(), has_tls)?)
 }

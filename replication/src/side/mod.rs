@@ -16,7 +16,7 @@ use uuid::Uuid;
 use self::handler::SideHandler;
 pub(crate) use self::handler::{Managed, RoleCommands, peer_argument};
 use crate::commands::Colo;
-use crate::config::{DiskConfig, Durability, SideConfig};
+use crate::config::{DiskConfig, Durability, PeerAddress, SideConfig};
 use crate::control::EventBus;
 use crate::daemon::{self, ControlThread};
 use crate::errors::ErrorLog;
@@ -74,7 +74,7 @@ pub(crate) struct Side {
     /// The disks that are there now.
     disks: Mutex<Vec<DiskConfig>>,
     /// Where the other side listens.
-    peer: watch::Sender<Option<Endpoint>>,
+    peer: watch::Sender<Option<PeerAddress>>,
     /// Carries out commands in the present role.
     role: watch::Sender<Option<Arc<dyn RoleCommands>>>,
     control: Mutex<Option<ControlThread>>,

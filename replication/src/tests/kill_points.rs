@@ -74,7 +74,7 @@ fn here(scratch: &Scratch, role: Role) -> SideConfig {
 
 fn there(scratch: &Scratch) -> SideConfig {
     let config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
-    SideConfig { peer: Some(scratch.endpoint("p.sock")), ..config }
+    SideConfig { peer: Some(scratch.endpoint("p.sock").into()), ..config }
 }
 
 fn serves(status: &Value) -> bool {

@@ -8,6 +8,7 @@ mod copy;
 mod cut;
 mod failover;
 mod flush;
+mod groups;
 mod grow;
 mod hot;
 mod interrupted;

@@ -60,7 +60,7 @@ impl Scratch {
 
     pub fn primary(&self, disks: Vec<DiskConfig>) -> SideConfig {
         SideConfig {
-            peer: Some(self.endpoint("s.sock")),
+            peer: Some(self.endpoint("s.sock").into()),
             guest_listen: Some(self.endpoint("p-guest.sock")),
             durability: durability(),
             checkpoint_interval: None,

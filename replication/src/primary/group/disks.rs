@@ -10,7 +10,10 @@ use super::{DiskPart, Group};
 use crate::config::{DiskConfig, PeerKind};
 use crate::daemon;
 use crate::image::Image;
+use crate::link::{self, DiskInfo};
 use crate::side::Side;
+use crate::table::Disks;
+use crate::written::describe;
 use crate::{Error, Result};
 
 /// Every disk that the record knows has to be there: its guest would miss it, and the secondary's
@@ -34,6 +37,38 @@ pub(super) fn maps_of_new(side: &Side, disk: &DiskPart) -> Result<()> {
 }
 
 impl Group {
+    pub(crate) fn disks(&self) -> Disks<DiskPart> {
+        self.disks.get()
+    }
+
+    /// A disk by its number, while it is part of the group.
+    pub(crate) fn disk(&self, number: usize) -> Option<Arc<DiskPart>> {
+        self.disks().into_iter().find(|disk| disk.number == number)
+    }
+
+    pub(crate) fn disk_names(&self) -> Vec<String> {
+        self.disks().iter().map(|disk| disk.name.clone()).collect()
+    }
+
+    /// The name of a disk, for messages.
+    pub(crate) fn disk_name(&self, number: usize) -> String {
+        self.disk(number).map_or_else(String::new, |disk| disk.name.clone())
+    }
+
+    /// What hello tells of this side.
+    pub(crate) fn introduce(&self) -> link::Side {
+        let maps = describe(self.core().maps.values());
+        let record = self.record();
+        let joins = &record.primary.joins;
+        let disks = self.disks().into_iter().map(|d| DiskInfo {
+            name: d.name.clone(),
+            size: d.size(),
+            growable: true,
+            joining: joins.iter().find(|(name, _)| *name == d.name).map(|(_, id)| *id),
+        });
+        self.side.introduce(disks.collect(), maps)
+    }
+
     /// Adds a disk. It is part of the group when this returns, and its export can be served; the
     /// secondary is connected again, and gets a copy. Returns whether it was not there before.
     ///

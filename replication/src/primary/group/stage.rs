@@ -1,6 +1,6 @@
 //! Whether replication runs, and to whom.
 
-use brep_nbd::Endpoint;
+use crate::config::PeerAddress;
 
 use super::Group;
 use crate::node::Stage;
@@ -102,7 +102,7 @@ impl Group {
     ///
     /// # Errors
     /// Refused while the present peer is connected.
-    pub(crate) fn change_peer(&self, peer: Endpoint) -> Result<()> {
+    pub(crate) fn change_peer(&self, peer: PeerAddress) -> Result<()> {
         if self.is_attached() {
             let now = self.peer().map_or_else(String::new, |p| p.to_string());
             return Err(Error::refused(format!(
