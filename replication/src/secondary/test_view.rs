@@ -10,12 +10,14 @@ use serde_json::json;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::disk::Remains;
+use super::buffers::Buffer;
+use super::disk::{Remains, ReplicaDisk};
 use super::group::Group;
 use super::room::SPACE_LOW_BYTES;
 use super::scratch::ScratchDevice;
 use crate::daemon::check_name;
 use crate::status::TestStatus;
+use crate::table::Disks;
 use crate::{Epoch, Error, Result};
 
 /// How often a view's room is looked at.
@@ -71,14 +73,22 @@ impl Group {
             return Err(Error::usage(format!("test view {name:?}: a disk has this name")));
         }
         self.check_test()?;
-        let set = self.record().set.ok_or_else(|| Error::failed("no set"))?;
-        let mut scratch = Vec::new();
-        for disk in self.disks() {
-            scratch.push(disk.pool.take(set).await?);
+        let disks = self.disks();
+        let scratch = self.take_scratch(&disks).await?;
+        // From here to the end there is no await: no commit comes between two disks. One may have
+        // come before.
+        let same = self.disks().len() == disks.len() && self.disks().iter().all(|d| disks.has(d));
+        let ready = match same {
+            true => self.check_test(),
+            false => Err(Error::refused("a disk has just gone: try again")),
+        };
+        if let Err(error) = ready {
+            self.recycle(disks.iter().map(Arc::clone).zip(scratch.map(|s| vec![s])).collect())
+                .await;
+            return Err(error);
         }
-        // From here to the end there is no await: no commit comes between two disks.
         let checkpoint = self.record().com.map(|com| com.epoch);
-        for (disk, scratch) in self.disks().iter().zip(scratch) {
+        for (disk, scratch) in disks.iter().zip(scratch) {
             let export = format!("{name}/{}", disk.name);
             disk.open_test_view(scratch, |below| ScratchDevice::new(&export, below, self))?;
         }
@@ -97,6 +107,23 @@ impl Group {
         let report = self.test_report(&test);
         self.events.emit("BREP_TEST_OPENED", json!(report));
         Ok(report)
+    }
+
+    /// What takes the writes to a view, on all disks or on none.
+    async fn take_scratch(&self, disks: &Disks<ReplicaDisk>) -> Result<std::vec::IntoIter<Buffer>> {
+        let set = self.record().set.ok_or_else(|| Error::failed("no set"))?;
+        let mut scratch = Vec::new();
+        for disk in disks.iter() {
+            match disk.pool.take(set).await {
+                Ok(buffer) => scratch.push(buffer),
+                Err(error) => {
+                    let unused = scratch.into_iter().map(|buffer| vec![buffer]);
+                    self.recycle(disks.iter().map(Arc::clone).zip(unused).collect()).await;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(scratch.into_iter())
     }
 
     /// Whether a view is open.
@@ -236,7 +263,7 @@ impl Group {
             let over = self.core().test.as_ref().and_then(|test| test.over.clone());
             let over = match over {
                 Some(over) => Some(over),
-                None => self.keep_test_small().await.err().map(|error| error.to_string()),
+                None => self.keep_test_small(&ended).await.err().map(|error| error.to_string()),
             };
             if let Some(reason) = over.filter(|_| !ended.is_cancelled()) {
                 self.drop_test(&reason);
@@ -244,9 +271,10 @@ impl Group {
         }
     }
 
-    async fn keep_test_small(&self) -> Result<()> {
+    async fn keep_test_small(&self, ended: &CancellationToken) -> Result<()> {
         for disk in self.disks() {
-            while disk.join_retired().await? {}
+            // Once it has ended another one may be open, and is kept small by somebody else.
+            while !ended.is_cancelled() && disk.join_retired().await? {}
             if disk.test_depth() > DEPTH_MAX {
                 return Err(Error::failed(
                     "checkpoints come faster than a test view can keep them",
