@@ -3,7 +3,7 @@ use std::time::Duration;
 use brep_block::{Operation, Rule};
 use serde_json::json;
 
-use super::common::{connect, file, fill};
+use super::common::{Side, connect, file, fill};
 use super::{Pair, write};
 
 /// The link is lost while a write of it hangs in the secondary's disk. A failover that did not
@@ -71,5 +71,32 @@ async fn a_merge_does_not_ask_the_disks_image_what_it_has() {
     secondary.command("failover", json!({})).await.unwrap();
     secondary.wait_state("promoted").await;
     assert!(file(&scratch.path("s.raw")) == checkpoint, "another disk than at the checkpoint");
+    secondary.stop().await;
+}
+
+/// The record says that this side is a primary, and then its activity log cannot be written. A primary
+/// that was told that nothing has happened would go on, and at this side's next start there would be two.
+#[tokio::test]
+async fn i11_a_promotion_that_fails_after_its_record_is_told_as_one() {
+    let Pair { scratch, primary, secondary, .. } = Pair::new().await;
+    if secondary.status().await["durability"] != "power" {
+        return; // There is no log that could fail.
+    }
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    fill(&*guest, 0, 65536, 0x11).await;
+    primary.checkpoint().await;
+    std::fs::create_dir(scratch.path("s.state/vda.log")).unwrap();
+    let failed = secondary.command("failover", json!({})).await.unwrap_err();
+    assert!(failed.to_string().contains("start it again"), "{failed}");
+    let again = secondary.command("failover", json!({})).await.unwrap_err();
+    assert!(again.to_string().contains("start it again"), "{again}");
+    primary.wait("superseded", |s| s["link"] == "refused").await;
+    write(&guest, 0, 0x22).await.unwrap().unwrap_err();
+    guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+    std::fs::remove_dir(scratch.path("s.state/vda.log")).unwrap();
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    secondary.wait("promoted", |s| s["role"] == "promoted").await;
     secondary.stop().await;
 }
