@@ -51,6 +51,8 @@ pub(crate) struct Shared {
     idle: Notify,
     /// Requests that may be copying.
     copies: AtomicUsize,
+    /// Copies ahead that have not ended.
+    copies_ahead: AtomicUsize,
     copies_ended: Notify,
 }
 
@@ -91,6 +93,7 @@ impl CopyBeforeWrite {
             state: Mutex::new(State { epoch, in_flight: 0 }),
             idle: Notify::new(),
             copies: AtomicUsize::new(0),
+            copies_ahead: AtomicUsize::new(0),
             copies_ended: Notify::new(),
         };
         Ok(Arc::new(CopyBeforeWrite { shared: Arc::new(shared) }))
@@ -126,6 +129,12 @@ impl CopyBeforeWrite {
     /// hold them back.
     pub async fn drain(&self) {
         self.shared.drain().await;
+    }
+
+    /// Waits until no copy ahead is going on. They are nobody's requests: they may outlive all of
+    /// those that they were begun for.
+    pub async fn drain_ahead(&self) {
+        self.shared.drain_ahead().await;
     }
 
     /// How many requests, and background copies, are in flight.
@@ -335,6 +344,9 @@ impl Shared {
         let shared = Arc::clone(self);
         drop(start(async move {
             let _copy = Copying::new(&shared);
+            let _ahead = CopyingAhead::new(&shared);
+            // Given back before the end of the copy is told.
+            let ticket = ticket;
             let epoch = &ticket.epoch;
             let _guard = shared.lock_units(epoch, &units).await;
             if !shared.enabled.load(Ordering::SeqCst) || epoch.is_broken() || epoch.holds(&units) {
@@ -434,6 +446,16 @@ impl Shared {
         }
     }
 
+    async fn drain_ahead(&self) {
+        loop {
+            let ended = self.copies_ended.notified();
+            if self.copies_ahead.load(Ordering::SeqCst) == 0 {
+                return;
+            }
+            ended.await;
+        }
+    }
+
     /// After copying was switched off: waits until the copies in flight have ended. Unlike
     /// [`drain`](Self::drain) this ends also under load.
     pub(crate) async fn drain_copies(&self) {
@@ -465,6 +487,24 @@ impl<'a> Copying<'a> {
 impl Drop for Copying<'_> {
     fn drop(&mut self) {
         if self.0.copies.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.copies_ended.notify_waiters();
+        }
+    }
+}
+
+/// A copy ahead.
+struct CopyingAhead<'a>(&'a Shared);
+
+impl<'a> CopyingAhead<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.copies_ahead.fetch_add(1, Ordering::SeqCst);
+        CopyingAhead(shared)
+    }
+}
+
+impl Drop for CopyingAhead<'_> {
+    fn drop(&mut self) {
+        if self.0.copies_ahead.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.0.copies_ended.notify_waiters();
         }
     }

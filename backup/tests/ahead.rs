@@ -118,7 +118,16 @@ async fn an_epoch_ends_only_after_what_is_copied_ahead_for_it() {
     let gate = rig.target.hold_if(|op| op.operation == Operation::Write && op.offset >= 8 * K);
     rig.write(4 * K).await.unwrap();
     assert_eq!(rig.filter.checkpoint().unwrap_err().kind(), ErrorKind::Locked);
-    gate.add_permits(100);
-    rig.filter.drain().await;
+    let ended = rig.filter.drain_ahead();
+    let open = async {
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(rig.filter.in_flight(), 1, "the copy ahead goes on");
+        gate.add_permits(100);
+    };
+    tokio::join!(ended, open);
+    assert_eq!(rig.filter.in_flight(), 0, "whoever waits for its end finds it ended");
     rig.filter.checkpoint().unwrap();
+    rig.filter.drain_ahead().await;
 }

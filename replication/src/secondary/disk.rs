@@ -17,6 +17,7 @@ use uuid::Uuid;
 
 use super::buffers::{Buffer, BufferPool};
 use super::named::BufferUse;
+use super::session::DRAIN_LIMIT;
 use crate::config::{DiskConfig, Durability};
 use crate::gate::Gate;
 use crate::image::Image;
@@ -172,6 +173,7 @@ impl ReplicaDisk {
             return Ok(());
         }
         tracing::info!(disk = self.name, from = self.size(), to = size, "the disk grows");
+        self.settle().await?;
         self.grow_buffers(size).await?;
         self.image.device().truncate(size).await?;
         // Before the record names the size.
@@ -185,6 +187,7 @@ impl ReplicaDisk {
 
     /// Builds filter and view anew over what the buffers hold. Nobody uses the old ones.
     pub(super) async fn rebuild_replica(&self) -> Result<()> {
+        self.settle().await?;
         let kept_bytes = self.hidden_bytes();
         {
             let mut state = self.state();
@@ -368,6 +371,21 @@ impl ReplicaDisk {
         }
     }
 
+    /// Waits for the end of pre-images that are copied ahead: they are in no session, and write to
+    /// the buffers. Nobody writes meanwhile, or there would be new ones.
+    ///
+    /// # Errors
+    /// They do not end.
+    pub(super) async fn settle(&self) -> Result<()> {
+        let Ok(filter) = self.filter() else { return Ok(()) };
+        tokio::time::timeout(DRAIN_LIMIT, filter.drain_ahead()).await.map_err(|_| {
+            Error::failed(format!(
+                "disk {}: copies of pre-images have not ended for {DRAIN_LIMIT:?}; the disk may hang",
+                self.name
+            ))
+        })
+    }
+
     /// Waits until no write of the primary is in flight.
     pub(crate) async fn drain(&self, limit: Duration) -> Result<()> {
         let filter = self.filter()?;
@@ -538,6 +556,7 @@ impl ReplicaDisk {
     /// Gives up every buffer, after a merge or when a checkpoint is dropped by command. No record
     /// names them any more.
     pub(crate) async fn drop_buffers(&self) -> Result<()> {
+        self.settle().await?;
         match self.promoted() {
             Some(promoted) => promoted.finish().await,
             None => self.gate.replace(unavailable(&self.name, self.size())),

@@ -304,6 +304,9 @@ impl Group {
     pub(crate) async fn end_retired(&self, reason: StopReason) -> Result<()> {
         let Some(session) = self.core().closing.clone() else { return Ok(()) };
         session.close(reason).await?;
+        for disk in &*session.disks.taking_part {
+            disk.settle().await?;
+        }
         let mut core = self.core();
         if core.closing.as_ref().is_some_and(|s| Arc::ptr_eq(s, &session)) {
             core.closing = None;

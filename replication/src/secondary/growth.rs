@@ -16,7 +16,6 @@ impl Group {
             return Ok(());
         }
         self.end_session(StopReason::Replaced).await?;
-        self.drop_test("the disks grow");
         self.drop_test("the disk grows");
         let _held = self.hold_guest().await?;
         for disk in self.disks().iter().filter(growing) {

@@ -26,7 +26,7 @@ const SLOTS_MAX: u32 = 1024;
 const HOLDING_LIMIT: Duration = Duration::from_secs(1);
 
 /// The time in which the writes of a session that ends have to end.
-const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const DRAIN_LIMIT: Duration = Duration::from_secs(30);
 
 /// What became of a promotion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
