@@ -58,13 +58,32 @@ fn watch_panics() {
 
 /// Lives through one history.
 pub(crate) fn run_one(seed: u64, plant: Option<Plant>, verbose: bool) -> Outcome {
+    let world = World::new(seed, verbose);
+    let shared = Arc::clone(&world);
+    let lived = in_world(&world, seed, plant, async move {
+        let history = History::new(&shared);
+        match tokio::time::timeout(HISTORY_LIMIT, history.run()).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err("liveness: stuck".to_owned()),
+        }
+    });
+    let counts = world.lock().counts.clone();
+    Outcome { seed, failure: lived.err(), hash: world.hash(), counts, last: world.last_events() }
+}
+
+/// Lives in a world: its files, its network and its time take the place of the outside.
+pub(crate) fn in_world<T>(
+    world: &Arc<World>,
+    seed: u64,
+    plant: Option<Plant>,
+    life: impl Future<Output = Result<T, String>>,
+) -> Result<T, String> {
     PANIC.set(None);
     brep_block::plant::install(plant);
-    let world = World::new(seed, verbose);
-    let files = Rc::new(Files(Arc::clone(&world)));
+    let files = Rc::new(Files(Arc::clone(world)));
     brep_block::storage::install(Some(files.clone()));
     brep_hbitmap::persist::install(Some(files));
-    brep_nbd::simulation::install(Some(Rc::new(Net(Arc::clone(&world)))));
+    brep_nbd::simulation::install(Some(Rc::new(Net(Arc::clone(world)))));
     let mut identities = Rng::new(seed ^ 0x1d);
     brep_replication::simulation::install(Some(Box::new(move || {
         let mut bytes = [0; 16];
@@ -78,26 +97,18 @@ pub(crate) fn run_one(seed: u64, plant: Option<Plant>, verbose: bool) -> Outcome
             .start_paused(true)
             .build()
             .expect("a runtime without I/O needs nothing");
-        runtime.block_on(async {
-            let history = History::new(&world);
-            match tokio::time::timeout(HISTORY_LIMIT, history.run()).await {
-                Ok(outcome) => outcome,
-                Err(_) => Err("liveness: stuck".to_owned()),
-            }
-        })
+        runtime.block_on(life)
     }));
     brep_block::storage::install(None);
     brep_hbitmap::persist::install(None);
     brep_nbd::simulation::install(None);
     brep_replication::simulation::install(None);
-    let failure = match (PANIC.take(), lived) {
-        (Some(panic), _) => Some(panic),
-        (None, Ok(Err(why))) => Some(why),
-        (None, Err(_)) => Some("a panic without a message".to_owned()),
-        (None, Ok(Ok(()))) => None,
-    };
-    let counts = world.lock().counts.clone();
-    Outcome { seed, failure, hash: world.hash(), counts, last: world.last_events() }
+    brep_block::plant::install(None);
+    match (PANIC.take(), lived) {
+        (Some(panic), _) => Err(panic),
+        (None, Ok(outcome)) => outcome,
+        (None, Err(_)) => Err("a panic without a message".to_owned()),
+    }
 }
 
 /// Runs all; tells whether every one has passed.

@@ -380,7 +380,7 @@ impl History {
     }
 }
 
-fn put_file(world: &World, side: Side, disk: usize, data: &[u8]) {
+pub(crate) fn put_file(world: &World, side: Side, disk: usize, data: &[u8]) {
     let file = File::default();
     {
         let mut file = file.lock().expect("one thread");

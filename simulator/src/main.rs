@@ -10,6 +10,8 @@ mod model;
 mod names;
 mod network;
 mod parts;
+#[cfg(test)]
+mod power_points;
 mod rng;
 mod side;
 mod watch;

@@ -71,9 +71,6 @@ impl Process {
     pub(crate) fn start(world: &Arc<World>, setup: &Setup, side: Side) -> Self {
         let life = next_life(world, side);
         let state_dir = PathBuf::from(format!("/{life}/state"));
-        let control = state_dir.join("control.sock");
-        let shutdown = CancellationToken::new();
-        let token = shutdown.clone();
         let (role, peer) = if side == A { (Role::Primary, B) } else { (Role::Secondary, A) };
         let config = SideConfig::new(role, name(side), state_dir, disks(setup, life));
         let config = SideConfig {
@@ -94,6 +91,14 @@ impl Process {
         } else {
             SideConfig { listen: Some(listen_at(life, REPLICA_PORT)), ..config }
         };
+        Self::run(life, config)
+    }
+
+    /// Runs a side as it is configured.
+    pub(crate) fn run(life: Life, config: SideConfig) -> Self {
+        let control = config.state_dir.join("control.sock");
+        let shutdown = CancellationToken::new();
+        let token = shutdown.clone();
         let task = tokio::spawn(async move {
             brep_replication::run(config, token).await.map_err(|e| e.to_string())
         });
