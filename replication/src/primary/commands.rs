@@ -399,6 +399,9 @@ fn request_copy(group: &Group, compare: bool) -> Result<()> {
     if group.peer().is_none() {
         return Err(no_peer());
     }
+    if group.stage() != Stage::Running {
+        return Err(Error::refused("replication does not run here: brep start first"));
+    }
     let mut core = group.core();
     if let Some(refusal) = &core.refusal
         && refusal.superseded

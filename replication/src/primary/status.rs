@@ -142,7 +142,11 @@ impl Group {
                     reason.push_str(": the secondary may be the disk now");
                 }
             }
-            return (Some(reason), refusal.advice.clone());
+            let advice = match self.stage() {
+                Stage::Running => refusal.advice.clone(),
+                _ => refusal.advice.as_ref().map(|advice| format!("brep start; then: {advice}")),
+            };
+            return (Some(reason), advice);
         }
         if let Some(reason) = self.promoted.as_ref().and_then(|s| s.core().reason.clone()) {
             return (Some(reason), None);

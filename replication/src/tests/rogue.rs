@@ -288,6 +288,27 @@ async fn a_whole_copy_goes_on_over_a_break_whatever_made_it_necessary() {
 }
 
 #[tokio::test]
+async fn a_copy_that_replication_would_have_to_be_started_for_says_so() {
+    let scratch = Scratch::new();
+    let rogue = Rogue::start(&scratch).await;
+    let primary = Side::run(config(&scratch));
+    primary.wait_state("in-sync").await;
+    {
+        let mut state = rogue.state();
+        state.com = state.com.map(|com| Commit { epoch: Epoch(0), ..com });
+        state.hangs_up = true;
+    }
+    primary.wait("refused", |s| s["link"] == "refused").await;
+    let stop = json!({ "enable": false, "primary": true });
+    primary.command("xen-set-replication", stop).await.unwrap();
+    let status = primary.status().await;
+    assert!(status["advice"].as_str().unwrap().starts_with("brep start;"), "{status:#}");
+    let error = primary.command("resync", json!({ "full": true })).await.unwrap_err();
+    assert!(error.to_string().contains("brep start"), "{error}");
+    primary.stop().await;
+}
+
+#[tokio::test]
 async fn another_peer_is_connected_to_although_the_old_one_does_not_answer() {
     let scratch = Scratch::new();
     let rogue = Rogue::start(&scratch).await;
