@@ -1,6 +1,6 @@
 """A side that is killed while a disk comes or goes: the same command, repeated, does it.
 
-Seen to fail with: the record naming the new disk before there are maps for it.
+Seen to fail with: a disk that leaves kept in the checkpoint, or one that joins not copied whole.
 """
 
 import random
