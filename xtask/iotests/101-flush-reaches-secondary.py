@@ -1,8 +1,8 @@
 """A guest's FLUSH is answered when it has reached the secondary's disk, and not before: the secondary is
 stopped when it is about to put its disk's file on stable storage, and the guest waits.
 
-Seen to fail with: a primary that does not forward what its guest flushes; a secondary that answers a
-flush without carrying it out.
+Seen to fail with: a primary that does not forward what its guest flushes, by --durability process and
+by --ack async.
 """
 
 import os
