@@ -67,7 +67,10 @@ impl History {
             }
             let advice = status["advice"].as_str().unwrap_or_default().to_owned();
             let reason = status["reason"].as_str().unwrap_or_default().to_owned();
-            if advice.contains("resync --full") {
+            if advice.starts_with("brep start; then") {
+                self.world.count("advice: start");
+                self.tell(A, "replication-start", &[]).await;
+            } else if advice.contains("resync --full") {
                 self.world.count("advice: resync --full");
                 self.tell(A, "resync", &[("full", Value::Bool(true))]).await;
             } else if advice.contains("start brep secondary again") {
