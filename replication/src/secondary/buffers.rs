@@ -193,6 +193,9 @@ impl BufferPool {
             if grown.is_ok() {
                 grown = spare.grow(size).await;
             }
+            if grown.is_ok() {
+                grown = self.flush(spare).await;
+            }
         }
         self.state().spares.append(&mut spares);
         grown?;
@@ -347,14 +350,18 @@ impl BufferPool {
     async fn open_file(&self, path: &Path) -> Result<Buffer> {
         let options = RawFileOptions { growable: true, ..file_options(path) };
         let file = storage::open_disk(path, options)?;
-        let below = Below::nothing(self.size());
+        let below = Below::nothing(0);
         #[cfg(test)]
         let file = crate::image::faults::over(path, file);
         let options = image_options(&node_name(path), &below, self.durability);
         let image = Qcow2::open(Arc::clone(&file), options)
             .await
             .map_err(|e| Error::from(brep_block::Error::from(e)).context(path.display()))?;
-        Ok(self.buffer(path, (image, file), below, None))
+        // Its disk may have grown while nobody needed it, as the disk of a primary does.
+        below.grow(self.size().min(image.size()));
+        let mut buffer = self.buffer(path, (image, file), below, None);
+        buffer.grow(self.size()).await?;
+        Ok(buffer)
     }
 
     async fn open_named(&self, used_as: BufferUse, path: &Path) -> Result<Buffer> {
@@ -413,7 +420,8 @@ impl BufferPool {
         Ok(buffer)
     }
 
-    async fn flush(&self, buffer: &Buffer) -> Result<()> {
+    /// Puts a buffer on stable storage, if that is promised.
+    pub(crate) async fn flush(&self, buffer: &Buffer) -> Result<()> {
         match self.durability {
             Durability::Power => Ok(buffer.image.flush(FlushLevel::Durable).await?),
             Durability::Process => Ok(()),

@@ -205,6 +205,8 @@ impl ReplicaDisk {
         let mut buffers = self.buffers();
         for buffer in &mut buffers {
             buffer.grow(size).await?;
+            // A record that names the new size must not find a buffer of the old one.
+            self.pool.flush(buffer).await?;
         }
         self.put_buffers(buffers);
         self.pool.grow(size).await
