@@ -15,6 +15,8 @@ pub enum Plant {
     BitForgotten,
     /// What was in flight when the peer was lost counts as equal.
     BitClearedEarly,
+    /// What a secondary has is taken for that of the last session, whatever has become of it since.
+    StaleGenerationAccepted,
     /// A new session does not wait for the writes of the one before.
     LateWriteApplied,
     /// A failed write of the secondary counts as done.
@@ -23,12 +25,13 @@ pub enum Plant {
 
 impl Plant {
     /// All of them, by the names that people type.
-    pub const ALL: [(&str, Plant); 7] = [
+    pub const ALL: [(&str, Plant); 8] = [
         ("pre-image-skipped", Plant::PreImageSkipped),
         ("mapping-before-data", Plant::MappingBeforeData),
         ("buffers-dropped-early", Plant::BuffersDroppedEarly),
         ("bit-forgotten", Plant::BitForgotten),
         ("bit-cleared-early", Plant::BitClearedEarly),
+        ("stale-generation-accepted", Plant::StaleGenerationAccepted),
         ("late-write-applied", Plant::LateWriteApplied),
         ("error-lost", Plant::ErrorLost),
     ];

@@ -1,6 +1,6 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::status::ErrorStatus;
 
@@ -9,7 +9,16 @@ const ERRORS_MAX: usize = 32;
 
 /// Seconds since 1970.
 pub(crate) fn now_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+    since_1970().map_or(0, |d| d.as_secs())
+}
+
+/// The wall clock; none if it stands before 1970. In a simulation it stands still.
+pub(crate) fn since_1970() -> Option<Duration> {
+    #[cfg(feature = "simulation")]
+    if crate::simulation::is_installed() {
+        return Some(Duration::ZERO);
+    }
+    SystemTime::now().duration_since(UNIX_EPOCH).ok()
 }
 
 /// The failures that no guest was told of. Repetitions are counted, not listed.

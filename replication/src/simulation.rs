@@ -51,6 +51,11 @@ pub fn install(random: Option<Random>) {
     WORLD.set(World { random, controls: BTreeMap::new() });
 }
 
+/// Whether this thread simulates.
+pub(crate) fn is_installed() -> bool {
+    WORLD.with_borrow(|world| world.random.is_some())
+}
+
 /// The control socket of this path, if a side serves it.
 #[must_use]
 pub fn control(path: &Path) -> Option<Control> {

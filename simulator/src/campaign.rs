@@ -14,6 +14,7 @@ use crate::files::Files;
 use crate::history::History;
 use crate::network::Net;
 use crate::rng::Rng;
+use crate::seen;
 use crate::world::World;
 
 /// No history lasts longer, by its own clock.
@@ -29,7 +30,7 @@ pub(crate) struct Plan {
     pub(crate) runs: u64,
     pub(crate) plant: Option<Plant>,
     pub(crate) jobs: u64,
-    pub(crate) verbose: bool,
+    pub(crate) verbose: u8,
 }
 
 /// What became of a history.
@@ -57,7 +58,7 @@ fn watch_panics() {
 }
 
 /// Lives through one history.
-pub(crate) fn run_one(seed: u64, plant: Option<Plant>, verbose: bool) -> Outcome {
+pub(crate) fn run_one(seed: u64, plant: Option<Plant>, verbose: u8) -> Outcome {
     let world = World::new(seed, verbose);
     let shared = Arc::clone(&world);
     let lived = in_world(&world, seed, plant, async move {
@@ -92,7 +93,11 @@ pub(crate) fn in_world<T>(
         bytes
     })));
     let lived = panic::catch_unwind(AssertUnwindSafe(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        // In which order several are woken that watch one value: by chance, else.
+        #[cfg(tokio_unstable)]
+        runtime.rng_seed(tokio::runtime::RngSeed::from_bytes(&seed.to_le_bytes()));
+        let runtime = runtime
             .enable_time()
             .start_paused(true)
             .build()
@@ -160,7 +165,7 @@ pub(crate) fn run(plan: &Plan) -> bool {
                         }
                         Some(why) => println!("FAILED: seed {}: {why}", outcome.seed),
                     }
-                    if plan.verbose {
+                    if plan.verbose > 0 {
                         println!("trace {:016x}", outcome.hash);
                     }
                 }
@@ -169,37 +174,95 @@ pub(crate) fn run(plan: &Plan) -> bool {
     });
     let passed = passed.into_inner();
     let seconds = started.elapsed().as_secs_f64();
-    for (what, count) in counts.into_inner().expect("no panic under this lock") {
-        println!("{count:>10}  {what}");
-    }
+    let complete = summary(&counts.into_inner().expect("no panic under this lock"), plan.runs);
     println!(
         "{passed} of {} histories passed, {seconds:.1} s, {:.1} ms each",
         plan.runs,
         seconds * 1000.0 / (passed.max(1) as f64) * plan.jobs as f64
     );
-    passed == plan.runs
+    passed == plan.runs && complete
 }
 
-/// Looks for a planted bug.
+/// Prints what was counted; tells whether so many histories have had everything.
+pub(crate) fn summary(counts: &BTreeMap<String, u64>, runs: u64) -> bool {
+    for (what, count) in counts {
+        println!("{count:>10}  {what}");
+    }
+    let missing = seen::missing(counts);
+    if runs < seen::HISTORIES_MIN || missing.is_empty() {
+        return true;
+    }
+    println!("FAILED: never seen: {}", missing.join(", "));
+    false
+}
+
+/// Looks for all bugs, several at a time; tells whether every one was found.
+pub(crate) fn find_all(plan: &Plan) -> bool {
+    watch_panics();
+    let started = Instant::now();
+    let next = AtomicU64::new(0);
+    let missed = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..plan.jobs {
+            scope.spawn(|| {
+                while let Some((_, plant)) =
+                    Plant::ALL.get(next.fetch_add(1, Ordering::Relaxed) as usize)
+                {
+                    if !find(plan, *plant) {
+                        missed.store(true, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    let seconds = started.elapsed().as_secs_f64();
+    let missed = missed.into_inner();
+    println!(
+        "{} planted bugs: {}, {seconds:.1} s",
+        Plant::ALL.len(),
+        match missed {
+            true => "FAILED",
+            false => "all found",
+        }
+    );
+    !missed
+}
+
+/// Looks for a planted bug: a history that breaks an invariant with it, and passes without it.
 fn find(plan: &Plan, plant: Plant) -> bool {
+    let mut others = 0;
     for seed in plan.first..plan.first + plan.runs {
         let outcome = run_one(seed, Some(plant), plan.verbose);
         let Some(why) = outcome.failure else { continue };
-        println!("{plant:?}: found in history {seed}: {why}");
-        return match run_one(seed, None, false).failure {
-            None => true,
-            Some(why) => {
-                println!("and without it: FAILED: {why}");
-                false
-            }
+        let Some(invariant) = invariant(&why) else {
+            others += 1;
+            continue;
         };
+        if let Some(why) = run_one(seed, None, 0).failure {
+            println!("{plant:?}: history {seed}: and without it: FAILED: {why}");
+            return false;
+        }
+        let histories = seed - plan.first + 1;
+        println!(
+            "{plant:?}: found by {invariant} in history {seed}, after {histories} ({others} of them \
+             failed in another way): {why}"
+        );
+        return true;
     }
     println!("FAILED: {plant:?} was not found in {} histories", plan.runs);
     false
 }
 
-fn print_failure(outcome: &Outcome, verbose: bool) {
-    if !verbose {
+/// The invariants that a failure says to be broken.
+fn invariant(why: &str) -> Option<&str> {
+    let (names, _) = why.split_once(':')?;
+    let is_invariant =
+        |name: &str| name.strip_prefix('I').is_some_and(|number| number.parse::<u8>().is_ok());
+    names.split(", ").all(is_invariant).then_some(names)
+}
+
+fn print_failure(outcome: &Outcome, verbose: u8) {
+    if verbose == 0 {
         for line in &outcome.last {
             println!("{line}");
         }
@@ -213,10 +276,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn an_invariant_is_told_from_other_failures() {
+        assert_eq!(invariant("I7: the disks differ: disk 0"), Some("I7"));
+        assert_eq!(invariant("I2, I3: promoted to 4"), Some("I2, I3"));
+        assert_eq!(invariant("liveness: stuck"), None);
+        assert_eq!(invariant("panicked at x.rs: boom"), None);
+        assert_eq!(invariant("Io"), None);
+    }
+
+    #[cfg(tokio_unstable)]
+    #[test]
     fn the_same_seed_gives_the_same_history() {
         for seed in 1..=20 {
             // Each in a thread of its own: nothing of the first may help the second.
-            let live = || std::thread::spawn(move || run_one(seed, None, false)).join();
+            let live = || std::thread::spawn(move || run_one(seed, None, 0)).join();
             let (first, second) = (live().expect("it ended"), live().expect("it ended"));
             assert_eq!(first.last, second.last, "seed {seed}");
             assert_eq!(first.hash, second.hash, "seed {seed}");

@@ -143,6 +143,7 @@ impl BlockDevice for Disk {
 
     fn write(&self, offset: u64, data: Bytes, flags: WriteFlags) -> Io<'_, ()> {
         let len = data.len() as u64;
+        self.open.handle.world.mix_bytes(&data);
         let half = data.slice(..whole_sectors(data.len()));
         let fits = offset + len <= self.size();
         let first: Option<Work<()>> =

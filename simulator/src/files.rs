@@ -13,6 +13,7 @@ use brep_hbitmap::persist::{MapMemory, MapStorage};
 use crate::disk::Disk;
 use crate::file::{FileData, PAGE};
 use crate::names::File;
+use crate::seen::Seen;
 use crate::world::{Life, Side, World};
 
 /// A file that a process has open.
@@ -50,7 +51,7 @@ impl Handle {
         if faults.failing > 0 && concerned && rng.chance(faults.failing) {
             world.note(format!("{} operation {kind} on {} fails", self.life, self.name));
             drop(world);
-            self.world.count("fault: I/O error");
+            self.world.saw(Seen::IoError);
             return Err(io::Error::from_raw_os_error(5));
         }
         Ok(())
@@ -62,7 +63,7 @@ impl Handle {
             return Ok(());
         }
         if self.world.lock().machines[self.life.side].faults.full {
-            self.world.count("fault: no space");
+            self.world.saw(Seen::NoSpace);
             return Err(io::Error::from_raw_os_error(28));
         }
         Ok(())
@@ -244,6 +245,7 @@ impl PlainFile for Handle {
     }
 
     fn write_all_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
+        self.world.mix_bytes(data);
         self.operate(22)?;
         self.admit_len(offset + data.len() as u64)?;
         self.file().write(offset, data);
@@ -317,6 +319,7 @@ impl MapMemory for Handle {
     }
 
     fn store(&self, index: u64, value: u64) {
+        self.world.mix(value);
         if self.world.operate(self.life, 40) {
             self.file().write(index * 8, &value.to_le_bytes());
         }

@@ -18,7 +18,6 @@ use crate::world::World;
 pub(crate) struct Guest {
     world: Arc<World>,
     disks: usize,
-    disk_sectors: u64,
     pub(crate) model: Mutex<Model>,
     shared: Mutex<Shared>,
 }
@@ -34,6 +33,11 @@ struct Shared {
     requests: u64,
     stamp: u64,
     busy: u64,
+    /// By disk.
+    sectors: Vec<u64>,
+    /// Which disks these are: another number after a failover, when what was asked of the old
+    /// ones concerns nobody.
+    line: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,11 +71,15 @@ const KINDS: [Kind; 16] = [
 
 impl Guest {
     pub(crate) fn new(world: &Arc<World>, setup: &Setup, model: Model, stamp: u64) -> Arc<Self> {
-        let shared = Shared { connections: vec![None; setup.disks], stamp, ..Shared::default() };
+        let shared = Shared {
+            connections: vec![None; setup.disks],
+            stamp,
+            sectors: model.sizes(),
+            ..Shared::default()
+        };
         Arc::new(Guest {
             world: Arc::clone(world),
             disks: setup.disks,
-            disk_sectors: setup.disk_bytes / SECTOR,
             model: Mutex::new(model),
             shared: Mutex::new(shared),
         })
@@ -85,6 +93,36 @@ impl Guest {
         self.model.lock().expect("one thread")
     }
 
+    pub(crate) fn disk_bytes(&self, disk: usize) -> u64 {
+        self.shared().sectors[disk] * SECTOR
+    }
+
+    /// A disk has grown.
+    pub(crate) fn grow(&self, disk: usize, bytes: u64) {
+        {
+            let mut shared = self.shared();
+            shared.sectors[disk] = bytes / SECTOR;
+            // Whoever connects learns the size.
+            shared.connections[disk] = None;
+        }
+        self.model().grow(disk, bytes / SECTOR);
+    }
+
+    /// Its disks are others from now on, with these contents.
+    pub(crate) fn replace(&self, endpoint: Endpoint, model: Model) {
+        {
+            let mut shared = self.shared();
+            shared.line += 1;
+            shared.sectors = model.sizes();
+        }
+        *self.model() = model;
+        self.plug(endpoint);
+    }
+
+    fn line(&self) -> u64 {
+        self.shared().line
+    }
+
     /// Where its disks are from now on.
     pub(crate) fn plug(&self, endpoint: Endpoint) {
         let mut shared = self.shared();
@@ -94,10 +132,6 @@ impl Guest {
 
     pub(crate) fn requests(&self) -> u64 {
         self.shared().requests
-    }
-
-    pub(crate) fn last_stamp(&self) -> u64 {
-        self.shared().stamp
     }
 
     /// Nothing new is asked for; returns when everything has been answered, or after `limit`.
@@ -167,6 +201,7 @@ impl Guest {
     }
 
     async fn request(&self, disk: usize, connection: &Arc<Connection>) {
+        let sectors = self.shared().sectors[disk];
         let (kind, first, count, fua) = self.world.with_rng(|rng| {
             let kind = rng.pick(&KINDS);
             let long = matches!(kind, Kind::Zeroes | Kind::Discard) && rng.chance(300);
@@ -178,7 +213,7 @@ impl Guest {
                 _ => 4 * rng.range(1, 16),
             };
             // Half of the requests meet in a small part of the disk.
-            let span = if rng.chance(500) { 256 } else { self.disk_sectors };
+            let span = if rng.chance(500) { 256 } else { sectors };
             let count = count.min(span);
             let mut first = rng.below(span - count + 1);
             if rng.chance(500) {
@@ -194,7 +229,11 @@ impl Guest {
         match kind {
             Kind::Read => self.read(disk, connection, first, count).await,
             Kind::Flush => {
-                let _ = connection.flush(FlushLevel::Durable).await;
+                let (start, line) = (self.world.tick(), self.line());
+                let outcome = connection.flush(FlushLevel::Durable).await;
+                if outcome.is_ok() && line == self.line() {
+                    self.model().flushed(disk, start);
+                }
             }
             _ => self.change(disk, connection, kind, (first, count), fua).await,
         }
@@ -217,7 +256,7 @@ impl Guest {
             shared.stamp += 1;
             shared.stamp
         };
-        let start = self.world.tick();
+        let (start, line) = (self.world.tick(), self.line());
         let begun = self.model().begin(disk, first, count, stamp, start);
         let (offset, len) = (first * SECTOR, count * SECTOR);
         let outcome: Result<(), Error> = match kind {
@@ -234,7 +273,10 @@ impl Guest {
         };
         let end = self.world.tick();
         // A trim that was refused, or not carried out, may leave what was there.
-        self.model().end(begun, end, outcome.is_ok());
+        if line != self.line() {
+            return;
+        }
+        self.model().end(begun, end, outcome.is_ok(), kind == Kind::WriteFua);
         let told = match &outcome {
             Ok(()) => "ok".to_owned(),
             Err(error) => format!("{:?}", error.kind()),
@@ -246,9 +288,12 @@ impl Guest {
     }
 
     async fn read(&self, disk: usize, connection: &Arc<Connection>, first: u64, count: u64) {
-        let start = self.world.tick();
+        let (start, line) = (self.world.tick(), self.line());
         let outcome = connection.read(first * SECTOR, (count * SECTOR) as usize).await;
         let end = self.world.tick();
+        if line != self.line() {
+            return;
+        }
         let Ok(data) = outcome else {
             self.world.count("guest: read failed");
             return;
@@ -269,15 +314,15 @@ impl Guest {
     }
 
     /// Everything on a disk, in pieces.
-    pub(crate) async fn read_all(&self, disk: usize) -> Option<Vec<u8>> {
-        let connection = self.connection(disk).await?;
+    pub(crate) async fn read_all(&self, disk: usize) -> Result<Vec<u8>, String> {
+        let connection = self.connection(disk).await.ok_or("nobody serves it")?;
         let mut data = Vec::new();
-        let total = (self.disk_sectors * SECTOR) as usize;
+        let total = connection.size() as usize;
         while data.len() < total {
             let len = (total - data.len()).min(256 << 10);
-            let piece = connection.read(data.len() as u64, len).await.ok()?;
-            data.extend_from_slice(&piece);
+            let piece = connection.read(data.len() as u64, len).await;
+            data.extend_from_slice(&piece.map_err(|error| error.to_string())?);
         }
-        Some(data)
+        Ok(data)
     }
 }

@@ -3,41 +3,35 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use brep_replication::config::Ack;
-use serde_json::Value;
+use brep_nbd::Endpoint;
+use brep_replication::config::{Ack, Durability, OnPeerLost, OnSlowPeer, Role};
 use tokio::time::Instant;
 
+use crate::acts::Lasting;
 use crate::file::SECTOR;
 use crate::guest::Guest;
 use crate::model::{Model, fill, stamps};
 use crate::names::File;
-use crate::network::{GUEST_PORT, reach};
+use crate::network::{GUEST_PORT, REPLICA_PORT, reach};
 use crate::rng::Rng;
-use crate::side::{Process, Setup, disk_name};
+use crate::side::{Process, Setup, Start, disk_name};
 use crate::watch::Watch;
-use crate::world::{A, B, DiskFaults, End, Side, World, name};
+use crate::world::{A, B, DiskFaults, Side, World, name};
 
 /// What a history has at least.
 const REQUESTS_MIN: u64 = 200;
 const CHECKPOINTS_MIN: u64 = 5;
 const FAULTS_MIN: u64 = 3;
 
-/// Steps until it ends although it has not had all that.
+/// Steps in which it has to have had all that. From then on faults and checkpoints are asked for
+/// until it has.
 const STEPS_MAX: u64 = 2000;
+
+/// Steps with nothing but what is missing.
+const STEPS_MORE: u64 = 2000;
 
 pub(crate) fn millis(ms: u64) -> Duration {
     Duration::from_millis(ms)
-}
-
-/// A fault that ends at a time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Lasting {
-    LinkDown,
-    Stalled(Side),
-    Disk(Side),
-    Dead(Side),
-    Stopping(Side),
-    Stopped,
 }
 
 /// What is going on.
@@ -46,11 +40,21 @@ pub(crate) struct History {
     pub(crate) setup: Setup,
     pub(crate) guest: Arc<Guest>,
     pub(crate) processes: [Option<Process>; 2],
+    /// The side that its operator takes for the primary.
+    pub(crate) primary: Side,
+    /// As what each side is started.
+    pub(crate) roles: [Role; 2],
+    pub(crate) peer_known: [bool; 2],
+    /// What a side wrote as a primary may be given up.
+    pub(crate) returning: [bool; 2],
+    /// The boot of each machine at the last start of a process.
+    boots: [u32; 2],
     pub(crate) watch: Watch,
-    lasting: Vec<(Instant, Lasting)>,
+    pub(crate) lasting: Vec<(Instant, Lasting)>,
     pub(crate) faults: u64,
-    usual_delay_ms: u64,
-    usual_disk: DiskFaults,
+    pub(crate) promotions: u64,
+    pub(crate) usual_delay_ms: u64,
+    pub(crate) usual_disk: DiskFaults,
     /// Steps in a thousand at which something happens.
     unrest: u64,
 }
@@ -64,6 +68,11 @@ fn setup(rng: &mut Rng) -> Setup {
         checkpoint_interval: (!rng.chance(200)).then(|| millis(rng.range(10, 200))),
         window_bytes: rng.pick(&[64 << 10, 256 << 10, 4 << 20]),
         window_requests: rng.pick(&[4, 16, 256]),
+        durability: if rng.chance(700) { Durability::Power } else { Durability::Process },
+        on_peer_lost: if rng.chance(200) { OnPeerLost::Suspend } else { OnPeerLost::Degrade },
+        on_slow_peer: if rng.chance(500) { OnSlowPeer::PullAhead } else { OnSlowPeer::Lost },
+        slow_peer_limit: rng.chance(300).then(|| millis(rng.range(100, 1000))),
+        second_guest: false,
     }
 }
 
@@ -107,9 +116,15 @@ impl History {
             setup,
             guest,
             processes: [None, None],
+            primary: A,
+            roles: [Role::Primary, Role::Secondary],
+            peer_known: [true, world.with_rng(|rng| rng.chance(500))],
+            returning: [false; 2],
+            boots: [0; 2],
             watch: Watch::default(),
             lasting: Vec::new(),
             faults: 0,
+            promotions: 0,
             usual_delay_ms,
             usual_disk,
             unrest: world.with_rng(|rng| rng.pick(&[100, 200, 300])),
@@ -126,32 +141,69 @@ impl History {
         for _ in 0..workers {
             tokio::spawn(Arc::clone(&self.guest).work(pause_ms_max));
         }
-        let wanted = self.world.with_rng(|rng| rng.range(REQUESTS_MIN, REQUESTS_MIN * 3 / 2));
-        for _ in 0..STEPS_MAX {
-            let enough = self.guest.requests() >= wanted
-                && self.watch.checkpoints() >= CHECKPOINTS_MIN
-                && self.faults >= FAULTS_MIN;
-            if enough {
-                self.world.count("history: of full length");
-                break;
-            }
-            self.step().await?;
-        }
-        let promote = self.world.with_rng(|rng| rng.chance(500));
-        let outcome = if promote { self.fail_over().await } else { self.heal().await };
+        let outcome = self.live().await;
         self.guest.end();
         outcome
     }
 
-    /// Time passes, and something may happen.
-    async fn step(&mut self) -> Result<(), String> {
-        let pause = self.world.with_rng(|rng| rng.range(1, 40));
-        self.pass(millis(pause)).await?;
-        self.end_lasting();
-        let act = self.world.with_rng(|rng| rng.chance(self.unrest));
-        if act {
-            self.act().await;
+    async fn live(&mut self) -> Result<(), String> {
+        let wanted = self.world.with_rng(|rng| rng.range(REQUESTS_MIN, REQUESTS_MIN * 3 / 2));
+        let changes = self.world.with_rng(|rng| rng.pick(&[0, 0, 0, 1, 1, 2, 3]));
+        for change in 0..changes {
+            let requests = wanted * (change + 1) / (changes + 1);
+            self.until(requests, 0, 0).await?;
+            self.change_roles().await?;
         }
+        self.until(wanted, CHECKPOINTS_MIN, FAULTS_MIN).await?;
+        let promote = self.world.with_rng(|rng| rng.chance(500));
+        if promote { self.end_promoted().await } else { self.heal().await }
+    }
+
+    /// Until so much has happened.
+    async fn until(&mut self, requests: u64, checkpoints: u64, faults: u64) -> Result<(), String> {
+        for step in 0..STEPS_MAX + STEPS_MORE {
+            let enough = [
+                self.guest.requests() >= requests,
+                self.watch.checkpoints() >= checkpoints,
+                self.faults >= faults,
+            ];
+            if enough == [true; 3] {
+                return Ok(());
+            }
+            let pause = self.world.with_rng(|rng| rng.range(1, 40));
+            self.pass(millis(pause)).await?;
+            self.end_lasting().await;
+            if step < STEPS_MAX {
+                if self.world.with_rng(|rng| rng.chance(self.unrest)) {
+                    self.act().await;
+                }
+                continue;
+            }
+            self.mend(enough, step).await?;
+        }
+        Err(format!(
+            "history: only {} of {requests} requests, {} of {checkpoints} checkpoints, {} of \
+             {faults} faults",
+            self.guest.requests(),
+            self.watch.checkpoints(),
+            self.faults
+        ))
+    }
+
+    /// Sees to what a history lacks.
+    async fn mend(&mut self, enough: [bool; 3], step: u64) -> Result<(), String> {
+        if !enough[0] || !enough[1] {
+            if step.is_multiple_of(200) {
+                self.clear_faults().await;
+                self.until_in_sync().await?;
+            }
+            if !enough[1] {
+                self.tell(self.primary, "checkpoint", &[]).await;
+            }
+            return Ok(());
+        }
+        let side = self.world.with_rng(|rng| rng.below(2)) as Side;
+        self.some_fault(side);
         Ok(())
     }
 
@@ -159,7 +211,7 @@ impl History {
     pub(crate) async fn pass(&mut self, time: Duration) -> Result<(), String> {
         let until = Instant::now() + time;
         loop {
-            self.watch.look(&self.world, &mut self.processes).await;
+            self.watch.look(&self.world, &self.processes, self.primary).await;
             if let Some(violation) = self.world.lock().violation.clone() {
                 return Err(violation);
             }
@@ -171,203 +223,41 @@ impl History {
     }
 
     pub(crate) fn start(&mut self, side: Side) {
-        self.watch.forget(side);
-        self.processes[side] = Some(Process::start(&self.world, &self.setup, side));
-    }
-
-    fn lasts(&mut self, what: Lasting, ms_max: u64) {
-        let ms = self.world.with_rng(|rng| rng.range(1, ms_max));
-        self.lasting.push((Instant::now() + millis(ms), what));
-    }
-
-    fn fault(&mut self, what: &str) {
-        self.faults += 1;
-        self.world.count(&format!("fault: {what}"));
-        self.world.note(|| format!("fault: {what}"));
-    }
-
-    async fn act(&mut self) {
-        let (choice, side) = self.world.with_rng(|rng| (rng.below(100), rng.below(2) as Side));
-        match choice {
-            0..25 => self.ask_for_checkpoint(side),
-            25..32 => {
-                self.fault("link cut");
-                self.world.cut_link();
-            }
-            32..39 => {
-                self.fault("link down");
-                self.world.cut_link();
-                self.world.set_link(|link| link.down = true);
-                self.lasts(Lasting::LinkDown, 800);
-            }
-            39..49 => {
-                self.fault("one-way loss");
-                self.world.set_link(|link| link.stalled[side] = true);
-                self.lasts(Lasting::Stalled(side), 2000);
-            }
-            49..59 => {
-                self.fault("kill");
-                self.world.note(|| format!("{} is killed", name(side)));
-                self.world.kill(side);
-            }
-            59..72 => {
-                let operations = self.world.with_rng(|rng| {
-                    let most = rng.pick(&[10, 100, 1000]);
-                    rng.below(most)
-                });
-                self.fault("kill in an operation");
-                self.world.lock().machines[side].ends_in = Some((operations, End::Kill));
-            }
-            72..77 => self.stop_cleanly(side),
-            77..84 => {
-                self.fault("failing disk");
-                let failing = self.world.with_rng(|rng| rng.pick(&[5, 30, 200, 1000]));
-                self.world.lock().machines[side].faults.failing = failing;
-                self.lasts(Lasting::Disk(side), 200);
-            }
-            84..90 => {
-                self.fault("hanging disk");
-                self.world.lock().machines[side].faults.hanging = true;
-                self.lasts(Lasting::Disk(side), 2500);
-            }
-            90..95 => {
-                self.fault("full disk");
-                self.world.lock().machines[side].faults.full = true;
-                self.lasts(Lasting::Disk(side), 1000);
-            }
-            95..97 => self.stop_replication().await,
-            97..99 => {
-                self.world.count("command: resync --full");
-                let full = [("full", Value::Bool(true))];
-                self.tell(A, "resync", &full).await;
-            }
-            _ => {
-                self.world.count("command: stop --discard-checkpoint");
-                let discard = [("discard-checkpoint", Value::Bool(true))];
-                self.watch.checkpoint_discarded();
-                self.tell(B, "replication-stop", &discard).await;
-            }
+        self.watch.forget(side, self.primary);
+        let boot = self.world.lock().machines[side].boot;
+        if std::mem::replace(&mut self.boots[side], boot) != boot && side == self.primary {
+            let now = self.world.tick();
+            self.guest.model().power_lost(now);
         }
-    }
-
-    /// Says a command, and does not wait for ever.
-    pub(crate) async fn tell(
-        &mut self,
-        side: Side,
-        command: &str,
-        arguments: &[(&str, Value)],
-    ) -> Option<Result<Value, String>> {
-        let process = self.processes[side].as_ref()?;
-        let limit = millis(20_000);
-        let told = tokio::time::timeout(limit, process.command(command, arguments)).await.ok()?;
-        let short = match &told {
-            Ok(value) => value.to_string().chars().take(100).collect(),
-            Err(error) => error.clone(),
+        let how = Start {
+            role: self.roles[side],
+            knows_peer: self.peer_known[side],
+            discard_local: self.returning[side],
         };
-        self.world.note(|| format!("{}: {command}: {short}", name(side)));
-        Some(told)
+        self.processes[side] = Some(Process::start(&self.world, &self.setup, side, how));
     }
 
-    fn ask_for_checkpoint(&mut self, side: Side) {
-        self.world.count(&format!("command: checkpoint on {}", name(side)));
-        let Some(control) = self.processes[side].as_ref().and_then(Process::control) else {
-            return;
-        };
-        let (world, seen) = (Arc::clone(&self.world), self.watch.asked());
-        tokio::spawn(async move {
-            let asked = world.tick();
-            let answer = control.handler.execute("checkpoint", serde_json::Map::new()).await;
-            if let Ok(answer) = answer
-                && let Some(epoch) = answer["epoch"].as_u64()
-            {
-                world.note(|| format!("checkpoint {epoch}, asked for at {asked}"));
-                seen.lock().expect("one thread").push((epoch, asked));
-            }
-        });
-    }
-
-    fn stop_cleanly(&mut self, side: Side) {
-        self.world.count(&format!("command: clean stop of {}", name(side)));
-        let Some(process) = &self.processes[side] else { return };
-        self.world.note(|| format!("{} is stopped", name(side)));
-        process.ask_to_stop();
-        self.lasts(Lasting::Stopping(side), 2000);
-    }
-
-    async fn stop_replication(&mut self) {
-        self.world.count("command: stop and start");
-        let off = [("enable", Value::Bool(false)), ("primary", Value::Bool(true))];
-        self.tell(A, "xen-set-replication", &off).await;
-        self.lasts(Lasting::Stopped, 500);
-    }
-
-    fn end_lasting(&mut self) {
-        let now = Instant::now();
-        let over: Vec<_> = self.lasting.extract_if(.., |(end, _)| *end <= now).collect();
-        for (_, what) in over {
-            self.undo(what);
-        }
-        for side in [A, B] {
-            let ended = self.processes[side].as_ref().is_none_or(|p| p.has_ended(&self.world));
-            let known = self.lasting.iter().any(|(_, what)| *what == Lasting::Dead(side));
-            if ended && !known {
-                self.lasts(Lasting::Dead(side), 400);
-            }
-        }
-    }
-
-    fn undo(&mut self, what: Lasting) {
-        self.world.note(|| format!("over: {what:?}"));
-        match what {
-            Lasting::LinkDown => self.world.set_link(|link| link.down = false),
-            Lasting::Stalled(side) => self.world.set_link(|link| link.stalled[side] = false),
-            Lasting::Disk(side) => {
-                self.world.lock().machines[side].faults = self.usual_disk.clone();
-            }
-            Lasting::Dead(side) => self.restart_if_ended(side),
-            // It may hang, with its disk or its peer.
-            Lasting::Stopping(side) => self.world.kill(side),
-            Lasting::Stopped => self.start_replication(),
-        }
-    }
-
-    pub(crate) fn restart_if_ended(&mut self, side: Side) {
+    pub(crate) async fn restart_if_ended(&mut self, side: Side) {
         if let Some(process) = &self.processes[side]
             && !process.has_ended(&self.world)
         {
             return;
         }
-        if self.processes[side].take().is_some() {
+        if let Some(mut process) = self.processes[side].take() {
             self.world.kill(side);
+            if let Err(why) = process.ended().await {
+                self.world.note(|| format!("{} had ended: {why}", name(side)));
+                self.read_refusal(side, &why);
+            }
         }
         self.world.count(&format!("restart of {}", name(side)));
         self.start(side);
     }
 
-    fn start_replication(&mut self) {
-        if let Some(control) = self.processes[A].as_ref().and_then(Process::control) {
-            tokio::spawn(async move {
-                let _ = control.handler.execute("replication-start", serde_json::Map::new()).await;
-            });
-        }
-    }
-
-    /// Nothing is wrong any more but what has happened.
-    pub(crate) fn clear_faults(&mut self) {
-        self.world.note(|| "everything is repaired".to_owned());
-        self.lasting.clear();
-        let delay = self.usual_delay_ms;
-        self.world.set_link(|link| {
-            link.stalled = [false; 2];
-            link.down = false;
-            link.delay_ms_max = delay;
-        });
-        let usual = self.usual_disk.clone();
-        let mut world = self.world.lock();
-        for machine in &mut world.machines {
-            machine.faults = usual.clone();
-            machine.ends_in = None;
-        }
+    /// Where the guests of a side that is the primary connect.
+    pub(crate) fn guest_endpoint(&self, side: Side) -> Endpoint {
+        let own = self.roles[side] == Role::Primary || self.setup.second_guest && side == B;
+        reach(side, None, if own { GUEST_PORT } else { REPLICA_PORT })
     }
 
     /// What a disk's file holds, by sector.

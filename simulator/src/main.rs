@@ -1,4 +1,5 @@
 #![doc = include_str!("../README.md")]
+mod acts;
 mod campaign;
 mod disk;
 mod ending;
@@ -13,6 +14,8 @@ mod parts;
 #[cfg(test)]
 mod power_points;
 mod rng;
+mod roles;
+mod seen;
 mod side;
 mod watch;
 mod world;
@@ -38,9 +41,12 @@ struct Args {
     /// A bug to plant: the run ends when it is found, and the same history has to pass without it
     #[arg(long)]
     plant: Option<String>,
-    /// Print every event
-    #[arg(long)]
-    verbose: bool,
+    /// Look for each of the bugs that can be planted, in 10000 histories at most
+    #[arg(long, conflicts_with = "plant")]
+    plants: bool,
+    /// Print every event; twice: and every operation
+    #[arg(long, action = clap::ArgAction::Count)]
+    verbose: u8,
 }
 
 fn main() -> ExitCode {
@@ -63,8 +69,12 @@ fn main() -> ExitCode {
         runs,
         plant,
         jobs: args.jobs.max(1),
-        verbose: args.verbose || args.seed.is_some() && args.runs.is_none(),
+        verbose: args.verbose.max(u8::from(args.seed.is_some() && args.runs.is_none())),
     };
+    if args.plants {
+        let plan = campaign::Plan { runs: args.runs.unwrap_or(10_000), verbose: 0, ..plan };
+        return if campaign::find_all(&plan) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let passed = if runs > parts::PART_RUNS && plant.is_none() {
         parts::run(&plan)
     } else {

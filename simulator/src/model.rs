@@ -12,6 +12,23 @@ struct Write {
     end: u64,
     /// It was answered with success. If not, it may have happened or not.
     acked: bool,
+    /// It needs no flush to survive a loss of power.
+    through: bool,
+    /// When a loss of power may have taken it, though it was answered: from then on it may have
+    /// happened or not. The end of time if nothing can take it, or has.
+    doubtful_from: u64,
+}
+
+impl Write {
+    fn new(stamp: u64, start: u64) -> Self {
+        let (end, doubtful_from) = (u64::MAX, u64::MAX);
+        Write { stamp, start, end, acked: false, through: false, doubtful_from }
+    }
+
+    /// It is known to have happened, as far as is known at a time.
+    fn counts(&self, at: u64) -> bool {
+        self.acked && self.doubtful_from > at
+    }
 }
 
 /// The writes of a line.
@@ -19,6 +36,8 @@ struct Write {
 pub(crate) struct Model {
     /// By disk and sector; the first is what was there before.
     sectors: Vec<Vec<Vec<Write>>>,
+    /// By disk: what had been answered before this time is on stable storage.
+    flushed: Vec<u64>,
 }
 
 /// A write that has begun, in the model.
@@ -33,9 +52,25 @@ pub(crate) struct Begun {
 impl Model {
     /// Disks with these contents.
     pub(crate) fn new(contents: &[Vec<u64>]) -> Self {
-        let first = |stamp: &u64| vec![Write { stamp: *stamp, start: 0, end: 0, acked: true }];
+        let first = |stamp: &u64| {
+            vec![Write { end: 0, acked: true, through: true, ..Write::new(*stamp, 0) }]
+        };
         let sectors = contents.iter().map(|disk| disk.iter().map(first).collect()).collect();
-        Model { sectors }
+        Model { sectors, flushed: vec![0; contents.len()] }
+    }
+
+    /// By disk, in sectors.
+    pub(crate) fn sizes(&self) -> Vec<u64> {
+        self.sectors.iter().map(|disk| disk.len() as u64).collect()
+    }
+
+    /// A disk has this many sectors from now on; what is new is zeroes.
+    pub(crate) fn grow(&mut self, disk: usize, sectors: u64) {
+        let disk = &mut self.sectors[disk];
+        if disk.len() < sectors as usize {
+            let zeroes = Write { end: 0, acked: true, through: true, ..Write::new(0, 0) };
+            disk.resize(sectors as usize, vec![zeroes]);
+        }
     }
 
     /// Disks of zeroes.
@@ -52,16 +87,33 @@ impl Model {
         start: u64,
     ) -> Begun {
         for sector in &mut self.sectors[disk][first as usize..(first + count) as usize] {
-            sector.push(Write { stamp, start, end: u64::MAX, acked: false });
+            sector.push(Write::new(stamp, start));
         }
         Begun { disk, first, count, start }
     }
 
-    pub(crate) fn end(&mut self, begun: Begun, end: u64, acked: bool) {
+    /// It was answered. `through`: it does not need a flush.
+    pub(crate) fn end(&mut self, begun: Begun, end: u64, acked: bool, through: bool) {
         let Begun { disk, first, count, start } = begun;
         for sector in &mut self.sectors[disk][first as usize..(first + count) as usize] {
             if let Some(write) = sector.iter_mut().rev().find(|write| write.start == start) {
-                (write.end, write.acked) = (end, acked);
+                (write.end, write.acked, write.through) = (end, acked, through);
+            }
+        }
+    }
+
+    /// A flush that began at this time was answered with success.
+    pub(crate) fn flushed(&mut self, disk: usize, start: u64) {
+        self.flushed[disk] = self.flushed[disk].max(start);
+    }
+
+    /// The machine that has the disks has lost its power.
+    pub(crate) fn power_lost(&mut self, now: u64) {
+        for (disk, flushed) in self.sectors.iter_mut().zip(&self.flushed) {
+            for write in disk.iter_mut().flatten() {
+                if !write.through && write.end >= *flushed {
+                    write.doubtful_from = write.doubtful_from.min(now);
+                }
             }
         }
     }
@@ -76,7 +128,8 @@ impl Model {
     ) -> Result<(), String> {
         let writes = &self.sectors[disk][sector as usize];
         // Whatever had ended when this one began was overwritten before the read.
-        let last = writes.iter().filter(|o| o.acked && o.end < start).map(|o| o.start).max();
+        let last =
+            writes.iter().filter(|o| o.counts(start) && o.end < start).map(|o| o.start).max();
         let last = last.unwrap_or(0);
         let allowed = writes.iter().any(|w| w.stamp == stamp && w.start < end && w.end >= last);
         if allowed {
@@ -93,15 +146,22 @@ impl Model {
         (from, to): (u64, u64),
     ) -> Result<(), String> {
         let mut moments = vec![(from, to)];
+        let mut narrowed = String::from("given");
         for (disk, sectors) in contents.iter().enumerate() {
             for (index, stamp) in sectors.iter().enumerate() {
-                let writes = &self.sectors[disk][index];
+                // It may have grown without a word to the guest.
+                let Some(writes) = self.sectors[disk].get(index) else {
+                    if *stamp == 0 {
+                        continue;
+                    }
+                    return Err(format!("disk {disk} sector {index}, which is new, has {stamp}"));
+                };
                 if let [only] = writes.as_slice()
                     && only.stamp == *stamp
                 {
                     continue;
                 }
-                let possible = moments_of(writes, *stamp);
+                let possible = moments_of(writes, *stamp, to);
                 let left: Vec<_> = moments
                     .iter()
                     .flat_map(|m| possible.iter().map(|p| (m.0.max(p.0), m.1.min(p.1))))
@@ -109,14 +169,19 @@ impl Model {
                     .collect();
                 if left.is_empty() {
                     return Err(format!(
-                        "disk {disk} sector {index} has {stamp}, which fits at {possible:?}; all \
-                         before at {moments:?}; {}",
+                        "disk {disk} sector {index} has {stamp}, which fits at {possible:?}; {}; \
+                         all before at {moments:?}, because of: {narrowed}",
                         Self::tell(writes)
                     ));
                 }
+                let mut left = left;
+                left.sort_unstable();
+                left.dedup();
+                if left != moments {
+                    let writes = Self::tell(writes);
+                    narrowed = format!("disk {disk} sector {index} has {stamp}; {writes}");
+                }
                 moments = left;
-                moments.sort_unstable();
-                moments.dedup();
             }
         }
         Ok(())
@@ -125,19 +190,25 @@ impl Model {
     fn tell(writes: &[Write]) -> String {
         let tell = |w: &Write| {
             let end = if w.end == u64::MAX { "...".to_owned() } else { w.end.to_string() };
-            format!("{}@{}-{end}{}", w.stamp, w.start, if w.acked { "" } else { "?" })
+            format!(
+                "{}@{}-{end}{}",
+                w.stamp,
+                w.start,
+                if w.counts(u64::MAX - 1) { "" } else { "?" }
+            )
         };
         let last = writes.iter().rev().take(8).rev().map(tell);
         format!("writes: {}", last.collect::<Vec<_>>().join(" "))
     }
 }
 
-/// When a sector with these writes can have held `stamp` at a cut.
-fn moments_of(writes: &[Write], stamp: u64) -> Vec<(u64, u64)> {
+/// When a sector with these writes can have held `stamp` at a cut, which was made at `to` at the
+/// latest.
+fn moments_of(writes: &[Write], stamp: u64, to: u64) -> Vec<(u64, u64)> {
     let of_stamp = writes.iter().enumerate().filter(|(_, w)| w.stamp == stamp);
     let moments = of_stamp.map(|(index, w)| {
         // They are in the order in which they began.
-        let later = writes[index..].iter().filter(|o| o.acked && o.start > w.end);
+        let later = writes[index..].iter().filter(|o| o.counts(to) && o.start > w.end);
         (w.start, later.map(|o| o.end).min().unwrap_or(u64::MAX))
     });
     moments.filter(|(low, high)| low <= high).collect()
@@ -198,11 +269,11 @@ mod tests {
         let write = model.begin(0, 0, 1, 7, 1);
         assert!(model.check_read(0, 0, 0, (2, 3)).is_ok());
         assert!(model.check_read(0, 0, 7, (2, 3)).is_ok());
-        model.end(write, 4, true);
+        model.end(write, 4, true, false);
         assert!(model.check_read(0, 0, 0, (5, 6)).is_err());
         assert!(model.check_read(0, 0, 9, (5, 6)).is_err());
         let failed = model.begin(0, 0, 1, 8, 7);
-        model.end(failed, 8, false);
+        model.end(failed, 8, false, false);
         assert!(model.check_read(0, 0, 7, (9, 10)).is_ok());
         assert!(model.check_read(0, 0, 8, (9, 10)).is_ok());
     }
@@ -211,9 +282,9 @@ mod tests {
     fn a_cut_has_everything_up_to_one_moment() {
         let mut model = Model::blank(2, SECTOR);
         let first = model.begin(0, 0, 1, 7, 1);
-        model.end(first, 2, true);
+        model.end(first, 2, true, false);
         let second = model.begin(1, 0, 1, 8, 3);
-        model.end(second, 4, true);
+        model.end(second, 4, true, false);
         let cut = |a, b, from, to| model.check_cut(&[vec![a], vec![b]], (from, to));
         assert!(cut(0, 0, 0, 9).is_ok());
         assert!(cut(7, 0, 0, 9).is_ok());
@@ -221,6 +292,28 @@ mod tests {
         assert!(cut(0, 8, 0, 9).is_err(), "the second without the first");
         assert!(cut(7, 0, 5, 9).is_err(), "too old");
         assert!(cut(7, 8, 0, 2).is_err(), "too new");
+    }
+
+    #[test]
+    fn a_loss_of_power_takes_what_was_not_flushed_and_nothing_else() {
+        let mut model = one_sector();
+        for (stamp, start) in [(7, 1), (8, 3)] {
+            let write = model.begin(0, 0, 1, stamp, start);
+            model.end(write, start + 1, true, false);
+            model.flushed(0, 3);
+        }
+        assert!(model.check_read(0, 0, 7, (5, 6)).is_err(), "power is there");
+        model.power_lost(7);
+        assert!(model.check_cut(&[vec![7]], (5, 6)).is_err(), "a cut from before");
+        assert!(model.check_cut(&[vec![7]], (8, 8)).is_ok());
+        assert!(model.check_cut(&[vec![8]], (8, 8)).is_ok());
+        assert!(model.check_read(0, 0, 7, (8, 9)).is_ok());
+        assert!(model.check_read(0, 0, 8, (8, 9)).is_ok());
+        assert!(model.check_read(0, 0, 0, (8, 9)).is_err(), "it was flushed");
+        let through = model.begin(0, 0, 1, 9, 10);
+        model.end(through, 11, true, true);
+        model.power_lost(12);
+        assert!(model.check_read(0, 0, 8, (13, 14)).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::file::{FileData, KEEPS, Left};
 use crate::rng::Rng;
+use crate::seen::Seen;
 
 pub(crate) type File = Arc<Mutex<FileData>>;
 
@@ -36,13 +37,13 @@ pub(crate) struct Losses {
 }
 
 impl Losses {
-    pub(crate) fn counts(self) -> [(&'static str, u64); 5] {
+    pub(crate) fn counts(self) -> [(Seen, u64); 5] {
         [
-            ("file kept whole", self.whole),
-            ("file as it was flushed", self.nothing),
-            ("file torn", self.torn),
-            ("name kept", self.names_kept),
-            ("name lost", self.names_lost),
+            (Seen::FileWhole, self.whole),
+            (Seen::FileAsFlushed, self.nothing),
+            (Seen::FileTorn, self.torn),
+            (Seen::NameKept, self.names_kept),
+            (Seen::NameLost, self.names_lost),
         ]
     }
 }

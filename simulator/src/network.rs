@@ -27,7 +27,8 @@ pub(crate) fn listen_at(life: Life, port: u16) -> Endpoint {
 /// Where a process, or a guest beside a machine, connects.
 pub(crate) fn reach(side: Side, from: Option<Life>, port: u16) -> Endpoint {
     let from = from.map_or_else(|| "guest".to_owned(), |life| life.to_string());
-    Endpoint::Tcp { host: format!("{}<{from}", name(side)), port }
+    // As a URI could have it, too.
+    Endpoint::Tcp { host: format!("{}~{from}", name(side)), port }
 }
 
 fn parse_life(text: &str) -> Option<Life> {
@@ -47,7 +48,7 @@ impl Network for Net {
             let Endpoint::Tcp { host, port } = &endpoint else {
                 return Err(io::ErrorKind::AddrNotAvailable.into());
             };
-            let Some((to, from)) = host.split_once('<') else {
+            let Some((to, from)) = host.split_once('~') else {
                 return Err(io::ErrorKind::AddrNotAvailable.into());
             };
             let to = usize::from(to == "b");
@@ -355,7 +356,7 @@ impl Pipe for End {
         if self.life.is_some_and(|life| !self.world.operate(life, 3)) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        self.world.mix(data.len() as u64);
+        self.world.mix_bytes(data);
         let arrival = self.arrival();
         let mut flow = self.outgoing.flow();
         if flow.reset {

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use crate::campaign::Plan;
+use crate::campaign::{self, Plan};
 
 /// Histories of one process.
 pub(crate) const PART_RUNS: u64 = 50;
@@ -41,16 +41,15 @@ pub(crate) fn run(plan: &Plan) -> bool {
             });
         }
     });
-    for (what, count) in counts.into_inner().expect("no panic under this lock") {
-        println!("{count:>10}  {what}");
-    }
+    let counts = counts.into_inner().expect("no panic under this lock");
+    let complete = campaign::summary(&counts, plan.runs);
     let failed = failed_parts.into_inner();
     let seconds = started.elapsed().as_secs_f64();
     match failed {
         0 => println!("all of {} histories passed, {seconds:.1} s", plan.runs),
         _ => println!("FAILED: {failed} parts of {PART_RUNS} histories each, {seconds:.1} s"),
     }
-    failed == 0
+    failed == 0 && complete
 }
 
 /// Runs some in a process; its counts are taken, the rest of what it says is passed on if one failed.

@@ -6,14 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use brep_block::CacheMode;
-use brep_replication::config::{Ack, DiskConfig, DiskFormat, Role, SideConfig};
+use brep_replication::config::{
+    Ack, DiskConfig, DiskFormat, Durability, OnPeerLost, OnSlowPeer, Role, SideConfig,
+};
 use brep_replication::simulation::{Control, control};
 use serde_json::{Map, Value};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::network::{GUEST_PORT, REPLICA_PORT, listen_at, reach};
-use crate::world::{A, B, Life, Side, World, name};
+use crate::world::{B, Life, Side, World, name};
 
 /// What does not change in a history.
 #[derive(Debug, Clone)]
@@ -25,6 +27,28 @@ pub(crate) struct Setup {
     pub(crate) checkpoint_interval: Option<Duration>,
     pub(crate) window_bytes: u64,
     pub(crate) window_requests: usize,
+    pub(crate) durability: Durability,
+    pub(crate) on_peer_lost: OnPeerLost,
+    pub(crate) on_slow_peer: OnSlowPeer,
+    pub(crate) slow_peer_limit: Option<Duration>,
+    /// A guest runs on the secondary too, and a manager decides when checkpoints are taken.
+    pub(crate) second_guest: bool,
+}
+
+impl Setup {
+    /// Whether machines lose their power: where that is promised to be survived.
+    pub(crate) fn loses_power(&self) -> bool {
+        self.durability == Durability::Power
+    }
+}
+
+/// How a process is started.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Start {
+    pub(crate) role: Role,
+    pub(crate) knows_peer: bool,
+    /// What it wrote as a primary may be given up.
+    pub(crate) discard_local: bool,
 }
 
 /// A process that was started.
@@ -68,28 +92,27 @@ fn disks(setup: &Setup, life: Life) -> Vec<DiskConfig> {
 }
 
 impl Process {
-    pub(crate) fn start(world: &Arc<World>, setup: &Setup, side: Side) -> Self {
+    pub(crate) fn start(world: &Arc<World>, setup: &Setup, side: Side, how: Start) -> Self {
         let life = next_life(world, side);
         let state_dir = PathBuf::from(format!("/{life}/state"));
-        let (role, peer) = if side == A { (Role::Primary, B) } else { (Role::Secondary, A) };
-        let config = SideConfig::new(role, name(side), state_dir, disks(setup, life));
+        let config = SideConfig::new(how.role, name(side), state_dir, disks(setup, life));
+        let serves_guests = how.role == Role::Primary || setup.second_guest && side == B;
         let config = SideConfig {
             ack: setup.ack,
             peer_timeout: setup.peer_timeout,
             window_bytes: setup.window_bytes,
             window_requests: setup.window_requests,
             checkpoint_interval: setup.checkpoint_interval,
+            durability: setup.durability,
+            on_peer_lost: setup.on_peer_lost,
+            on_slow_peer: setup.on_slow_peer,
+            slow_peer_limit: setup.slow_peer_limit,
+            discard_local: how.discard_local,
             allow_plaintext: true,
+            peer: how.knows_peer.then(|| reach(1 - side, Some(life), REPLICA_PORT).into()),
+            listen: Some(listen_at(life, REPLICA_PORT)),
+            guest_listen: serves_guests.then(|| listen_at(life, GUEST_PORT)),
             ..config
-        };
-        let config = if side == A {
-            SideConfig {
-                peer: Some(reach(peer, Some(life), REPLICA_PORT).into()),
-                guest_listen: Some(listen_at(life, GUEST_PORT)),
-                ..config
-            }
-        } else {
-            SideConfig { listen: Some(listen_at(life, REPLICA_PORT)), ..config }
         };
         Self::run(life, config)
     }

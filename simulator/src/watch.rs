@@ -25,6 +25,8 @@ pub(crate) struct Watch {
     promotable: bool,
     looks: u64,
     states: [String; 2],
+    /// Of lines before this one.
+    checkpoints_before: u64,
 }
 
 /// What the primary has said of its peer.
@@ -39,7 +41,19 @@ pub(crate) enum Contact {
 
 impl Watch {
     pub(crate) fn checkpoints(&self) -> u64 {
-        self.commits.len() as u64
+        self.checkpoints_before + self.commits.len() as u64
+    }
+
+    /// The other side is the primary from now on. Its line has the same checkpoints unless it began
+    /// with one of them.
+    pub(crate) fn roles_changed(&mut self, new_line: bool) {
+        self.contact = Contact::Never;
+        self.promotable = false;
+        if new_line {
+            self.checkpoints_before += self.commits.len() as u64;
+            self.commits.clear();
+            self.asked = Asked::default();
+        }
     }
 
     pub(crate) fn asked(&self) -> Asked {
@@ -71,55 +85,67 @@ impl Watch {
     }
 
     /// A process begins or has ended.
-    pub(crate) fn forget(&mut self, side: Side) {
-        if side == A && self.contact == Contact::Connected {
+    pub(crate) fn forget(&mut self, side: Side, primary: Side) {
+        if side == primary && self.contact == Contact::Connected {
             self.contact = Contact::Lost(self.last_look);
         }
     }
 
     /// Takes down what has happened since the last look.
-    pub(crate) async fn look(&mut self, world: &World, processes: &mut [Option<Process>; 2]) {
+    pub(crate) async fn look(
+        &mut self,
+        world: &World,
+        processes: &[Option<Process>; 2],
+        primary: Side,
+    ) {
         let now = world.tick();
         for side in [A, B] {
             let Some(process) = &processes[side] else { continue };
             let Some(control) = process.control() else { continue };
             while let Some(event) = control.next_event() {
-                self.take_event(world, side, &event, now);
+                self.take_event(world, (side, primary), &event, now);
             }
             // A state is worth a look now and then.
             if self.looks.is_multiple_of(16)
                 && let Some(status) = process.status().await
             {
-                self.take_status(world, side, &status);
+                self.take_status(world, side, side == primary, &status);
             }
         }
         self.looks += 1;
         self.last_look = now;
     }
 
-    fn take_event(&mut self, world: &World, side: Side, event: &Value, now: u64) {
+    fn take_event(
+        &mut self,
+        world: &World,
+        (side, primary): (Side, Side),
+        event: &Value,
+        now: u64,
+    ) {
         let kind = event["event"].as_str().unwrap_or_default().to_owned();
         let epoch = event["data"]["epoch"].as_u64();
-        world.count(&format!("event: {} {kind}", name(side)));
+        world.count(&format!("event: {kind}"));
         let detail = ["message", "reason", "error"].iter().find_map(|m| event["data"][*m].as_str());
         world.note(|| format!("{} {kind} {epoch:?} {}", name(side), detail.unwrap_or_default()));
-        match (side, kind.as_str(), epoch) {
-            (A, "BREP_CHECKPOINT", Some(epoch)) => {
+        match (side == primary, kind.as_str(), epoch) {
+            (true, "BREP_CHECKPOINT", Some(epoch)) => {
                 self.commits.insert(epoch, (self.last_look, now));
                 self.promotable = true;
             }
-            (A, "BREP_CONNECTED", _) => self.contact = Contact::Connected,
-            (A, "BREP_PEER_LOST", _) => self.contact = Contact::Lost(self.last_look),
+            (true, "BREP_CONNECTED", _) => self.contact = Contact::Connected,
+            (true, "BREP_PEER_LOST", _) => self.contact = Contact::Lost(self.last_look),
             _ => {}
         }
     }
 
-    fn take_status(&mut self, world: &World, side: Side, status: &Value) {
+    fn take_status(&mut self, world: &World, side: Side, is_primary: bool, status: &Value) {
         let state = status["disks"][0]["state"].as_str().unwrap_or_default();
-        let state = format!("{} {state} {}", name(side), status["link"].as_str().unwrap_or("?"));
-        if self.states[side] != state {
-            world.count(&format!("state: {state}"));
-            self.states[side] = state;
+        let role = if is_primary { "primary" } else { "secondary" };
+        let state = format!("{role} {state}");
+        let before = std::mem::replace(&mut self.states[side], state.clone());
+        if before != state && !before.is_empty() {
+            world.count(&format!("state: {before} -> {state}"));
         }
     }
 }

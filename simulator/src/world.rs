@@ -9,6 +9,10 @@ use tokio::time::{Duration, Instant};
 use crate::names::Names;
 use crate::network::{Direction, Waiting};
 use crate::rng::Rng;
+use crate::seen::Seen;
+
+/// How verbose a world is that prints every operation.
+const EVERY_OPERATION: u8 = 2;
 
 /// Events that are kept to be printed after a failure.
 const LAST_EVENTS: usize = 400;
@@ -87,7 +91,8 @@ pub(crate) struct Inner {
     start: Option<Instant>,
     /// The first thing that must not be.
     pub(crate) violation: Option<String>,
-    pub(crate) verbose: bool,
+    /// 1: every event is printed; 2: and every operation.
+    pub(crate) verbose: u8,
 }
 
 pub(crate) struct World {
@@ -101,7 +106,7 @@ impl std::fmt::Debug for World {
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, verbose: bool) -> Arc<Self> {
+    pub(crate) fn new(seed: u64, verbose: u8) -> Arc<Self> {
         let inner = Inner {
             rng: Rng::new(seed),
             machines: Default::default(),
@@ -135,6 +140,11 @@ impl World {
         let mut inner = self.lock();
         inner.ticks += 1;
         inner.ticks
+    }
+
+    /// Something that many histories have to have had.
+    pub(crate) fn saw(&self, what: Seen) {
+        self.count(what.name());
     }
 
     pub(crate) fn count(&self, what: &str) {
@@ -179,6 +189,14 @@ impl World {
         self.lock().mix(value);
     }
 
+    /// Contents that are written or sent belong to the trace.
+    pub(crate) fn mix_bytes(&self, bytes: &[u8]) {
+        let mut inner = self.lock();
+        let (words, rest) = bytes.as_chunks::<8>();
+        words.iter().for_each(|word| inner.mix(u64::from_le_bytes(*word)));
+        rest.iter().for_each(|byte| inner.mix(u64::from(*byte)));
+    }
+
     /// An operation of a process. False: the process is dead, and nothing happens.
     pub(crate) fn operate(&self, life: Life, kind: u64) -> bool {
         let woken = {
@@ -188,6 +206,9 @@ impl World {
             }
             let ms = inner.start.map_or(0, |start| start.elapsed().as_millis() as u64);
             inner.mix(kind ^ (life.side as u64) << 8 ^ ms << 16);
+            if inner.verbose >= EVERY_OPERATION {
+                println!("{ms:>7} ms  {life} operation {kind}, trace {:016x}", inner.hash);
+            }
             let machine = &mut inner.machines[life.side];
             machine.operations += 1;
             match &mut machine.ends_in {
@@ -260,7 +281,7 @@ impl Inner {
             self.mix(u64::from_le_bytes(word));
         }
         let line = format!("{ms:>7} ms  {event}");
-        if self.verbose {
+        if self.verbose > 0 {
             println!("{line}");
         }
         if self.last.len() == LAST_EVENTS {
@@ -282,8 +303,8 @@ impl Inner {
         machine.boot += 1;
         let losses = machine.names.lose_power(&mut self.rng);
         self.note(format!("power of {}: {losses:?}", name(side)));
-        for (what, count) in losses.counts() {
-            *self.counts.entry(format!("power: {what}")).or_default() += count;
+        for (what, count) in losses.counts().into_iter().filter(|(_, count)| *count > 0) {
+            *self.counts.entry(what.name().to_owned()).or_default() += count;
         }
     }
 

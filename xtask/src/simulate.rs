@@ -27,15 +27,23 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
 
 /// `cargo run` of the simulator, without arguments for it.
 pub(crate) fn command(workspace: &Workspace) -> Command {
-    let mut cargo = workspace.cargo();
+    let mut cargo = repeatable(workspace);
     cargo.args(["run", "--quiet", "--profile", PROFILE, "--package", PACKAGE, "--"]);
     cargo
 }
 
 /// The tests of the simulator itself.
 pub(crate) fn tests(workspace: &Workspace) -> Command {
-    let mut cargo = workspace.cargo();
+    let mut cargo = repeatable(workspace);
     cargo.args(["test", "--quiet", "--profile", PROFILE, "--package", PACKAGE]);
+    cargo
+}
+
+/// cargo, for a build in which tokio's own choices follow from a seed.
+fn repeatable(workspace: &Workspace) -> Command {
+    let mut cargo = workspace.cargo();
+    let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
+    cargo.env("RUSTFLAGS", format!("{flags} --cfg tokio_unstable"));
     cargo
 }
 

@@ -1,5 +1,4 @@
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use brep_quorum::RateLimit;
 use serde_json::{Value, json};
@@ -7,6 +6,7 @@ use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::sync::{Notify, broadcast};
 
 use super::json::to_line;
+use crate::errors::since_1970;
 
 /// How many events a client may be behind before it loses the oldest.
 const BACKLOG_EVENTS: usize = 256;
@@ -149,9 +149,9 @@ impl Default for EventBus {
 
 /// An event with the time of this call.
 fn event(name: &str, data: Value) -> Value {
-    let (seconds, microseconds) = match SystemTime::now().duration_since(UNIX_EPOCH) {
-        Ok(now) => (i64::try_from(now.as_secs()).unwrap_or(-1), i64::from(now.subsec_micros())),
-        Err(_) => (-1, -1),
+    let (seconds, microseconds) = match since_1970() {
+        Some(now) => (i64::try_from(now.as_secs()).unwrap_or(-1), i64::from(now.subsec_micros())),
+        None => (-1, -1),
     };
     let timestamp = json!({ "seconds": seconds, "microseconds": microseconds });
     let mut event = json!({ "event": name, "timestamp": timestamp });
