@@ -127,7 +127,8 @@ impl Guest {
     pub(crate) fn plug(&self, endpoint: Endpoint) {
         let mut shared = self.shared();
         shared.endpoint = Some(endpoint);
-        shared.connections.iter_mut().for_each(|connection| *connection = None);
+        // What was asked there may be held for ever.
+        shared.connections.iter_mut().filter_map(Option::take).for_each(|old| old.kill());
     }
 
     pub(crate) fn requests(&self) -> u64 {
