@@ -92,7 +92,7 @@ impl History {
         let reason = status["reason"].as_str().unwrap_or_default();
         let (primary, secondary) = (self.primary, 1 - self.primary);
         if advice.contains("resync --discard-local on the secondary") {
-            self.world.saw(Seen::DiscardLocal);
+            self.world.count("advice: resync --discard-local");
             self.tell_and_obey(secondary, "resync", &[("discard-local", json!(true))]).await;
         } else if advice.starts_with("brep start; then") {
             self.world.count("advice: start");

@@ -62,7 +62,6 @@ seen! {
     PeerSet = "command: peer set",
     Resize = "command: resize",
     ResumeLonely = "command: resume --lonely",
-    DiscardLocal = "command: resync --discard-local",
     Switchover = "command: switchover",
     FailoverToCheckpoint = "command: failover --to checkpoint",
     FailoverToLatest = "command: failover --to latest",
