@@ -6,9 +6,10 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::acts::wants_restart;
-use crate::file::SECTOR;
 use crate::history::{History, millis};
+use crate::names::File;
 use crate::seen::Seen;
+use crate::side::file_name;
 use crate::world::{A, B, name};
 
 /// The time in which everything has to be in order again when nothing is wrong any more.
@@ -126,13 +127,23 @@ impl History {
         }
     }
 
-    /// The secondary's disks have grown when it was the primary: this one's grow too.
+    /// A secondary's disks have grown when it was the primary: this one's grow too. Those of a blank
+    /// one are made as large by its operator.
     async fn grow_to_others_size(&mut self) {
+        let (primary, secondary) = (self.primary, 1 - self.primary);
         for disk in 0..self.setup.disks {
-            let sectors = |side| self.file_stamps(side, disk).map_or(0, |stamps| stamps.len());
-            if sectors(1 - self.primary) > sectors(self.primary) {
-                let bytes = sectors(1 - self.primary) as u64 * SECTOR;
-                self.resize(disk, bytes).await;
+            let file =
+                |side: usize| self.world.lock().machines[side].names.get(&file_name(disk)).cloned();
+            let (Some(mine), Some(theirs)) = (file(primary), file(secondary)) else { continue };
+            let size = |file: &File| file.lock().expect("one thread").data.len() as u64;
+            let (mine, there) = (size(&mine), size(&theirs));
+            if there > mine {
+                self.resize(disk, there).await;
+            } else if there < mine {
+                self.world.kill(secondary);
+                let mut file = theirs.lock().expect("one thread");
+                file.truncate(mine);
+                file.sync();
             }
         }
     }

@@ -64,6 +64,11 @@ pub(crate) fn disk_name(disk: usize) -> String {
     format!("d{disk}")
 }
 
+/// The file of a disk, in the root of its machine.
+pub(crate) fn file_name(disk: usize) -> String {
+    format!("{}.raw", disk_name(disk))
+}
+
 pub(crate) fn disk_path(life: Life, disk: usize) -> PathBuf {
     PathBuf::from(format!("/{life}/{}.raw", disk_name(disk)))
 }
