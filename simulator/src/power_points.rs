@@ -321,7 +321,7 @@ async fn live(pair: &mut Pair, script: AsyncStep) -> Done {
 
 /// Lives through a piece; returns the operations that B made in it.
 fn run(piece: &Piece, n: Option<u64>, seed: u64) -> Result<u64, String> {
-    let world = World::new(seed, false);
+    let world = World::new(seed, 0);
     let shared = Arc::clone(&world);
     let lived = in_world(&world, seed, None, async {
         let mut pair = Pair::new(&shared);
