@@ -22,6 +22,10 @@ use crate::{Epoch, Error, Result};
 const HASH_BYTES_MAX: u64 = 64 << 20;
 const HASHES_MAX: u64 = 4096;
 
+/// So many peer timeouts a primary may take between its hello and its terms: nothing else begins
+/// meanwhile, and no failover.
+const TERMS_TIMEOUTS: u32 = 10;
+
 impl Group {
     /// Serves one link from its first byte to its end.
     pub(crate) async fn serve_link(self: Arc<Self>, stream: TakenStream, peer: String) {
@@ -90,8 +94,10 @@ impl Group {
             discard_local: record.secondary.discard_local,
         };
         writer.send(&Message::HelloAnswer(Box::new(answer)), limit).await?;
+        let until = Instant::now() + limit * TERMS_TIMEOUTS;
         let (terms, sync) = loop {
-            match reader.receive_within(limit).await? {
+            let left = until.saturating_duration_since(Instant::now());
+            match reader.receive_within(limit.min(left)).await? {
                 Message::RangesRequest { disk, offset } => {
                     writer.send(&self.own_ranges(disk, offset), limit).await?;
                 }

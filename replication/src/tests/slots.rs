@@ -2,6 +2,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use brep_block::{BlockDevice, Operation, Rule};
+use brep_nbd::Stream;
 use brep_nbd::client::{ConnectOptions, Connection, connect_private};
 use bytes::Bytes;
 use uuid::Uuid;
@@ -10,8 +11,8 @@ use super::common::{MIB, Scratch, Side, file, fill};
 use super::write;
 use crate::image::faults;
 use crate::link::{
-    CopyMode, DiskInfo, Hello, LINK_VERSION, Message, OPTION_BIND, OPTION_LINK, Side as Identity,
-    split,
+    CopyMode, DiskInfo, Hello, LINK_VERSION, LinkReader, LinkWriter, Message, OPTION_BIND,
+    OPTION_LINK, Side as Identity, split,
 };
 use crate::{Epoch, Generation, SetId};
 
@@ -46,15 +47,8 @@ fn bound(scratch: &Scratch, token: Uuid, slot: u32) -> ConnectOptions {
     }
 }
 
-/// I15: binding a slot closes its old holder and waits for what that one has started; else a late
-/// write of a dead connection would come after the writes of its successor.
-#[tokio::test]
-async fn i15_a_slot_changes_hands_only_when_its_old_holder_has_nothing_in_flight() {
-    let scratch = Scratch::new();
-    scratch.raw("s.raw", MIB, 2);
-    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
-    secondary.wait("up", |s| s["role"] == "secondary").await;
-
+/// Comes as a primary, up to the answer to its hello.
+async fn hello(scratch: &Scratch) -> (LinkReader<Stream>, LinkWriter<Stream>, SetId, Generation) {
     let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
     let endpoint = scratch.endpoint("s.sock");
     let link = connect_private(&endpoint, None, OPTION_LINK, version, LIMIT).await.unwrap();
@@ -64,6 +58,39 @@ async fn i15_a_slot_changes_hands_only_when_its_old_holder_has_nothing_in_flight
     let hello = Hello { version: LINK_VERSION, timeout_ms: 60_000, side: me };
     writer.send(&Message::Hello(Box::new(hello)), LIMIT).await.unwrap();
     assert!(matches!(reader.receive_within(LIMIT).await.unwrap(), Message::HelloAnswer(_)));
+    (reader, writer, set, cur)
+}
+
+/// I17: while a primary and a secondary come to terms nothing else begins, not even a failover.
+#[tokio::test]
+async fn i17_a_primary_that_only_asks_is_not_listened_to_for_ever() {
+    let scratch = Scratch::new();
+    scratch.raw("s.raw", MIB, 2);
+    let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    config.peer_timeout = Duration::from_millis(200);
+    let secondary = Side::run(config);
+    secondary.wait("up", |s| s["role"] == "secondary").await;
+    let (mut reader, mut writer, ..) = hello(&scratch).await;
+    let asking = async {
+        let ask = Message::RangesRequest { disk: 0, offset: 0 };
+        while writer.send(&ask, LIMIT).await.is_ok() && reader.receive_within(LIMIT).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, asking).await.expect("it is listened to still");
+    secondary.stop().await;
+}
+
+/// I15: binding a slot closes its old holder and waits for what that one has started; else a late
+/// write of a dead connection would come after the writes of its successor.
+#[tokio::test]
+async fn i15_a_slot_changes_hands_only_when_its_old_holder_has_nothing_in_flight() {
+    let scratch = Scratch::new();
+    scratch.raw("s.raw", MIB, 2);
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    secondary.wait("up", |s| s["role"] == "secondary").await;
+
+    let (mut reader, mut writer, set, cur) = hello(&scratch).await;
     let start = Message::Start {
         set,
         cur,
