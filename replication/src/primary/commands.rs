@@ -24,7 +24,7 @@ pub(super) struct PrimaryCommands {
     group: Arc<Group>,
     requests: mpsc::Sender<CheckpointRequest>,
     service: Arc<Service>,
-    /// The disks whose forwarding child was removed.
+    /// The numbers of the disks whose forwarding child was removed.
     detached: Mutex<Vec<usize>>,
 }
 
@@ -265,9 +265,11 @@ impl PrimaryCommands {
     /// `x-blockdev-change`: replication runs while every disk has its forwarding child.
     async fn change_child(&self, arguments: Arguments<'_>) -> CommandResult<()> {
         let parent = arguments.text("parent").unwrap_or_default();
-        let disk = self.group.disks().iter().position(|d| d.name == parent).ok_or_else(|| {
+        let disks = self.group.disks();
+        let disk = disks.iter().find(|disk| disk.name == parent).ok_or_else(|| {
             CommandError::refused(format!("Cannot find device='{parent}' nor node-name='{parent}'"))
         })?;
+        let disk = disk.number;
         match (arguments.text("child"), arguments.text("node")) {
             (Some(_), Some(_)) => {
                 Err(CommandError::usage("The parameters child and node are in conflict"))

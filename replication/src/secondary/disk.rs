@@ -466,6 +466,12 @@ impl ReplicaDisk {
         }
     }
 
+    /// The same without its buffers, which are given up.
+    pub(crate) fn record_without_buffers(&self) -> DiskRecord {
+        let joining = self.joining();
+        DiskRecord { joining, ..DiskRecord::new(&self.name, self.size()) }
+    }
+
     /// Follows the record that [`record_after_commit`](Self::record_after_commit) described, and
     /// returns the buffers that nobody names any more. The guest is held.
     pub(crate) async fn committed(&self, fresh: Fresh) -> Result<Vec<Buffer>> {

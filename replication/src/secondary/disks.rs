@@ -43,12 +43,20 @@ impl Group {
         self.disks().into_iter().map(describe).collect()
     }
 
-    /// The disks that a primary takes part with, and those that it has removed.
+    /// Of the disks that a primary was told, those that it takes part with, and those that it has
+    /// removed.
     ///
     /// # Errors
-    /// It takes part with one that is not there.
-    pub(super) fn disks_of_session(&self, primary: &Side) -> Result<SessionDisks> {
-        let told = self.disks();
+    /// It takes part with one that is not there; or disks have come or gone since.
+    pub(super) fn disks_of_session(
+        &self,
+        told: Disks<ReplicaDisk>,
+        primary: &Side,
+    ) -> Result<SessionDisks> {
+        if !told.is_same(&self.disks()) {
+            // The end of an older session's checkpoint. The primary knows disks by their places.
+            return Err(Error::refused("the disks have changed since the hello"));
+        }
         let has = |disk: &ReplicaDisk| primary.disks.iter().any(|d| d.name == disk.name);
         let taking_part = told.only(has);
         if taking_part.len() != primary.disks.len() {
@@ -133,9 +141,11 @@ impl Group {
             };
         };
         self.check_change()?;
-        if disks.len() == 1 {
+        let has_others = disks.iter().any(|other| other.name != name && other.joining().is_none());
+        if disks.len() == 1 || disk.joining().is_none() && !has_others {
             return Err(Error::refused(format!(
-                "disk {name} is the last one of the group: stop this side instead"
+                "disk {name} is the last one of the group that is not just being added: stop this \
+                 side instead"
             )));
         }
         let session = self.session();
@@ -152,6 +162,8 @@ impl Group {
             )));
         }
         self.update_record(|record| record.remove_disk(name))?;
+        // At once: whatever is recorded meanwhile knows it no more.
+        self.replicas.remove(disk);
         self.secure_record().await?;
         self.take_out(disk).await;
         self.tell_disks();
@@ -171,6 +183,9 @@ impl Group {
                 "a view of the last checkpoint is open, with the disks that it has: end it first, brep \
                  failover --test-end",
             ));
+        }
+        if self.is_promoted() {
+            return Err(Error::refused("this side has been promoted: it is the disk now"));
         }
         if self.record().secondary.outdated {
             return Err(Error::refused(
@@ -197,9 +212,9 @@ impl Group {
         LeftOut { group: Arc::clone(self), disks }
     }
 
-    /// A disk that the record does not name any more goes; its file stays what it is.
+    /// A disk that neither the record nor the table of disks has any more goes; its file stays what
+    /// it is.
     pub(super) async fn take_out(&self, disk: &Arc<ReplicaDisk>) {
-        self.replicas.remove(disk);
         self.note_removed(&disk.name);
         if let Ok(service) = self.service() {
             service.forget_disk(&disk.name);

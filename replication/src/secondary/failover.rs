@@ -453,7 +453,7 @@ impl Group {
         if discard {
             self.drop_test("the checkpoint is given up");
             self.update_record(|record| {
-                self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size()));
+                self.record_disks(record, ReplicaDisk::record_without_buffers);
                 record.com = None;
                 record.secondary.inconsistent = true;
                 record.secondary.latest_ok = false;

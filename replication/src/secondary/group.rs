@@ -483,6 +483,7 @@ impl Group {
         };
         self.update_record(save)?;
         // Nor is there one between the record and what follows it here.
+        leaving.iter().for_each(|disk| self.replicas.remove(disk));
         let mut retired = Vec::new();
         for (disk, fresh) in session.disks.taking_part.iter().zip(fresh) {
             retired.push((Arc::clone(disk), disk.committed(fresh).await?));

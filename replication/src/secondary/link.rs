@@ -82,7 +82,7 @@ impl Group {
             let reason = format!("this side speaks link version {LINK_VERSION}");
             return refuse(writer, limit, reason, None).await;
         }
-        let record = self.record();
+        let (record, told) = (self.record(), self.disks());
         let answer = HelloAnswer {
             version: LINK_VERSION,
             timeout_ms: timeout_ms(limit),
@@ -128,7 +128,7 @@ impl Group {
         if let Some((reason, advice)) = self.objection(&terms) {
             return refuse(writer, limit, reason, advice).await;
         }
-        let disks = self.disks_of_session(&hello.side)?;
+        let disks = self.disks_of_session(told, &hello.side)?;
         let pause = heartbeat_pause(limit, hello.timeout_ms);
         let (session, outbox) = Session::new(sync, pause, disks);
         let begun = match self.grow_disks(&hello.side.disks).await {

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use brep_block::{Error as BlockError, ErrorKind, Operation};
 
+use super::disk::ReplicaDisk;
 use super::group::Group;
 use super::session::Session;
 use crate::Result;
-use crate::state::DiskRecord;
 
 /// How often the room is looked at.
 const LOOK_PAUSE: Duration = Duration::from_millis(200);
@@ -95,7 +95,7 @@ impl Group {
     pub(super) async fn discard_checkpoint(self: &Arc<Self>) -> Result<()> {
         self.drop_test("the checkpoint is given up");
         self.update_record(|record| {
-            self.record_disks(record, |disk| DiskRecord::new(&disk.name, disk.size()));
+            self.record_disks(record, ReplicaDisk::record_without_buffers);
             record.secondary.inconsistent = true;
             record.secondary.latest_ok = false;
         })?;

@@ -91,7 +91,7 @@ impl std::fmt::Debug for Side {
 
 impl Side {
     /// Opens the state record, or makes a first one.
-    fn open(config: SideConfig, stopping: CancellationToken) -> Result<Arc<Self>> {
+    pub(crate) fn open(config: SideConfig, stopping: CancellationToken) -> Result<Arc<Self>> {
         daemon::prepare(&config)?;
         let exposure = config.exposure();
         let mut addresses = config.listen.iter().chain(&config.guest_listen);

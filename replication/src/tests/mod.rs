@@ -6,6 +6,7 @@ mod broken;
 mod common;
 mod copy;
 mod cut;
+mod disks;
 mod failover;
 mod flush;
 mod groups;

@@ -81,6 +81,8 @@ impl Group {
         }
         self.check_change()?;
         let image = Image::open(&config).await?;
+        // Again: the roles may have begun to change meanwhile.
+        self.check_change()?;
         self.check_peer_has(&config.name, image.device().size())?;
         let number = self.next_disk.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let disk = DiskPart::of_image(number, &config, image);
@@ -191,11 +193,12 @@ impl Group {
             core.hot.remove(&disk.number);
             core.maps.remove(&disk.number);
         }
-        self.secure_record().await?;
-        MapsOf::new(&self.side, name, disk.size()).remove_all()?;
         tracing::info!(disk = name, "the disk is not part of the group any more");
         self.wake.notify_one();
-        disk.close().await?;
+        let secured = self.secure_record().await;
+        let maps = MapsOf::new(&self.side, name, disk.size());
+        let removed = secured.and_then(|()| maps.remove_all());
+        disk.close().await.and(removed)?;
         Ok(true)
     }
 
@@ -218,5 +221,41 @@ impl Group {
             )));
         }
         Ok(Some(Arc::clone(disk)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use brep_block::{BlockDevice, CacheMode, ErrorKind, WriteFlags};
+    use bytes::Bytes;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::config::{DiskFormat, Role, SideConfig};
+    use crate::primary::PrimaryDisk;
+
+    /// A client may have come to an export just before that went.
+    #[tokio::test]
+    async fn a_write_to_a_disk_that_has_gone_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = |name: &str| {
+            let path = dir.path().join(format!("{name}.raw"));
+            std::fs::write(&path, [0; 65536]).unwrap();
+            let (format, cache) = (DiskFormat::Raw, CacheMode::Writeback);
+            DiskConfig { name: name.to_owned(), path, format, cache, buffers: None }
+        };
+        let disks = vec![disk("vda"), disk("vdb")];
+        let config = SideConfig::new(Role::Primary, "p", dir.path().join("state"), disks);
+        let side = Side::open(config, CancellationToken::new()).unwrap();
+        let group = Group::open(&side).await.unwrap();
+        let devices = group.disks().into_iter().map(|part| PrimaryDisk::new(&group, part));
+        let [first, second] = devices.collect::<Vec<_>>().try_into().unwrap();
+        let write = async |device: &PrimaryDisk| {
+            device.write(0, Bytes::from(vec![1; 4096]), WriteFlags::default()).await
+        };
+        write(&second).await.unwrap();
+        group.remove_disk("vdb").await.unwrap();
+        assert_eq!(write(&second).await.unwrap_err().kind(), ErrorKind::Shutdown);
+        write(&first).await.unwrap();
     }
 }

@@ -129,6 +129,12 @@ impl Group {
         let begin = |core: &mut Core| {
             // With the core locked: the last word before the write is submitted anywhere.
             self.check_superseded(disk, change.operation())?;
+            if !core.has_disk(disk) {
+                // A client that was about to begin when the export went.
+                let text = "the disk is not part of the group any more";
+                let (kind, name) = (ErrorKind::Shutdown, self.disk_name(disk));
+                return Err(BlockError::new(change.operation(), kind, name, text));
+            }
             Ok(core.begin(disk, offset, change))
         };
         let begun = self.when_hot(disk, (offset, change.len()), Some(admission), begin).await?;
@@ -297,6 +303,10 @@ impl Core {
     pub(crate) fn peer_tls(&self) -> Option<TlsStatus> {
         let peer = self.connections.values().next()?.tls_peer()?;
         Some(TlsStatus::from(&**peer))
+    }
+
+    fn has_disk(&self, disk: usize) -> bool {
+        self.maps.contains_key(&disk)
     }
 
     fn begin(&mut self, disk: usize, offset: u64, change: &Change) -> Begun {

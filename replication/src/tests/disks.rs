@@ -1,0 +1,174 @@
+//! Disks that come and go while something else begins or ends.
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use brep_block::{Operation, Rule};
+use serde_json::{Value, json};
+
+use super::common::{MIB, Scratch, Side, connect, file, fill};
+use crate::config::{Durability, SideConfig};
+use crate::image::faults;
+use crate::state::faults::watch;
+
+fn here(scratch: &Scratch, disks: &[&str]) -> SideConfig {
+    scratch.primary(disks.iter().map(|d| scratch.disk(d, &format!("p-{d}.raw"))).collect())
+}
+
+fn there(scratch: &Scratch, disks: &[&str]) -> SideConfig {
+    scratch.secondary(disks.iter().map(|d| scratch.disk(d, &format!("s-{d}.raw"))).collect())
+}
+
+fn scratch(disks: &[&str]) -> Scratch {
+    let scratch = Scratch::new();
+    for (number, disk) in disks.iter().enumerate() {
+        scratch.raw(&format!("p-{disk}.raw"), MIB, 1 + number as u8);
+        scratch.raw(&format!("s-{disk}.raw"), MIB, 100 + number as u8);
+    }
+    scratch
+}
+
+fn added(scratch: &Scratch, disk: &str, file: &str) -> Value {
+    json!({ "name": disk, "file": scratch.path(file), "format": "raw" })
+}
+
+/// A copy that has not begun when the checkpoint is given up is not forgotten.
+#[tokio::test]
+async fn a_disk_that_joins_is_copied_also_if_the_checkpoint_is_given_up_meanwhile() {
+    let scratch = scratch(&["vda", "vdb"]);
+    let secondary = Side::run(there(&scratch, &["vda", "vdb"]));
+    let primary = Side::run(here(&scratch, &["vda", "vdb"]));
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    secondary.command("disk-remove", json!({ "name": "vdb", "force": true })).await.unwrap();
+    scratch.raw("new.raw", MIB, 77);
+    secondary.command("disk-add", added(&scratch, "vdb", "new.raw")).await.unwrap();
+    // Nothing but what joins would be left to be promoted.
+    let only = secondary.command("disk-remove", json!({ "name": "vda", "force": true })).await;
+    assert!(only.unwrap_err().to_string().contains("the last one"));
+    let discard = json!({ "discard-checkpoint": true });
+    secondary.command("replication-stop", discard).await.unwrap();
+    secondary.ended().await.unwrap();
+
+    let secondary = Side::run(there(&scratch, &["vda"]));
+    let primary = Side::run(here(&scratch, &["vda", "vdb"]));
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    secondary.stop().await;
+    assert!(file(&scratch.path("p-vda.raw")) == file(&scratch.path("s-vda.raw")));
+    assert!(file(&scratch.path("p-vdb.raw")) == file(&scratch.path("new.raw")), "not copied");
+}
+
+/// The newest record in a state directory that is in use.
+fn record(dir: &Path) -> Value {
+    let bytes = file(&dir.join("state"));
+    let slot = |base: usize| {
+        let number = |at, len| bytes.get(base + at..base + at + len);
+        let len = u32::from_be_bytes(number(12, 4)?.try_into().ok()?) as usize;
+        let seq = u64::from_be_bytes(number(16, 8)?.try_into().ok()?);
+        Some((seq, serde_json::from_slice(number(32, len)?).ok()?))
+    };
+    let newest = [0, 256 << 10].into_iter().filter_map(slot).max_by_key(|(seq, _)| *seq);
+    newest.unwrap().1
+}
+
+/// A start after a kill follows the record: it must not be told that a disk is there, and gone.
+#[tokio::test]
+async fn no_record_of_a_checkpoint_has_a_disk_that_is_being_removed() {
+    let scratch = scratch(&["vda", "vdb"]);
+    let secondary = Arc::new(Side::run(there(&scratch, &["vda"])));
+    let primary = Arc::new(Side::run(here(&scratch, &["vda"])));
+    primary.wait_state("in-sync").await;
+    let dir = scratch.path("s.state");
+    let wrong = Arc::new(Mutex::new(Vec::new()));
+    let names = |of: &Value| -> BTreeSet<String> {
+        let names = of.as_array().unwrap().iter().map(|d| d["name"].as_str().unwrap().to_owned());
+        names.collect()
+    };
+    let look = {
+        let (dir, wrong) = (dir.clone(), Arc::clone(&wrong));
+        move || {
+            let record = record(&dir);
+            let (there, gone) = (names(&record["secondary"]["disks"]), names(&record["removed"]));
+            if !there.is_disjoint(&gone) {
+                wrong.lock().unwrap().push(record);
+            }
+        }
+    };
+    watch(&dir, Some(Arc::new(look)));
+    for _ in 0..8 {
+        secondary.command("disk-add", added(&scratch, "vdb", "s-vdb.raw")).await.unwrap();
+        let checkpoints = tokio::spawn({
+            let primary = Arc::clone(&primary);
+            async move {
+                loop {
+                    primary.checkpoint().await;
+                }
+            }
+        });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        secondary.command("disk-remove", json!({ "name": "vdb" })).await.unwrap();
+        checkpoints.abort();
+        let _ = checkpoints.await;
+    }
+    watch(&dir, None);
+    assert_eq!(*wrong.lock().unwrap(), Vec::<Value>::new());
+    Arc::into_inner(primary).unwrap().stop().await;
+    Arc::into_inner(secondary).unwrap().stop().await;
+}
+
+/// A promoted side is not left with a disk that is none of what it was promoted to.
+#[tokio::test]
+async fn disks_that_were_to_come_or_go_during_a_failover_do_not_after_it() {
+    let scratch = scratch(&["vda", "vdb", "vdc"]);
+    let mut config = there(&scratch, &["vda", "vdb"]);
+    config.durability = Durability::Power;
+    let secondary = Arc::new(Side::run(config));
+    let mut config = here(&scratch, &["vda", "vdb"]);
+    config.durability = Durability::Power;
+    let primary = Side::run(config);
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    secondary.wait("the primary is gone", |s| s["link"] == "disconnected").await;
+
+    let disk = faults::of(&scratch.path("s-vda.raw"));
+    let hang = disk.upper.hang(Rule::new(Operation::Flush));
+    let run = |command: &'static str, arguments: Value| {
+        let secondary = Arc::clone(&secondary);
+        tokio::spawn(async move { secondary.command(command, arguments).await })
+    };
+    let failover = run("failover", json!({ "to": "latest" }));
+    hang.reached(1).await;
+    let add = run("disk-add", added(&scratch, "vdc", "s-vdc.raw"));
+    let remove = run("disk-remove", json!({ "name": "vdb", "force": true }));
+    // They may have come to the door, or come later: it makes no difference.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    hang.release();
+    failover.await.unwrap().unwrap();
+    add.await.unwrap().unwrap_err();
+    remove.await.unwrap().unwrap_err();
+    let status = secondary.wait_state("promoted").await;
+    assert_eq!(status["disks"].as_array().unwrap().len(), 2);
+    let guest = connect(scratch.endpoint("s.sock"), "vdb").await;
+    fill(&*guest, 0, 4096, 0x55).await;
+    guest.close();
+    drop(disk);
+    Arc::into_inner(secondary).unwrap().stop().await;
+}
+
+/// The manager takes the forwarding child of one disk away, and the primary another disk.
+#[tokio::test]
+async fn a_child_that_was_removed_is_added_again_after_another_disk_has_gone() {
+    let scratch = scratch(&["vda", "vdb"]);
+    let secondary = Side::run(there(&scratch, &["vda", "vdb"]));
+    let primary = Side::run(here(&scratch, &["vda", "vdb"]));
+    primary.wait_state("in-sync").await;
+    let change = async |what: Value| primary.command("x-blockdev-change", what).await;
+    change(json!({ "parent": "vdb", "child": "children.1" })).await.unwrap();
+    primary.command("disk-remove", json!({ "name": "vda" })).await.unwrap();
+    change(json!({ "parent": "vdb", "node": "vdb-peer" })).await.unwrap();
+    primary.wait_state("in-sync").await;
+    primary.stop().await;
+    secondary.stop().await;
+}
