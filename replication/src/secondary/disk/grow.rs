@@ -1,0 +1,81 @@
+//! A disk of a secondary grows: its image, its buffers, and what is built over them.
+
+use std::sync::atomic::Ordering;
+
+use brep_backup::Copied;
+use brep_block::FlushLevel;
+
+use super::super::buffers::Buffer;
+use super::ReplicaDisk;
+use crate::Result;
+
+impl ReplicaDisk {
+    /// Whether [`grow`](Self::grow) can be done.
+    pub(crate) fn is_growable(&self) -> bool {
+        self.image.is_growable() && !self.pool.has_named_files()
+    }
+
+    /// Makes image and buffers as large as the primary's disk. There is no session, and the guest
+    /// is held. The checkpoint has zeroes beyond its old end.
+    ///
+    /// The record follows; a larger image than it names is one that has grown.
+    pub(crate) async fn grow(&self, size: u64) -> Result<()> {
+        if size <= self.size() {
+            return Ok(());
+        }
+        tracing::info!(disk = self.name, from = self.size(), to = size, "the disk grows");
+        self.settle().await?;
+        self.grow_buffers(size).await?;
+        self.image.device().truncate(size).await?;
+        // Before the record names the size.
+        self.image.device().flush(FlushLevel::Durable).await?;
+        self.size.store(size, Ordering::Release);
+        if self.state().replica.is_some() {
+            self.rebuild_replica().await?;
+        }
+        Ok(())
+    }
+
+    /// Builds filter and view anew over what the buffers hold. Nobody uses the old ones.
+    pub(in crate::secondary) async fn rebuild_replica(&self) -> Result<()> {
+        self.settle().await?;
+        let kept_bytes = self.hidden_bytes();
+        {
+            let mut state = self.state();
+            state.replica = None;
+            (state.kept_bytes, state.dropped_bytes, state.copied_at_switch) = (kept_bytes, 0, 0);
+        }
+        self.start_replica(Copied::AllocatedInTarget)?;
+        self.show_guest().await
+    }
+
+    pub(super) async fn grow_buffers(&self, size: u64) -> Result<()> {
+        if size <= self.pool.size() {
+            return Ok(());
+        }
+        let mut buffers = self.buffers();
+        for buffer in &mut buffers {
+            buffer.grow(size).await?;
+            // A record that names the new size must not find a buffer of the old one.
+            self.pool.flush(buffer).await?;
+        }
+        self.put_buffers(buffers);
+        self.pool.grow(size).await
+    }
+
+    /// Those of the chain, the next and the active one.
+    pub(super) fn buffers(&self) -> Vec<Buffer> {
+        let state = self.state();
+        state.chain.iter().chain(&state.next).chain(&state.active).cloned().collect()
+    }
+
+    /// Puts other handles in the place of those that [`buffers`](Self::buffers) gave.
+    pub(super) fn put_buffers(&self, buffers: Vec<Buffer>) {
+        let mut state = self.state();
+        let state = &mut *state;
+        let places = state.chain.iter_mut().chain(&mut state.next).chain(&mut state.active);
+        for (place, buffer) in places.zip(buffers) {
+            *place = buffer;
+        }
+    }
+}
