@@ -27,10 +27,7 @@ fn command_lines_that_make_no_sense_exit_2_and_say_what_is_allowed() {
         ),
         (primary(&[&GUEST[..], &["--disk", DISK, "--disk", "b=disk.raw"]].concat()), "given twice"),
         (primary(&[&GUEST[..], &["--disk", DISK, "--peer", "host:1"]].concat()), "nbd://"),
-        (
-            primary(&[&GUEST[..], &["--disk", DISK, "--peer", "nbd://h/vda"]].concat()),
-            "no export name",
-        ),
+        (primary(&[&GUEST[..], &["--disk", DISK, "--peer", "nbd://h/a/b"]].concat()), "group"),
         (primary(&[&GUEST[..], &["--disk", DISK, "--peer", "nbds://h"]].concat()), "TLS"),
         (primary(&[&GUEST[..], &["--disk", DISK, "--window-bytes", "64MB"]].concat()), "64M"),
         (primary(&[&GUEST[..], &["--disk", DISK, "--window-requests", "0"]].concat()), "65536"),
