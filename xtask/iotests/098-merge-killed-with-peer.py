@@ -29,6 +29,7 @@ def run(t):
     interrupted = 0
     for round_ in range(4):
         if round_ > 1:
+            wait_served(t, pair)
             commands = [f"write -P {100 + round_} {round_ * 40}M 300k", "flush"]
             t.qemu_io(pair.promoted(), *commands)
             t.qemu_io("wanted.raw", *commands)
@@ -36,6 +37,7 @@ def run(t):
         pair.secondary.kill9()
         (t.dir / "s.sock").unlink()
         pair.start_secondary("--checkpoint-interval", "off")
+    wait_served(t, pair)
     t.qemu_img("compare", "-f", "raw", "-F", "raw", pair.promoted(), "wanted.raw")
     t.expect(interrupted > 0, "a merge was interrupted")
     pair.wait_state("beta", "in-sync", deadline_s=60)
@@ -48,6 +50,12 @@ def run(t):
     for file in ("s.raw", "g.raw"):
         t.equal(t.sha256(file), t.sha256("wanted.raw"), f"hash of {file}")
     t.log("merged and in sync")
+
+
+def wait_served(t, pair):
+    """A primary that had a peer when it was killed asks that one first whether it is the disk now."""
+    t.wait_until(lambda: t.qemu_io(pair.promoted(), "read 0 512", code=None).code == 0,
+                 "the guest is served")
 
 
 brep_iotest.main(run)
