@@ -163,6 +163,8 @@ pub struct Held {
     pub history: Vec<Commit>,
     /// [`Record::epoch`] before.
     pub epoch: Epoch,
+    /// [`SecondaryRecord::made_room`] before.
+    pub made_room: bool,
 }
 
 /// What a failover makes of the disks.
@@ -316,6 +318,7 @@ impl Record {
             fork: self.fork,
             history: self.history.clone(),
             epoch: self.epoch,
+            made_room: self.secondary.made_room,
         }
     }
 
@@ -336,6 +339,7 @@ impl Record {
         self.session = None;
         (self.cur, self.fork, self.history) = (held.cur, held.fork, held.history);
         self.epoch = held.epoch;
+        self.secondary.made_room = held.made_room;
         self.primary = PrimaryRecord::default();
         for disk in &mut self.secondary.disks {
             disk.top = None;
@@ -453,23 +457,20 @@ mod tests {
         before.secondary.latest_ok = true;
         let chain = vec![BufferRef { seq: 5 }];
         before.secondary.disks = vec![DiskRecord { chain, ..DiskRecord::new("vda", 4096) }];
+        before.secondary.made_room = true;
+        let held = before.before_failover(1);
         let mut record = before.clone();
         record.begin_line_at_checkpoint(Generation::random());
         record.role = Role::Primary;
         record.primary.alone = true;
         record.epoch = Epoch(11);
+        record.secondary.made_room = false;
         record.secondary.disks[0].top = Some(BufferRef { seq: 6 });
         record.secondary.promotion = Some(Promotion {
             target: Target::Checkpoint,
             merged: false,
             dropped_bytes: 0,
-            held: Some(Held {
-                since_s: 1,
-                cur: before.cur,
-                fork: before.fork,
-                history: before.history.clone(),
-                epoch: before.epoch,
-            }),
+            held: Some(held),
         });
         let mut after = record.clone();
         after.roll_back();
