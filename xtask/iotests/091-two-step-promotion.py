@@ -25,6 +25,8 @@ def run(t):
     status = pair.status("alpha")
     t.equal(status["counters"]["guest-writes"] >= acknowledged, True, "counted")
     t.expect(t.qemu_io(pair.guest(), "read 0 4k", code=1).code == 1, "nobody is served")
+    refused = pair.brep("alpha", "failover", "--to", "latest", code=3)
+    t.expect("it is the disk now" in refused.stderr, "nor does a failover say so")
     pair.primary.kill9()
     pair.start_primary()
     t.wait_until(lambda: pair.status("alpha")["link"] == "refused", "the old primary is refused")

@@ -92,6 +92,8 @@ async fn i11_a_promotion_that_fails_after_its_record_is_told_as_one() {
     assert!(again.to_string().contains("start it again"), "{again}");
     primary.wait("superseded", |s| s["link"] == "refused").await;
     write(&guest, 0, 0x22).await.unwrap().unwrap_err();
+    let told = primary.command("failover", json!({})).await.unwrap_err();
+    assert!(told.to_string().contains("it is the disk now"), "{told}");
     guest.close();
     primary.stop().await;
     secondary.stop().await;

@@ -6,6 +6,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{Group, Loss};
 use crate::node::Stage;
+use crate::primary::hello::Refusal;
 use crate::status::LinkState;
 use crate::{Epoch, Error, Generation, Result, SetId};
 
@@ -129,6 +130,19 @@ impl Group {
                 Err(BlockError::new(operation, ErrorKind::Shutdown, self.disk_name(disk), text))
             }
         }
+    }
+
+    /// Whether this side is still the disk, for a command that says that it is.
+    ///
+    /// # Errors
+    /// The other side has been promoted, with what to do about that.
+    pub(crate) fn check_is_disk(&self) -> Result<()> {
+        if !self.is_superseded() {
+            return Ok(());
+        }
+        let Refusal { reason, advice, .. } = Refusal::superseded();
+        let advice = advice.map_or_else(String::new, |advice| format!("; {advice}"));
+        Err(Error::refused(format!("{reason}{advice}")))
     }
 
     /// The secondary has taken over.
