@@ -154,7 +154,7 @@ const PRODUCT: [&str; 2] = ["--exclude", simulate::PACKAGE];
 
 /// Histories that a test run lives through.
 fn histories() -> &'static str {
-    if workspace::is_long() { "20000" } else { "2000" }
+    if workspace::is_long() { "20000" } else { "1000" }
 }
 
 fn simulate(workspace: &Workspace) -> Result<Report> {
