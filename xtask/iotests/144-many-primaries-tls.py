@@ -1,7 +1,7 @@
 """Two groups at one encrypted address, each for the primary whose certificate it names: neither gets into
 the other's group, and after a failover only its own guests are let in.
 
-Seen to fail with: a group that lets in whom another group names.
+Seen to fail with: a group that looks at nobody's certificate.
 """
 
 import brep_iotest
