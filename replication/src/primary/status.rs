@@ -117,10 +117,7 @@ impl Group {
                     "the guest's writes are held until the secondary is back{}",
                     why.map_or_else(String::new, |reason| format!(": {reason}"))
                 )),
-                Some(
-                    "bring the secondary back; or, to go on without it: brep resume --lonely"
-                        .to_owned(),
-                ),
+                Some(how_held_writes_go_on(core)),
             );
         }
         if self.record().held().is_some() {
@@ -182,6 +179,13 @@ impl Group {
             LinkState::Connected | LinkState::Refused => (core.reason.clone(), None),
         }
     }
+}
+
+/// A secondary that is there and was refused is not brought back by waiting.
+fn how_held_writes_go_on(core: &Core) -> String {
+    let back = core.refusal.as_ref().and_then(|refusal| refusal.advice.as_deref());
+    let back = back.unwrap_or("bring the secondary back");
+    format!("{back}; or, to go on without it: brep resume --lonely")
 }
 
 fn disk_state(core: &Core, record: &Record, merging: bool, promoted: bool) -> DiskState {
