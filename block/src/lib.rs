@@ -16,7 +16,7 @@ mod raw;
 pub mod storage;
 
 pub use buffer::{is_zero, zeroes};
-pub use copy::copy_range;
+pub use copy::{CopyOptions, copy_device, copy_range};
 pub use decorator::{
     Count, Counts, Fault, Hang, Power, PowerCut, PowerLoss, ReadOnly, Rule, Serialise, Times,
 };

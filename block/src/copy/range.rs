@@ -50,7 +50,8 @@ fn piece_max(source: &dyn BlockDevice, target: &dyn BlockDevice, buffer_max: usi
     (longest - longest % block).max(block)
 }
 
-async fn zero_range(target: &dyn BlockDevice, start: u64, end: u64) -> Result<()> {
+/// Zeroes what does not read as zeroes already; space may be given back.
+pub(super) async fn zero_range(target: &dyn BlockDevice, start: u64, end: u64) -> Result<()> {
     let mut at = start;
     while at < end {
         // Beyond the end of a target that grows there is nothing to ask.

@@ -1,0 +1,7 @@
+//! Copies from one device to another.
+
+mod device;
+mod range;
+
+pub use device::{CopyOptions, copy_device};
+pub use range::copy_range;
