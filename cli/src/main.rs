@@ -54,8 +54,9 @@ fn run(command: Command) -> Outcome {
             ImageCommand::Compare(args) => cmd::image::compare::run(&args),
         },
         Command::Nbd(args) => match args.command {
-            NbdCommand::Serve(args) => cmd::nbd::serve(args),
-            NbdCommand::Info(args) => cmd::nbd::info(args),
+            NbdCommand::Serve(args) => cmd::nbd::serve::run(args),
+            NbdCommand::Info(args) => cmd::nbd::info::run(&args),
+            NbdCommand::List(args) => cmd::nbd::list::run(&args),
         },
         Command::Tls(args) => match args.command {
             TlsCommand::Init(args) => cmd::tls::init(&args),

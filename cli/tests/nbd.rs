@@ -73,6 +73,50 @@ fn a_read_only_export_can_be_compared_with_its_file() {
 }
 
 #[test]
+fn what_a_server_has_is_listed_described_and_mapped() {
+    let dir = Dir::new();
+    let file = std::fs::File::create(dir.file("a.raw")).unwrap();
+    file.set_len(3 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 1 << 20], 1 << 20).unwrap();
+    drop(file);
+    let server = Server::start(
+        &dir,
+        &["a.raw", "--export", "vda", "--listen", "nbd+unix:///?socket=a.sock"],
+    );
+    let json = |args: &[&str]| {
+        let run = dir.brep(args);
+        assert_eq!(run.code, 0, "{args:?}: {}", run.stderr);
+        serde_json::from_str::<serde_json::Value>(&run.stdout).unwrap()
+    };
+
+    assert_eq!(dir.brep(&["nbd", "list", "nbd+unix:///?socket=a.sock"]).stdout, "\"vda\"\n");
+    let listed = json(&["nbd", "list", "nbd+unix:///?socket=a.sock", "--json"]);
+    assert_eq!(listed["exports"][0]["name"], "vda");
+
+    let info = json(&["nbd", "info", &server.uri, "--json"]);
+    assert_eq!(info["protocol"], "newstyle-fixed");
+    assert_eq!((&info["tls"], &info["structured-replies"]), (&false.into(), &true.into()));
+    let contexts = info["exports"][0]["contexts"].as_array().unwrap();
+    assert!(contexts.contains(&"base:allocation".into()), "{info}");
+    let text = dir.brep(&["nbd", "info", &server.uri]).stdout;
+    assert!(text.contains("no TLS") && text.contains("base:allocation"), "{text}");
+    assert_eq!(dir.brep(&["nbd", "info", &server.uri, "--size"]).stdout, "3145728\n");
+
+    let map = json(&["nbd", "info", &server.uri, "--map", "--json"]);
+    let runs: Vec<_> = map.as_array().unwrap().iter().map(|run| &run["description"]).collect();
+    assert_eq!(runs, ["hole,zero", "data", "hole,zero"], "{map}");
+    assert_eq!((&map[1]["offset"], &map[1]["length"]), (&1048576.into(), &1048576.into()));
+    let totals = dir.brep(&["nbd", "info", &server.uri, "--map", "--totals"]).stdout;
+    let words: Vec<Vec<&str>> = totals.lines().map(|l| l.split_whitespace().collect()).collect();
+    assert_eq!(words[0], ["1048576", "33.3", "%", "0", "data"]);
+    assert_eq!(words[1], ["2097152", "66.7", "%", "3", "hole,zero"]);
+
+    let unknown = dir.brep(&["nbd", "info", &server.uri, "--map=x:y"]);
+    assert_eq!(unknown.code, 1);
+    assert!(unknown.stderr.contains("x:y"), "{}", unknown.stderr);
+}
+
+#[test]
 fn what_is_in_the_way_is_named() {
     let dir = Dir::new();
     std::fs::write(dir.file("a.raw"), [0; 512]).unwrap();

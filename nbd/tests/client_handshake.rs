@@ -2,7 +2,8 @@
 //! one can be wrong, whole and cut into single bytes.
 
 use brep_nbd::proto::client::{
-    BlockSizes, Goal, Handshake, HandshakeError, HandshakeOptions, Outcome, Progress,
+    BASE_ALLOCATION, BlockSizes, Goal, Handshake, HandshakeError, HandshakeOptions, Outcome,
+    Progress,
 };
 use brep_nbd::proto::wire::{
     INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OptionCode, OptionHeader, OptionReplyHeader,
@@ -81,6 +82,7 @@ fn options(goal: Goal) -> HandshakeOptions {
         export: "vda".into(),
         private_options: Vec::new(),
         structured_replies: true,
+        context: BASE_ALLOCATION.into(),
         tls: false,
     }
 }
@@ -163,7 +165,7 @@ fn a_modern_server_is_understood() {
     assert_eq!(export.canonical_name.as_deref(), Some("canon"));
     assert_eq!(export.description.as_deref(), Some("a disk"));
     assert!(outcome.structured_replies);
-    assert_eq!(outcome.allocation_context, Some(7));
+    assert_eq!(outcome.context, Some(7));
     let expected = [OptionCode::STRUCTURED_REPLY, OptionCode::SET_META_CONTEXT, OptionCode::GO];
     assert_eq!(asked(&run.sent), expected);
     assert_eq!(run.sent[..4], 3u32.to_be_bytes());
@@ -213,7 +215,7 @@ fn a_server_that_refuses_the_context_is_used_without_it() {
         .reply(OptionCode::SET_META_CONTEXT, ReplyType::ERR_TOO_BIG, b"")
         .info_export(4096, 1)
         .ack(OptionCode::GO);
-    assert_eq!(outcome(&options(Goal::Transmit), &script).allocation_context, None);
+    assert_eq!(outcome(&options(Goal::Transmit), &script).context, None);
 }
 
 #[test]
@@ -318,13 +320,36 @@ fn listing_and_describing_end_with_an_abort() {
     assert_eq!(asked(&done.sent), [OptionCode::LIST, OptionCode::ABORT]);
 
     let export_info = [&[0, 0][..], &512u64.to_be_bytes(), &[0, 3]].concat();
+    let bitmap = [&[0; 4][..], b"qemu:dirty-bitmap:b"].concat();
     let describe = Script::modern()
-        .structured()
+        .ack(OptionCode::STRUCTURED_REPLY)
+        .reply(OptionCode::LIST_META_CONTEXT, ReplyType::META_CONTEXT, &context(0))
+        .reply(OptionCode::LIST_META_CONTEXT, ReplyType::META_CONTEXT, &bitmap)
+        .ack(OptionCode::LIST_META_CONTEXT)
         .reply(OptionCode::INFO, ReplyType::INFO, &export_info)
         .ack(OptionCode::INFO);
     let done = run(&options(Goal::Describe), &describe, usize::MAX);
     assert_eq!(done.outcome().export.expect("one").size, 512);
+    assert_eq!(done.outcome().contexts, ["base:allocation", "qemu:dirty-bitmap:b"]);
     assert_eq!(asked(&done.sent).last(), Some(&OptionCode::ABORT));
+}
+
+#[test]
+fn a_context_of_the_callers_choice_is_selected() {
+    let wanted =
+        HandshakeOptions { context: "qemu:dirty-bitmap:b".into(), ..options(Goal::Transmit) };
+    let reply = |name: &[u8]| {
+        let select = [&9u32.to_be_bytes()[..], name].concat();
+        Script::modern()
+            .ack(OptionCode::STRUCTURED_REPLY)
+            .reply(OptionCode::SET_META_CONTEXT, ReplyType::META_CONTEXT, &select)
+            .ack(OptionCode::SET_META_CONTEXT)
+            .info_export(512, 1)
+            .ack(OptionCode::GO)
+    };
+    assert_eq!(outcome(&wanted, &reply(b"qemu:dirty-bitmap:b")).context, Some(9));
+    let other = error(&wanted, &reply(b"base:allocation"));
+    assert!(matches!(other, HandshakeError::Malformed(_)), "{other}");
 }
 
 #[test]

@@ -162,7 +162,7 @@ async fn exports_can_be_listed_and_described() {
     assert_eq!(info.canonical_name.as_deref(), Some("vda"));
     assert_eq!(info.description.as_deref(), Some("a disk"));
     assert!(info.flags.contains(TransmissionFlags::SEND_FUA));
-    assert!(outcome.structured_replies && outcome.allocation_context.is_some());
+    assert!(outcome.structured_replies && outcome.contexts == ["base:allocation"]);
 
     let wrong = Connection::connect(&server.options("vdb")).await.expect_err("no such export");
     assert!(wrong.to_string().contains("ERR_UNKNOWN"), "{wrong}");

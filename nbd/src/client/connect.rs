@@ -8,7 +8,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{ClientError, ConnectOptions};
 use crate::proto::client::{
-    ExportInfo, Goal, Handshake, HandshakeError, HandshakeOptions, ListedExport, Outcome, Progress,
+    BASE_ALLOCATION, ExportInfo, Goal, Handshake, HandshakeError, HandshakeOptions, ListedExport,
+    Outcome, Progress,
 };
 use crate::proto::wire::OptionCode;
 use crate::tls::TlsClient;
@@ -78,12 +79,13 @@ fn without_export(goal: Goal) -> HandshakeOptions {
         export: String::new(),
         private_options: Vec::new(),
         structured_replies: false,
+        context: BASE_ALLOCATION.to_owned(),
         tls: false,
     }
 }
 
-/// What a server says of one of its exports, without opening it: size, flags, block sizes, and
-/// whether structured replies and `base:allocation` are there.
+/// What a server says of one of its exports, without opening it: size, flags, block sizes,
+/// whether structured replies are there, and which meta contexts.
 ///
 /// # Errors
 /// As for [`list_exports`].
@@ -114,6 +116,7 @@ pub(super) async fn open(options: &ConnectOptions) -> Result<Negotiated, ClientE
         export: options.export.clone(),
         private_options,
         structured_replies: options.want_structured,
+        context: options.context.clone(),
         ..without_export(Goal::Transmit)
     };
     negotiate(&options.endpoint, options.tls.as_ref(), handshake, options.connect_timeout).await

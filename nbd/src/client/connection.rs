@@ -13,7 +13,7 @@ use super::driver::{Driver, DriverOptions};
 use super::operation::{Call, CallSpec, Extent, FromCall, Payload};
 use super::queue::{Queue, Submitted};
 use super::{ClientError, ConnectOptions};
-use crate::proto::client::{ExportInfo, HandshakeError, Transmission};
+use crate::proto::client::{BASE_ALLOCATION, ExportInfo, HandshakeError, Transmission};
 use crate::proto::wire::{
     AllocationFlags, Command, CommandFlags, PAYLOAD_LEN_MAX, TransmissionFlags,
 };
@@ -45,7 +45,9 @@ pub struct Connection {
     limits: Limits,
     /// Longest payload of one request, in bytes: a multiple of the block.
     payload_len_max: u32,
-    has_allocation_context: bool,
+    /// The server has the context that was asked for.
+    has_context: bool,
+    context_is_allocation: bool,
     private_replies: Vec<Bytes>,
     tls_peer: Option<Arc<TlsPeer>>,
 }
@@ -63,8 +65,7 @@ impl Connection {
             server: server.clone(),
             source: HandshakeError::NoExportInfo,
         })?;
-        let transmission =
-            Transmission::new(outcome.structured_replies, outcome.allocation_context);
+        let transmission = Transmission::new(outcome.structured_replies, outcome.context);
         let queue = Arc::new(Queue::new(
             options.name.clone(),
             options.queued_max,
@@ -82,7 +83,8 @@ impl Connection {
             queue,
             limits: limits(&export),
             payload_len_max: whole_blocks(export.block_sizes.max.min(PAYLOAD_LEN_MAX), &export),
-            has_allocation_context: outcome.allocation_context.is_some(),
+            has_context: outcome.context.is_some(),
+            context_is_allocation: options.context == BASE_ALLOCATION,
             private_replies: outcome.private_replies,
             tls_peer,
             export,
@@ -98,7 +100,13 @@ impl Connection {
     /// The server tells where the export has holes and zeroes.
     #[must_use]
     pub fn has_block_status(&self) -> bool {
-        self.has_allocation_context
+        self.has_context && self.context_is_allocation
+    }
+
+    /// The server has the meta context that the options named.
+    #[must_use]
+    pub fn has_context(&self) -> bool {
+        self.has_context
     }
 
     /// The answers to the private options, in their order; empty where the server only
@@ -307,21 +315,58 @@ impl Connection {
     /// As [`BlockDevice::block_status`], with an operation that does not borrow the connection.
     pub fn start_block_status(&self, offset: u64, len: u64) -> Io<'static, BlockStatus> {
         let block = u64::from(self.limits.block_size);
-        // Only a hint: what lies beyond is asked for next.
-        let asked = len.min(u64::from(u32::MAX - u32::MAX % self.limits.block_size.max(512)));
-        let mut spec = self.effect(Operation::BlockStatus, Command::BLOCK_STATUS, offset, asked);
-        if let Err(error) = self.check(&CallSpec { len, ..spec_range(&spec) }) {
-            return Io::err(error);
-        }
-        if len == 0 || !self.has_allocation_context {
+        let spec = match self.status_spec(offset, len) {
+            Ok(spec) => spec,
+            Err(error) => return Io::err(error),
+        };
+        let asked = spec.len;
+        if len == 0 || !self.has_block_status() {
             let flags = StatusFlags { data: true, zero: false, allocated: true };
             return Io::ok(BlockStatus { len, flags });
         }
-        spec.flags = CommandFlags::REQ_ONE;
         match self.submit::<Extent>(spec) {
             Ok(submitted) => Io::future(async move { Ok(status(submitted.await?, asked, block)) }),
             Err(error) => Io::err(error),
         }
+    }
+
+    /// The first extent of a range in the meta context that the options named: its length in
+    /// bytes, from 1 to `len`, and its flags as the server sent them. `len` must not be 0.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if the server does not have the context; else as for
+    /// [`BlockDevice::block_status`].
+    pub fn start_context_status(&self, offset: u64, len: u64) -> Io<'static, (u64, u32)> {
+        let spec = match self.status_spec(offset, len) {
+            Ok(spec) => spec,
+            Err(error) => return Io::err(error),
+        };
+        let fail = |kind, detail| Io::err(self.error(&spec, kind, detail));
+        if len == 0 {
+            return fail(ErrorKind::InvalidInput, "an empty range has no state");
+        }
+        if !self.has_context {
+            return fail(ErrorKind::Unsupported, "the server does not have this meta context");
+        }
+        let asked = spec.len;
+        match self.submit::<Extent>(spec) {
+            Ok(submitted) => Io::future(async move {
+                let Extent(extent) = submitted.await?;
+                let (len, flags) = extent.unwrap_or_default();
+                Ok((u64::from(len).clamp(1, asked), flags))
+            }),
+            Err(error) => Io::err(error),
+        }
+    }
+
+    /// Asks for one extent; how far it reaches is only a hint, so what lies beyond the longest
+    /// length is asked for next.
+    fn status_spec(&self, offset: u64, len: u64) -> Result<CallSpec> {
+        let asked = len.min(u64::from(u32::MAX - u32::MAX % self.limits.block_size.max(512)));
+        let mut spec = self.effect(Operation::BlockStatus, Command::BLOCK_STATUS, offset, asked);
+        spec.flags = CommandFlags::REQ_ONE;
+        self.check(&CallSpec { len, ..spec_range(&spec) })?;
+        Ok(spec)
     }
 
     /// As [`BlockDevice::flush`], with an operation that does not borrow the connection.

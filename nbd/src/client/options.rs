@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::proto::client::BASE_ALLOCATION;
 use crate::tls::{TlsClient, TlsError};
 use crate::{Endpoint, NbdUri};
 
@@ -35,6 +36,12 @@ pub struct ConnectOptions {
     pub queued_bytes_max: u64,
     /// Ask for structured replies, and with them for the state of ranges.
     pub want_structured: bool,
+    /// The meta context in which [`Connection::start_context_status`] asks; with any other than
+    /// `base:allocation` every range counts as data for
+    /// [`block_status`](brep_block::BlockDevice::block_status).
+    ///
+    /// [`Connection::start_context_status`]: crate::client::Connection::start_context_status
+    pub context: String,
     /// Begin TLS before anything else; there is no connection without it then.
     pub tls: Option<TlsClient>,
 }
@@ -58,6 +65,7 @@ impl ConnectOptions {
             queued_max: 16_384,
             queued_bytes_max: 256 << 20,
             want_structured: true,
+            context: BASE_ALLOCATION.to_owned(),
             tls: None,
         }
     }

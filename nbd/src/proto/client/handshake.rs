@@ -15,7 +15,7 @@ use crate::proto::wire::{
 const REPLIES_MAX: usize = 10_000;
 
 /// The meta context that says where a disk has holes and zeroes.
-const BASE_ALLOCATION: &[u8] = b"base:allocation";
+pub const BASE_ALLOCATION: &str = "base:allocation";
 
 /// What a handshake is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +43,8 @@ pub struct HandshakeOptions {
     /// Ask for structured replies and for the state of ranges. Without them, reads cannot have
     /// holes and every range counts as data.
     pub structured_replies: bool,
+    /// The meta context in which the state of ranges is asked for; usually [`BASE_ALLOCATION`].
+    pub context: String,
     /// Begin TLS before anything else, and end if that is not possible.
     pub tls: bool,
 }
@@ -55,8 +57,11 @@ pub struct Outcome {
     pub export: Option<ExportInfo>,
     /// Structured replies were agreed on.
     pub structured_replies: bool,
-    /// The id of `base:allocation`, if the server has it.
-    pub allocation_context: Option<u32>,
+    /// The id of the meta context that was asked for, if the server has it: set by
+    /// [`Goal::Transmit`].
+    pub context: Option<u32>,
+    /// The meta contexts that the export has: set by [`Goal::Describe`].
+    pub contexts: Vec<String>,
     /// The answers to the private options, in their order; empty where there was none.
     pub private_replies: Vec<Bytes>,
     /// The exports: set by [`Goal::List`].
@@ -109,7 +114,8 @@ enum Step {
     /// Index into the private options.
     Private(usize),
     StructuredReplies,
-    AllocationContext,
+    SelectContext,
+    ListContexts,
     Go,
     Describe,
     List,
@@ -126,7 +132,8 @@ impl Handshake {
         plan.extend((0..options.private_options.len()).map(Step::Private));
         if options.structured_replies && matches!(options.goal, Goal::Transmit | Goal::Describe) {
             plan.push_back(Step::StructuredReplies);
-            plan.push_back(Step::AllocationContext);
+            let selects = options.goal == Goal::Transmit;
+            plan.push_back(if selects { Step::SelectContext } else { Step::ListContexts });
         }
         match options.goal {
             Goal::Transmit => plan.push_back(Step::Go),
@@ -281,7 +288,8 @@ impl Handshake {
                 self.options.private_options.get(index).map_or(OptionCode::ABORT, |o| o.0)
             }
             Step::StructuredReplies => OptionCode::STRUCTURED_REPLY,
-            Step::AllocationContext => OptionCode::SET_META_CONTEXT,
+            Step::SelectContext => OptionCode::SET_META_CONTEXT,
+            Step::ListContexts => OptionCode::LIST_META_CONTEXT,
             Step::Go => OptionCode::GO,
             Step::Describe => OptionCode::INFO,
             Step::List | Step::Lookup => OptionCode::LIST,
@@ -302,10 +310,14 @@ impl Handshake {
                 return option.map(|option| option.1.clone()).unwrap_or_default();
             }
             Step::StartTls | Step::StructuredReplies | Step::List | Step::Lookup => {}
-            Step::AllocationContext => {
+            Step::SelectContext => {
                 put_string(&mut data, name);
                 data.put_u32(1);
-                put_string(&mut data, BASE_ALLOCATION);
+                put_string(&mut data, self.options.context.as_bytes());
+            }
+            Step::ListContexts => {
+                put_string(&mut data, name);
+                data.put_u32(0);
             }
             Step::Go | Step::Describe => {
                 let wanted = [InfoType::BLOCK_SIZE, InfoType::NAME, InfoType::DESCRIPTION];
@@ -333,7 +345,9 @@ impl Handshake {
         }
         match (step, reply.kind) {
             (Step::Private(index), PRIVATE_REPLY) => self.private_reply(index, reply),
-            (Step::AllocationContext, ReplyType::META_CONTEXT) => self.meta_context(&reply.data),
+            (Step::SelectContext | Step::ListContexts, ReplyType::META_CONTEXT) => {
+                self.meta_context(step, &reply.data)
+            }
             (Step::Go | Step::Describe, ReplyType::INFO) => self.info.take(&reply.data),
             (Step::List | Step::Lookup, ReplyType::SERVER) => {
                 self.outcome.exports.push(listed_export(&reply.data)?);
@@ -364,7 +378,7 @@ impl Handshake {
                     return Err(HandshakeError::NotListed(name.clone()));
                 }
             }
-            Step::AllocationContext | Step::List | Step::ExportName => {}
+            Step::SelectContext | Step::ListContexts | Step::List | Step::ExportName => {}
         }
         self.next_step();
         Ok(())
@@ -377,9 +391,10 @@ impl Handshake {
             Step::StartTls => return Err(reply.tls_refused()),
             // What we can do without.
             Step::StructuredReplies if !fatal => {
-                self.plan.retain(|step| *step != Step::AllocationContext);
+                self.plan.retain(|step| !matches!(step, Step::SelectContext | Step::ListContexts));
             }
-            Step::AllocationContext if !fatal => self.outcome.allocation_context = None,
+            Step::SelectContext if !fatal => self.outcome.context = None,
+            Step::ListContexts if !fatal => self.outcome.contexts.clear(),
             Step::Lookup if !fatal => self.outcome.exports.clear(),
             Step::Go if reply.kind == ReplyType::ERR_UNSUP => {
                 self.info = InfoCollector::default();
@@ -399,15 +414,19 @@ impl Handshake {
         Ok(())
     }
 
-    fn meta_context(&mut self, data: &[u8]) -> Result<(), HandshakeError> {
+    fn meta_context(&mut self, step: Step, data: &[u8]) -> Result<(), HandshakeError> {
         let malformed = HandshakeError::Malformed("META_CONTEXT reply");
         let mut reader = Reader::new(data);
         let Some(id) = reader.u32() else { return Err(malformed) };
+        if step == Step::ListContexts {
+            self.outcome.contexts.push(string(reader.rest(), "META_CONTEXT reply")?);
+            return Ok(());
+        }
         // We asked for one context: anything else was not asked for.
-        if reader.rest() != BASE_ALLOCATION || self.outcome.allocation_context.is_some() {
+        if reader.rest() != self.options.context.as_bytes() || self.outcome.context.is_some() {
             return Err(malformed);
         }
-        self.outcome.allocation_context = Some(id);
+        self.outcome.context = Some(id);
         Ok(())
     }
 

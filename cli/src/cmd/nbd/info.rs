@@ -1,0 +1,172 @@
+//! `brep nbd info`: what a server says of its exports.
+use anyhow::Context;
+use brep_nbd::client::{ConnectOptions, Connection, describe_export, list_exports};
+use brep_nbd::proto::client::{ExportInfo, Outcome as Handshake};
+use brep_nbd::proto::wire::TransmissionFlags;
+use brep_nbd::tls::TlsClient;
+use brep_nbd::{NbdUri, TlsParameters};
+use serde_json::{Value, json};
+
+use super::map;
+use crate::args::NbdInfoArgs;
+use crate::cmd::runtime::current_thread;
+use crate::exit::{Failure, OK, Outcome};
+use crate::{output, units};
+
+/// Most exports that are described.
+const EXPORTS_MAX: usize = 256;
+
+pub(crate) fn run(args: &NbdInfoArgs) -> Outcome {
+    let tls = args.client.tls(&args.uri)?;
+    current_thread()?.block_on(async {
+        match &args.map {
+            Some(context) => show_map(args, tls, context).await,
+            None if args.size => {
+                let (info, _) = describe(args, tls.as_ref(), &args.uri.export).await?;
+                output::line(&info.size.to_string())
+            }
+            None => show(args, tls.as_ref()).await,
+        }
+    })?;
+    Ok(OK)
+}
+
+async fn show_map(
+    args: &NbdInfoArgs,
+    tls: Option<TlsClient>,
+    context: &str,
+) -> Result<(), Failure> {
+    let endpoint = args.uri.endpoint.clone();
+    let options = ConnectOptions {
+        name: args.uri.to_string(),
+        connect_timeout: args.client.timeout,
+        context: context.to_owned(),
+        tls,
+        ..ConnectOptions::new(endpoint, args.uri.export.clone())
+    };
+    let disk = Connection::connect(&options).await.context("cannot open the export")?;
+    if !disk.has_context() {
+        return Err(Failure::failed(format!(
+            "{}: the server has no meta context {context:?} for this export; `brep nbd info` \
+             lists those that it has",
+            args.uri
+        )));
+    }
+    map::show(&disk, context, args.totals, args.json).await?;
+    disk.close();
+    Ok(())
+}
+
+async fn describe(
+    args: &NbdInfoArgs,
+    tls: Option<&TlsClient>,
+    name: &str,
+) -> Result<(ExportInfo, Handshake), Failure> {
+    let described = describe_export(&args.uri.endpoint, tls, name, args.client.timeout).await;
+    Ok(described.with_context(|| format!("export {name:?}"))?)
+}
+
+async fn show(args: &NbdInfoArgs, tls: Option<&TlsClient>) -> Result<(), Failure> {
+    let uri = &args.uri;
+    let mut names = vec![uri.export.clone()];
+    if uri.export.is_empty() {
+        let listed = list_exports(&uri.endpoint, tls, args.client.timeout).await;
+        let listed = listed.context("cannot ask for the exports")?;
+        names = listed.into_iter().map(|export| export.name).collect();
+        names.truncate(EXPORTS_MAX);
+    }
+    let mut exports = Vec::new();
+    let mut structured = None;
+    for name in names {
+        let (info, handshake) = describe(args, tls, &name).await?;
+        structured = Some(handshake.structured_replies);
+        let export = NbdUri {
+            endpoint: uri.endpoint.clone(),
+            export: name,
+            tls: tls.map(|_| TlsParameters::default()),
+        };
+        exports.push(export_json(&export, &info, &handshake));
+    }
+    // What only an export tells is not known of a server that has none.
+    let server = json!({
+        "server": uri.endpoint.to_string(),
+        "protocol": "newstyle-fixed",
+        "tls": tls.is_some(),
+        "structured-replies": structured,
+        "exports": exports,
+    });
+    if args.json {
+        return output::json(&server);
+    }
+    output::line(&server_text(&server))?;
+    exports.iter().try_for_each(|export| output::line(&export_text(export)))
+}
+
+const CAPABILITIES: [(TransmissionFlags, &str); 12] = [
+    (TransmissionFlags::READ_ONLY, "read-only"),
+    (TransmissionFlags::SEND_FLUSH, "flush"),
+    (TransmissionFlags::SEND_FUA, "fua"),
+    (TransmissionFlags::ROTATIONAL, "rotational"),
+    (TransmissionFlags::SEND_TRIM, "trim"),
+    (TransmissionFlags::SEND_WRITE_ZEROES, "write-zeroes"),
+    (TransmissionFlags::SEND_FAST_ZERO, "fast-zero"),
+    (TransmissionFlags::SEND_DF, "df"),
+    (TransmissionFlags::SEND_CACHE, "cache"),
+    (TransmissionFlags::CAN_MULTI_CONN, "multi-conn"),
+    (TransmissionFlags::SEND_RESIZE, "resize"),
+    (TransmissionFlags::BLOCK_STATUS_PAYLOAD, "block-status-payload"),
+];
+
+fn export_json(uri: &NbdUri, info: &ExportInfo, handshake: &Handshake) -> Value {
+    let offered = CAPABILITIES.iter().filter(|(flag, _)| info.flags.contains(*flag));
+    let capabilities: Vec<&str> = offered.map(|(_, name)| *name).collect();
+    json!({
+        "name": info.canonical_name.as_deref().unwrap_or(&uri.export),
+        "uri": uri.to_string(),
+        "size": info.size,
+        "description": info.description,
+        "capabilities": capabilities,
+        "contexts": handshake.contexts,
+        "block-size-min": info.block_sizes.min,
+        "block-size-preferred": info.block_sizes.preferred,
+        "block-size-max": info.block_sizes.max,
+    })
+}
+
+fn server_text(server: &Value) -> String {
+    let tls = if server["tls"] == true { "TLS" } else { "no TLS" };
+    let replies = match server["structured-replies"].as_bool() {
+        Some(true) => ", structured replies",
+        Some(false) => ", simple replies",
+        None => "; it lists no exports",
+    };
+    let (name, protocol) = (&server["server"], &server["protocol"]);
+    let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    format!("server {}: {}, {tls}{replies}", word(name), word(protocol))
+}
+
+fn export_text(export: &Value) -> String {
+    let number = |key: &str| export[key].as_u64().unwrap_or(0);
+    let words = |key: &str| {
+        let words = export[key].as_array().into_iter().flatten().filter_map(Value::as_str);
+        let words: Vec<_> = words.map(|word| word.escape_debug().to_string()).collect();
+        if words.is_empty() { "none".to_owned() } else { words.join(", ") }
+    };
+    let mut text = format!(
+        "export {}\n  uri           {}\n  size          {} ({} bytes)\n  block sizes   {} / {} / \
+         {} (least, best, most)\n  capabilities  {}\n  contexts      {}",
+        export["name"],
+        export["uri"].as_str().unwrap_or_default(),
+        units::bytes(number("size")),
+        number("size"),
+        units::bytes(number("block-size-min")),
+        units::bytes(number("block-size-preferred")),
+        units::bytes(number("block-size-max")),
+        words("capabilities"),
+        words("contexts"),
+    );
+    if let Some(description) = export["description"].as_str().filter(|text| !text.is_empty()) {
+        text.push_str(&format!("\n  description   {}", description.escape_debug()));
+    }
+    text
+}
