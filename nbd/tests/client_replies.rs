@@ -45,7 +45,7 @@ impl Exchange {
         let mut transmission = Transmission::new(self.structured, Some(CONTEXT));
         let cookies = self.requests.iter().zip(0..).map(|(request, tag)| {
             let header = transmission.start(*request, tag);
-            assert_eq!((header.offset, header.len), (request.offset, request.len));
+            assert_eq!((header.offset, header.len), (request.offset, request.len.into()));
             header.cookie
         });
         let cookies = cookies.collect();

@@ -89,7 +89,7 @@ async fn what_the_server_cannot_do_is_made_up_for() {
             let (header, payload) = soon(server.expect_request()).await;
             assert_eq!((header.command, header.offset), (Command::WRITE, 512 + len));
             assert!(payload.iter().all(|byte| *byte == 0));
-            len += u64::from(header.len);
+            len += header.len;
             server.simple(header.cookie, Errno::OK, &[]).await;
         }
         assert_eq!(len, 600_000);

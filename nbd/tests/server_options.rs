@@ -87,9 +87,9 @@ fn malformed_options() -> Vec<(&'static str, Vec<u8>, Expect)> {
         ("STARTTLS with data", option(OptionCode::STARTTLS, b"x"), Refused(ReplyType::ERR_INVALID)),
         ("PEEK_EXPORT", option(OptionCode::PEEK_EXPORT, &[]), Refused(ReplyType::ERR_UNSUP)),
         (
-            "EXTENDED_HEADERS",
-            option(OptionCode::EXTENDED_HEADERS, &[]),
-            Refused(ReplyType::ERR_UNSUP),
+            "EXTENDED_HEADERS with data",
+            option(OptionCode::EXTENDED_HEADERS, b"x"),
+            Refused(ReplyType::ERR_INVALID),
         ),
         (
             "an unknown option with data",

@@ -4,10 +4,13 @@ mod server_support;
 
 use brep_block::Memory;
 use brep_nbd::proto::server::{
-    Action, Agreed, Decoder, ExportDescription, ExportInfo, Handshake, OptionError, Step,
-    TlsPolicy, check,
+    Action, Agreed, Decoder, ExportDescription, ExportInfo, Handshake, OptionError,
+    SelectedContext, Step, TlsPolicy, check,
 };
-use brep_nbd::proto::wire::{ClientFlags, Command, OptionCode};
+use brep_nbd::proto::wire::{
+    ClientFlags, Command, CommandFlags, EXTENDED_REQUEST_MAGIC, OptionCode, REQUEST_MAGIC,
+    RequestHeader, TransmissionMode,
+};
 use bytes::{Bytes, BytesMut};
 use proptest::prelude::*;
 use server_support::{Fixture, info_data, meta_data, option_bytes, request, request_bytes, within};
@@ -19,6 +22,7 @@ fn script() -> Vec<u8> {
         option_bytes(OptionCode(99), &[1; 30]),
         option_bytes(OptionCode::STARTTLS, &[]),
         option_bytes(OptionCode::STRUCTURED_REPLY, &[]),
+        option_bytes(OptionCode::EXTENDED_HEADERS, &[]),
         option_bytes(OptionCode::LIST, &[]),
         option_bytes(OptionCode(0x6272_6507), b"private"),
         option_bytes(OptionCode::INFO, &info_data("nobody", &[])),
@@ -38,6 +42,7 @@ fn export() -> ExportInfo {
         multi_conn: true,
         block_size: 1,
         preferred_size: 4096,
+        contexts: Vec::new(),
     }
 }
 
@@ -76,7 +81,7 @@ fn a_handshake_cut_anywhere_gives_the_same_answers() {
     let script = script();
     let (output, agreed, rest) = drive([&script[..]]);
     let agreed = agreed.expect("an agreement");
-    assert!(agreed.structured && agreed.base_allocation_id.is_some() && agreed.block_size_agreed);
+    assert!(agreed.mode.is_extended() && agreed.contexts.len() == 1 && agreed.block_size_agreed);
     assert_eq!(rest, 0);
     for cut in 0..=script.len() {
         let (head, tail) = script.split_at(cut);
@@ -150,14 +155,38 @@ fn requests() -> Vec<u8> {
     .concat()
 }
 
-fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Action> {
+/// The same, and two more that only extended headers have.
+fn extended_requests() -> Vec<u8> {
+    let write = |cookie, offset, data: &[u8]| {
+        let header = request(Command::WRITE, cookie, offset, data.len() as u32);
+        let header = RequestHeader { flags: CommandFlags::PAYLOAD_LEN, ..header };
+        [&header.encode_extended()[..], data].concat()
+    };
+    let status = RequestHeader {
+        flags: CommandFlags::PAYLOAD_LEN,
+        ..request(Command::BLOCK_STATUS, 6, 0, 12)
+    };
+    let trim = RequestHeader { len: 1 << 20, ..request(Command::TRIM, 7, 0, 0) };
+    [
+        write(1, 10, b"hello"),
+        request(Command::READ, 2, 10, 5).encode_extended().to_vec(),
+        write(3, 0, b""),
+        status.encode_extended().to_vec(),
+        [&(1_u64 << 20).to_be_bytes()[..], &1_u32.to_be_bytes()].concat(),
+        trim.encode_extended().to_vec(),
+        write(5, 20, &[7; 300]),
+    ]
+    .concat()
+}
+
+fn decode<'a>(mode: TransmissionMode, pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Action> {
     let agreed = Agreed {
         export: export(),
-        structured: false,
-        base_allocation_id: None,
+        mode,
+        contexts: vec![SelectedContext { id: 1, name: "base:allocation".to_owned() }],
         block_size_agreed: false,
     };
-    let mut decoder = Decoder::new();
+    let mut decoder = Decoder::new(mode);
     let mut input = BytesMut::new();
     let mut actions = Vec::new();
     for piece in pieces {
@@ -173,30 +202,50 @@ fn decode<'a>(pieces: impl IntoIterator<Item = &'a [u8]>) -> Vec<Action> {
 
 #[test]
 fn requests_cut_anywhere_are_the_same_requests() {
-    let bytes = requests();
-    let actions = decode([&bytes[..]]);
-    assert_eq!(actions.len(), 5);
-    let write = Action::Write { offset: 10, data: Bytes::from_static(b"hello"), fua: false };
-    assert_eq!(actions[0], write);
-    for cut in 0..=bytes.len() {
-        let (head, tail) = bytes.split_at(cut);
-        assert_eq!(decode([head, tail]), actions, "cut at {cut}");
+    let scripts = [
+        (TransmissionMode::Simple, requests(), 5),
+        (TransmissionMode::Extended, extended_requests(), 6),
+    ];
+    for (mode, bytes, count) in scripts {
+        let actions = decode(mode, [&bytes[..]]);
+        assert_eq!(actions.len(), count);
+        let write = Action::Write { offset: 10, data: Bytes::from_static(b"hello"), fua: false };
+        assert_eq!(actions[0], write);
+        for cut in 0..=bytes.len() {
+            let (head, tail) = bytes.split_at(cut);
+            assert_eq!(decode(mode, [head, tail]), actions, "{mode:?}, cut at {cut}");
+        }
+        assert_eq!(decode(mode, bytes.chunks(1)), actions, "{mode:?}, byte by byte");
     }
-    assert_eq!(decode(bytes.chunks(1)), actions, "byte by byte");
 }
 
 #[tokio::test]
 async fn a_conversation_cut_anywhere_has_the_same_answers_over_a_socket() {
-    let fixture = Fixture::device(Memory::new("memory", 1 << 20)).await;
-    let bytes = [
-        vec![0, 0, 0, 3],
-        option_bytes(OptionCode(99), &[1; 5]),
-        option_bytes(OptionCode::GO, &info_data("disk", &[])),
+    let begin = [vec![0, 0, 0, 3], option_bytes(OptionCode(99), &[1; 5])].concat();
+    let go = option_bytes(OptionCode::GO, &info_data("disk", &[]));
+    let compact = [
+        begin.clone(),
+        go.clone(),
         request_bytes(request(Command::WRITE, 1, 10, 5), b"hello"),
         request_bytes(request(Command::READ, 2, 10, 5), &[]),
         request_bytes(request(Command::DISC, 3, 0, 0), &[]),
-    ]
-    .concat();
+    ];
+    let write = request(Command::WRITE, 1, 10, 5);
+    let write = RequestHeader { flags: CommandFlags::PAYLOAD_LEN, ..write };
+    let extended = [
+        begin,
+        option_bytes(OptionCode::EXTENDED_HEADERS, &[]),
+        go,
+        [&write.encode_extended()[..], b"hello"].concat(),
+        request(Command::READ, 2, 10, 5).encode_extended().to_vec(),
+        request(Command::DISC, 3, 0, 0).encode_extended().to_vec(),
+    ];
+    assert_same_answers(&compact.concat()).await;
+    assert_same_answers(&extended.concat()).await;
+}
+
+async fn assert_same_answers(bytes: &[u8]) {
+    let fixture = Fixture::device(Memory::new("memory", 1 << 20)).await;
     let mut expected: Option<Vec<u8>> = None;
     for cut in 0..bytes.len() {
         let mut raw = fixture.connect().await;
@@ -235,14 +284,24 @@ proptest! {
     }
 
     #[test]
-    fn no_input_makes_the_decoder_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-        let mut decoder = Decoder::new();
-        let mut input = BytesMut::from(&bytes[..]);
+    fn no_input_makes_the_decoder_panic(
+        bytes in proptest::collection::vec(any::<u8>(), 0..200),
+        extended in any::<bool>(),
+    ) {
+        // With the right magic number in front: otherwise nothing is looked at.
+        let (mode, magic) = match extended {
+            true => (TransmissionMode::Extended, EXTENDED_REQUEST_MAGIC),
+            false => (TransmissionMode::Simple, REQUEST_MAGIC),
+        };
+        let mut decoder = Decoder::new(mode);
+        let mut input = BytesMut::from(&magic.to_be_bytes()[..]);
+        input.extend_from_slice(&bytes);
         while let Ok(Some(_)) = decoder.header(&mut input) {
             if decoder.request(&mut input).is_none() {
                 break;
             }
+            prop_assert!(decoder.missing(&input) > 0 || !input.is_empty());
         }
-        prop_assert!(input.len() <= bytes.len());
+        prop_assert!(input.len() <= bytes.len() + 4);
     }
 }

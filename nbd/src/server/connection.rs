@@ -8,7 +8,7 @@ use std::task::{Poll, Waker};
 use futures_util::task::AtomicWaker;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use crate::proto::server::{Content, Failure};
+use crate::proto::server::{Content, Failure, RequestId};
 use crate::tls::TlsPeer;
 
 /// How urgently a connection has to end.
@@ -38,7 +38,7 @@ impl Stop {
 /// The outcome of an operation that did not finish at once.
 #[derive(Debug)]
 pub(super) struct Completion {
-    pub(super) cookie: u64,
+    pub(super) id: RequestId,
     pub(super) cost: u64,
     pub(super) result: Result<Content, Failure>,
 }
@@ -242,15 +242,15 @@ impl fmt::Debug for Connection {
 #[derive(Debug)]
 pub(super) struct Ticket {
     connection: Arc<Connection>,
-    cookie: u64,
+    id: RequestId,
     cost: u64,
     delivered: bool,
 }
 
 impl Ticket {
-    pub(super) fn new(connection: &Arc<Connection>, cookie: u64, cost: u64) -> Self {
+    pub(super) fn new(connection: &Arc<Connection>, id: RequestId, cost: u64) -> Self {
         connection.active.fetch_add(1, Ordering::AcqRel);
-        Ticket { connection: Arc::clone(connection), cookie, cost, delivered: false }
+        Ticket { connection: Arc::clone(connection), id, cost, delivered: false }
     }
 
     pub(super) fn deliver(mut self, result: Result<Content, Failure>) {
@@ -259,7 +259,7 @@ impl Ticket {
 
     fn put(&mut self, result: Result<Content, Failure>) {
         self.delivered = true;
-        let completion = Completion { cookie: self.cookie, cost: self.cost, result };
+        let completion = Completion { id: self.id, cost: self.cost, result };
         // Bounded by the limit on requests in flight.
         lock(&self.connection.completions).push(completion);
         self.connection.task.wake();

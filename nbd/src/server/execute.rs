@@ -5,29 +5,32 @@ use std::sync::Arc;
 use brep_block::{BlockDevice, Error, ErrorKind, FlushLevel, WriteFlags, ZeroFlags};
 use bytes::{Bytes, BytesMut};
 
-use crate::proto::server::{Action, Content, Extent, Failure, ReadChunk};
-use crate::proto::wire::{AllocationFlags, Errno};
+use super::contexts::{MetaContext, Target};
+use crate::proto::server::{Action, Content, ContextExtents, Extent, Failure, ReadChunk};
+use crate::proto::wire::{Errno, PAYLOAD_LEN_MAX};
 
 /// Shorter holes are sent as data: a chunk of its own costs more.
 const HOLE_LEN_MIN: u64 = 4096;
 /// Most chunks that one read is cut into; after that all is data.
 const CHUNKS_MAX: usize = 256;
-/// Most extents in one block status reply. A client asks again for what is missing.
+/// Most extents of one context in a block status reply. A client asks again for what is missing.
 const EXTENTS_MAX: usize = 1024;
-/// Most questions to the device for one block status reply, because neighbours may be equal.
+/// Most questions about one context for a block status reply, because neighbours may be equal.
 const STATUS_CALLS_MAX: usize = 4096;
 /// How much a `CACHE` reads at a time, in bytes.
 const CACHE_LEN: u64 = 1 << 20;
+/// Most that a `CACHE` reads, in bytes; it is a hint, and has to come to an end.
+const CACHE_LEN_MAX: u64 = PAYLOAD_LEN_MAX as u64;
 
 /// Carries a request out. The device is called, and its answer awaited, with everything owned,
 /// so that the future may outlive its connection. `ask_for_holes`: a read may leave out what
 /// reads as zeroes.
 pub(super) async fn execute(
-    device: Arc<dyn BlockDevice>,
+    target: Arc<Target>,
     action: Action,
     ask_for_holes: bool,
 ) -> Result<Content, Failure> {
-    let device = &*device;
+    let device = &*target.device;
     match action {
         Action::Read { offset, len, .. } if ask_for_holes => {
             read_with_holes(device, offset, len).await
@@ -56,7 +59,17 @@ pub(super) async fn execute(
                 result => done(result),
             }
         }
-        Action::BlockStatus { offset, len, one } => block_status(device, offset, len, one).await,
+        Action::BlockStatus { offset, len, one, contexts } => {
+            let extents_max = if one { 1 } else { EXTENTS_MAX };
+            let mut found = Vec::new();
+            for (id, context) in &target.contexts {
+                if contexts.as_ref().is_none_or(|wanted| wanted.contains(id)) {
+                    let extents = block_status(&**context, offset, len, extents_max).await?;
+                    found.push(ContextExtents { id: *id, extents });
+                }
+            }
+            Ok(Content::Extents(found))
+        }
     }
 }
 
@@ -172,7 +185,7 @@ async fn write(
 }
 
 async fn cache(device: &dyn BlockDevice, offset: u64, len: u64) -> Result<Content, Failure> {
-    let end = offset + len;
+    let end = offset + len.min(CACHE_LEN_MAX);
     let mut position = offset;
     while position < end {
         let part = CACHE_LEN.min(transfer_max(device) as u64).min(end - position);
@@ -182,34 +195,31 @@ async fn cache(device: &dyn BlockDevice, offset: u64, len: u64) -> Result<Conten
     Ok(Content::Done)
 }
 
+/// The extents of one context from `offset` on, as far as one reply goes.
 async fn block_status(
-    device: &dyn BlockDevice,
+    context: &dyn MetaContext,
     offset: u64,
     len: u64,
-    one: bool,
-) -> Result<Content, Failure> {
+    extents_max: usize,
+) -> Result<Vec<Extent>, Failure> {
     let mut extents: Vec<Extent> = Vec::new();
     let mut position = 0;
     for _ in 0..STATUS_CALLS_MAX {
-        let status = device
-            .block_status(offset + position, len - position)
+        let status = context
+            .status(offset + position, len - position)
             .await
             .map_err(|error| failure(&error))?;
         let part = status.len.clamp(1, len - position);
         position += part;
-        let part = u32::try_from(part).expect("not longer than the request");
-        let flags = AllocationFlags::NONE
-            .with_if(!status.flags.data, AllocationFlags::HOLE)
-            .with_if(status.flags.zero, AllocationFlags::ZERO);
-        let full = extents.len() == if one { 1 } else { EXTENTS_MAX };
+        let full = extents.len() == extents_max;
         match extents.last_mut() {
-            Some(last) if last.flags == flags => last.len += part,
+            Some(last) if last.flags == status.flags => last.len += part,
             Some(_) if full => break,
-            _ => extents.push(Extent { len: part, flags }),
+            _ => extents.push(Extent { len: part, flags: status.flags }),
         }
         if position == len {
             break;
         }
     }
-    Ok(Content::Extents(extents))
+    Ok(extents)
 }

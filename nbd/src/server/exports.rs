@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -7,8 +8,10 @@ use futures_util::future::BoxFuture;
 
 use super::Server;
 use super::connection::Connection;
+use super::contexts::MetaContext;
 use super::taken::TakenStream;
 use crate::proto::server::{ExportDescription, ExportInfo, OptionError, OptionErrorCode};
+use crate::proto::wire::{BASE_ALLOCATION, DIRTY_BITMAP_PREFIX, STRING_LEN_MAX};
 
 /// What a server serves: the answers that only its user can give.
 ///
@@ -91,6 +94,9 @@ pub struct Export {
     /// Only for clients whose certificate has one of these subjects, as
     /// [`TlsPeer::subject`](crate::tls::TlsPeer::subject) writes them. None: for all.
     pub allowed_subjects: Option<Arc<[String]>>,
+    /// The meta contexts besides `base:allocation`, which is always there, by their whole names.
+    /// Those whose name is no "namespace:leaf" of at most 4096 bytes are not offered.
+    pub contexts: BTreeMap<String, Arc<dyn MetaContext>>,
 }
 
 impl Export {
@@ -104,6 +110,7 @@ impl Export {
             canonical_name: canonical_name.into(),
             tls_required: false,
             allowed_subjects: None,
+            contexts: BTreeMap::new(),
         }
     }
 
@@ -143,6 +150,20 @@ impl Export {
         self
     }
 
+    /// Offers a meta context of this name, in place of one that has it already.
+    #[must_use]
+    pub fn context(mut self, name: impl Into<String>, context: Arc<dyn MetaContext>) -> Self {
+        self.contexts.insert(name.into(), context);
+        self
+    }
+
+    /// Offers a dirty bitmap as the meta context `qemu:dirty-bitmap:NAME`; bit 0 of its flags
+    /// means "dirty".
+    #[must_use]
+    pub fn dirty_bitmap(self, name: &str, bitmap: Arc<dyn MetaContext>) -> Self {
+        self.context(format!("{DIRTY_BITMAP_PREFIX}{name}"), bitmap)
+    }
+
     /// The export itself, if this client may have it.
     pub(super) fn admit(self, connection: &Connection) -> Result<Self, OptionError> {
         let refuse = |code, message: String| Err(OptionError::new(code, message));
@@ -171,7 +192,11 @@ impl Export {
         // What a device says of itself is fitted into what the protocol can say.
         let block_size = limits.block_size.clamp(1, 65_536).next_power_of_two();
         let preferred_size = limits.preferred_size.clamp(512, 32 << 20).next_power_of_two();
+        let can_be_asked_for = |name: &&String| {
+            name.contains(':') && name.len() <= STRING_LEN_MAX && *name != BASE_ALLOCATION
+        };
         ExportInfo {
+            contexts: self.contexts.keys().filter(can_be_asked_for).cloned().collect(),
             canonical_name: self.canonical_name.clone(),
             description: self.description.clone(),
             size: self.device.size(),

@@ -7,6 +7,7 @@
 mod budget;
 mod config;
 mod connection;
+mod contexts;
 mod execute;
 mod exports;
 mod handshake;
@@ -28,6 +29,7 @@ use tokio_util::task::TaskTracker;
 
 pub use self::config::ServerConfig;
 pub use self::connection::{Connection, Counters};
+pub use self::contexts::{ContextStatus, MetaContext};
 pub use self::exports::{Export, Exports, Home, PrivateReply, Takeover, Wanted};
 pub use self::listener::{BindError, Listener};
 pub use self::static_exports::StaticExports;
@@ -36,6 +38,7 @@ pub use crate::proto::server::{ExportDescription, OptionError, OptionErrorCode};
 
 use self::budget::Budget;
 use self::connection::Stop;
+use self::contexts::Target;
 use self::handshake::{Begin, Driver, HandshakeError, Moved, Outcome};
 use self::session::Session;
 use crate::proto::server::Ending;
@@ -207,9 +210,8 @@ impl Registration {
                 connection.set_export_name(&export.canonical_name);
                 let (config, budget) = (&server.config, &server.budget);
                 let connection = Arc::clone(connection);
-                Session::new(stream, connection, export.device, agreed, input, config, budget)
-                    .run()
-                    .await;
+                let target = Target::new(export, &agreed);
+                Session::new(stream, connection, target, agreed, input, config, budget).run().await;
             }
             Ok(Outcome::Takeover { stream, then, input }) => {
                 let stream = TakenStream::new(stream, input, connection);

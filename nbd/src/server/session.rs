@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker, ready};
 
-use brep_block::BlockDevice;
 use bytes::{BufMut, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio::time::{Instant, Sleep};
@@ -21,11 +20,12 @@ use tokio_util::sync::ReusableBoxFuture;
 use super::budget::Budget;
 use super::config::ServerConfig;
 use super::connection::{Completion, Connection, Stop, Ticket};
+use super::contexts::Target;
 use super::execute::execute;
 use super::holes::HoleSearch;
 use crate::Stream;
 use crate::proto::server::{
-    Agreed, Content, Decoder, Failure, Output, ReplyEncoder, Request, check,
+    Agreed, Content, Decoder, Failure, Output, ReplyEncoder, Request, RequestId, check,
 };
 use crate::proto::wire::{Command, Errno, PAYLOAD_LEN_MAX, RequestHeader};
 
@@ -58,7 +58,7 @@ enum Waiting {
 pub(super) struct Session<'a> {
     stream: Stream,
     connection: Arc<Connection>,
-    device: Arc<dyn BlockDevice>,
+    target: Arc<Target>,
     config: &'a ServerConfig,
     budget: &'a Budget,
     agreed: Box<Agreed>,
@@ -96,7 +96,7 @@ impl<'a> Session<'a> {
     pub(super) fn new(
         stream: Stream,
         connection: Arc<Connection>,
-        device: Arc<dyn BlockDevice>,
+        target: Target,
         agreed: Box<Agreed>,
         input: BytesMut,
         config: &'a ServerConfig,
@@ -105,12 +105,12 @@ impl<'a> Session<'a> {
         Session {
             stream,
             connection,
-            device,
+            target: Arc::new(target),
             config,
             budget,
             encoder: ReplyEncoder::new(&agreed),
+            decoder: Decoder::new(agreed.mode),
             agreed,
-            decoder: Decoder::new(),
             input,
             read_len: READ_LEN_MIN,
             input_is_large: false,
@@ -196,7 +196,7 @@ impl<'a> Session<'a> {
         for completion in completions.drain(..) {
             self.running -= 1;
             self.running_cost -= completion.cost;
-            self.reply(completion.cookie, completion.result);
+            self.reply(completion.id, completion.result);
         }
         self.completions = completions;
     }
@@ -215,13 +215,13 @@ impl<'a> Session<'a> {
                 self.connection.note_disconnect();
                 return self.end_requests();
             }
-            if header.command == Command::WRITE && header.len > PAYLOAD_LEN_MAX {
+            if self.decoder.payload_len(&header) > PAYLOAD_LEN_MAX.into() {
                 let failure = Failure::new(Errno::EINVAL, "longer than 32 MiB");
-                self.reply(header.cookie, Err(failure));
-                return self.violation("a write longer than 32 MiB");
+                self.reply(RequestId::from(&header), Err(failure));
+                return self.violation("a payload longer than 32 MiB");
             }
             if self.admitted.is_none() {
-                let cost = cost(&header);
+                let cost = self.cost(&header);
                 if !self.has_room(cost) {
                     return Waiting::Room;
                 }
@@ -249,7 +249,7 @@ impl<'a> Session<'a> {
 
     fn start(&mut self, request: Request, cost: u64, stop: Stop) {
         count(&self.connection.requests, 1);
-        let cookie = request.header.cookie;
+        let id = RequestId::from(&request.header);
         let action = if stop == Stop::No {
             check(request, &self.agreed)
         } else {
@@ -259,41 +259,52 @@ impl<'a> Session<'a> {
             Ok(action) => action,
             Err(failure) => {
                 self.running_cost -= cost;
-                return self.reply(cookie, Err(failure));
+                return self.reply(id, Err(failure));
             }
         };
-        let ask_for_holes = self.agreed.structured && self.holes.are_worth_asking_for(&action);
-        self.operation.set(execute(Arc::clone(&self.device), action, ask_for_holes));
+        let ask_for_holes =
+            self.agreed.mode.is_structured() && self.holes.are_worth_asking_for(&action);
+        self.operation.set(execute(Arc::clone(&self.target), action, ask_for_holes));
         // The device is called here, in the order of arrival. The waker of this first poll is of
         // no use: the task that takes over polls again.
         match self.operation.poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(result) => {
                 self.running_cost -= cost;
-                self.reply(cookie, result);
+                self.reply(id, result);
             }
             Poll::Pending => {
                 let operation = std::mem::replace(&mut self.operation, idle());
-                let ticket = Ticket::new(&self.connection, cookie, cost);
+                let ticket = Ticket::new(&self.connection, id, cost);
                 self.running += 1;
                 tokio::spawn(async move { ticket.deliver(operation.await) });
             }
         }
     }
 
-    fn reply(&mut self, cookie: u64, result: Result<Content, Failure>) {
+    fn reply(&mut self, id: RequestId, result: Result<Content, Failure>) {
         match &result {
             Err(_) => count(&self.connection.errors, 1),
             Ok(Content::Chunks(chunks)) => self.holes.found(chunks),
             Ok(_) => {}
         }
-        self.encoder.encode(cookie, result, &mut self.output);
+        self.encoder.encode(id, result, &mut self.output);
     }
 
     fn next_cost(&mut self) -> u64 {
         match self.decoder.header(&mut self.input) {
-            Ok(Some(header)) => cost(&header),
+            Ok(Some(header)) => self.cost(&header),
             _ => 0,
         }
+    }
+
+    /// What a request counts for while it is being worked on.
+    fn cost(&self, header: &RequestHeader) -> u64 {
+        let transfer = match header.command {
+            Command::READ => header.len,
+            _ => self.decoder.payload_len(header),
+        };
+        // What is longer is refused.
+        BASE_COST + transfer.min(PAYLOAD_LEN_MAX.into())
     }
 
     /// Whether a request may be started now. Once it is not, something of our own is going on
@@ -370,7 +381,7 @@ impl<'a> Session<'a> {
         let limit = if missing > READ_LEN_MAX {
             // A large payload gets memory of its own, filled exactly: nothing that follows it has
             // to be moved. Only the next header may come with it.
-            let want = missing + RequestHeader::SIZE;
+            let want = missing + RequestHeader::EXTENDED_SIZE;
             self.input.reserve(want);
             self.input_is_large |= want > IDLE_LEN_MAX;
             want
@@ -411,14 +422,6 @@ impl<'a> Session<'a> {
 impl Drop for Session<'_> {
     fn drop(&mut self) {
         self.budget.settle(self.held, 0);
-    }
-}
-
-/// What a request counts for while it is being worked on.
-fn cost(header: &RequestHeader) -> u64 {
-    match header.command {
-        Command::READ | Command::WRITE => BASE_COST + u64::from(header.len),
-        _ => BASE_COST,
     }
 }
 

@@ -9,8 +9,9 @@ use std::time::Duration;
 use brep_block::{BlockDevice, Memory};
 use brep_nbd::Endpoint;
 use brep_nbd::proto::wire::{
-    ChunkHeader, ClientFlags, Command, CommandFlags, Errno, INIT_MAGIC, OPTION_MAGIC, OptionCode,
-    OptionHeader, OptionReplyHeader, ReplyType, RequestHeader, SimpleReply,
+    ChunkFlags, ChunkHeader, ChunkType, ClientFlags, Command, CommandFlags, Errno,
+    ExtendedChunkHeader, INIT_MAGIC, OPTION_MAGIC, OptionCode, OptionHeader, OptionReplyHeader,
+    ReplyType, RequestHeader, SimpleReply,
 };
 use brep_nbd::server::{Connection, Export, Exports, Server, ServerConfig, StaticExports};
 use tempfile::TempDir;
@@ -80,6 +81,15 @@ impl Fixture {
             raw.structured().await;
             raw.select_allocation("disk").await;
         }
+        raw.go("disk").await;
+        raw
+    }
+
+    /// A client in the transmission phase of "disk", with extended headers and the state of ranges.
+    pub async fn extended(&self) -> Raw {
+        let mut raw = self.client().await;
+        assert_eq!(raw.outcome(OptionCode::EXTENDED_HEADERS, &[]).await, ReplyType::ACK);
+        raw.select_allocation("disk").await;
         raw.go("disk").await;
         raw
     }
@@ -209,6 +219,30 @@ impl Raw {
         (header, payload)
     }
 
+    pub async fn extended_request(&mut self, header: RequestHeader, payload: &[u8]) {
+        self.send(&[&header.encode_extended()[..], payload].concat()).await;
+    }
+
+    pub async fn extended_chunk(&mut self) -> (ExtendedChunkHeader, Vec<u8>) {
+        let header = ExtendedChunkHeader::decode(&self.array().await).expect("an extended chunk");
+        let payload = self.receive(header.len as usize).await;
+        (header, payload)
+    }
+
+    /// What the only chunk of a reply to an extended request says: success, or an error.
+    pub async fn extended_outcome(&mut self, request: RequestHeader) -> Errno {
+        let (chunk, payload) = self.extended_chunk().await;
+        assert_eq!((chunk.cookie, chunk.offset), (request.cookie, request.offset));
+        assert_eq!(chunk.flags, ChunkFlags::DONE);
+        match chunk.kind {
+            ChunkType::NONE => Errno::OK,
+            ChunkType::ERROR => {
+                Errno(u32::from_be_bytes(payload[..4].try_into().expect("an error number")))
+            }
+            kind => panic!("{kind} {payload:?}"),
+        }
+    }
+
     /// A read in simple mode.
     pub async fn read(&mut self, offset: u64, len: u32) -> Vec<u8> {
         self.request(request(Command::READ, 77, offset, len), &[]).await;
@@ -227,7 +261,7 @@ impl Raw {
 }
 
 pub fn request(command: Command, cookie: u64, offset: u64, len: u32) -> RequestHeader {
-    RequestHeader { flags: CommandFlags::NONE, command, cookie, offset, len }
+    RequestHeader { flags: CommandFlags::NONE, command, cookie, offset, len: len.into() }
 }
 
 pub fn request_bytes(header: RequestHeader, payload: &[u8]) -> Vec<u8> {

@@ -211,7 +211,7 @@ impl Transmission {
             extent: None,
         });
         let Request { command, flags, offset, len } = request;
-        RequestHeader { flags, command, cookie, offset, len }
+        RequestHeader { flags, command, cookie, offset, len: len.into() }
     }
 
     /// The next request that has ended.

@@ -1,85 +1,25 @@
-//! A server's handshake: fixed newstyle, options 1 to 10 (§2, §7, §8).
+//! A server's handshake: fixed newstyle, options 1 to 11 (§2, §7, §8).
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+use super::agreement::{Agreed, ExportDescription, ExportInfo, SelectedContext};
+use super::contexts::{MetaOption, Selection, parse_meta};
 use super::options::{
-    BASE_ALLOCATION, InfoOption, InfoRequests, MetaOption, OptionError, OptionErrorCode,
-    parse_info, parse_meta, refused_unread, string, unsupported, without_data,
+    InfoOption, InfoRequests, OptionError, OptionErrorCode, parse_info, refused_unread, string,
+    unsupported, without_data,
 };
 use crate::proto::wire::{
     ClientFlags, EXPORT_NAME_PADDING, HandshakeFlags, INIT_MAGIC, InfoType, OPTION_LEN_MAX,
     OPTION_MAGIC, OptionCode, OptionHeader, OptionReplyHeader, PAYLOAD_LEN_MAX, PRIVATE_REPLY,
-    ReplyType, STRING_LEN_MAX, TransmissionFlags,
+    ReplyType, STRING_LEN_MAX, TransmissionFlags, TransmissionMode,
 };
 
 /// Most options that one handshake may consist of. Clients send less than ten; one that lists a
 /// large server's exports one by one stays below this.
 const OPTIONS_MAX: u32 = 1024;
 
-/// The id under which `base:allocation` is selected.
-const BASE_ALLOCATION_ID: u32 = 1;
-
 /// A minimum block size up to this many bytes is obeyed by clients that never asked for it.
 const UNASKED_BLOCK_SIZE_MAX: u32 = 512;
-
-/// One line of a list of exports.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExportDescription {
-    /// The name under which the export is opened.
-    pub name: String,
-    /// A text for people; may be empty.
-    pub description: String,
-}
-
-/// What a client is told about an export.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExportInfo {
-    /// The name that is the same however the export was asked for.
-    pub canonical_name: String,
-    /// A text for people; may be empty.
-    pub description: String,
-    /// In bytes; need not be a multiple of any block size.
-    pub size: u64,
-    /// Commands that change content are refused.
-    pub read_only: bool,
-    /// A flush on one connection covers what completed on every other.
-    pub multi_conn: bool,
-    /// Every range has to be a multiple of this (a power of two up to 65536), in bytes.
-    pub block_size: u32,
-    /// Multiples of this work best (a power of two), in bytes.
-    pub preferred_size: u32,
-}
-
-impl ExportInfo {
-    /// The flags of the transmission phase (§3).
-    #[must_use]
-    pub fn transmission_flags(&self, structured: bool) -> TransmissionFlags {
-        let writable = TransmissionFlags::SEND_TRIM
-            .with(TransmissionFlags::SEND_WRITE_ZEROES)
-            .with(TransmissionFlags::SEND_FAST_ZERO);
-        TransmissionFlags::HAS_FLAGS
-            .with(TransmissionFlags::SEND_FLUSH)
-            .with(TransmissionFlags::SEND_FUA)
-            .with(TransmissionFlags::SEND_CACHE)
-            .with_if(self.read_only, TransmissionFlags::READ_ONLY)
-            .with_if(!self.read_only, writable)
-            .with_if(self.multi_conn, TransmissionFlags::CAN_MULTI_CONN)
-            .with_if(structured, TransmissionFlags::SEND_DF)
-    }
-}
-
-/// What both sides agreed on: the result of a handshake.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Agreed {
-    /// The export as it was described to the client.
-    pub export: ExportInfo,
-    /// Replies are structured.
-    pub structured: bool,
-    /// The id of `base:allocation`, if it was selected for this export.
-    pub base_allocation_id: Option<u32>,
-    /// The client asked for the block size, so it has to obey it.
-    pub block_size_agreed: bool,
-}
 
 /// Why a connection ends during its handshake.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -184,9 +124,8 @@ pub struct Handshake {
     output: BytesMut,
     fixed_newstyle: bool,
     no_zeroes: bool,
-    structured: bool,
-    /// Canonical name of the export for which `base:allocation` is selected.
-    base_allocation: Option<String>,
+    mode: TransmissionMode,
+    selection: Option<Selection>,
     options_left: u32,
     shutting_down: bool,
     tls: TlsPolicy,
@@ -213,8 +152,8 @@ impl Handshake {
             output,
             fixed_newstyle: false,
             no_zeroes: false,
-            structured: false,
-            base_allocation: None,
+            mode: TransmissionMode::Simple,
+            selection: None,
             options_left: OPTIONS_MAX,
             shutting_down: false,
             tls: TlsPolicy::Off,
@@ -274,8 +213,8 @@ impl Handshake {
         }
         self.phase = Phase::Header;
         self.secured = true;
-        self.structured = false;
-        self.base_allocation = None;
+        self.mode = TransmissionMode::Simple;
+        self.selection = None;
     }
 
     /// The exports there are: answers [`Step::List`].
@@ -307,7 +246,7 @@ impl Handshake {
                 self.phase = Phase::Closed(Ending::Refused(error));
             }
             (Question::Info(option, info), Ok(export)) => self.info(option, info.requests, export),
-            (Question::Meta(option, meta), Ok(export)) => self.meta(option, &meta, export),
+            (Question::Meta(option, meta), Ok(export)) => self.meta(option, &meta, &export),
             (Question::Info(option, _) | Question::Meta(option, _), Err(error)) => {
                 self.refuse(option, &error);
             }
@@ -439,6 +378,10 @@ impl Handshake {
             return Err(OptionError::new(OptionErrorCode::Shutdown, "the server is shutting down"));
         }
         let question = match option {
+            OptionCode::EXPORT_NAME if self.mode.is_extended() => {
+                self.violation("EXPORT_NAME cannot be used with extended headers");
+                return Ok(());
+            }
             OptionCode::EXPORT_NAME => match string(&data) {
                 Ok(name) => Question::ExportName(name),
                 Err(error) => {
@@ -450,16 +393,18 @@ impl Handshake {
                 without_data(&data)?;
                 Question::List
             }
-            OptionCode::STRUCTURED_REPLY => return self.structured_reply(&data),
+            OptionCode::STRUCTURED_REPLY | OptionCode::EXTENDED_HEADERS => {
+                return self.change_mode(option, &data);
+            }
             OptionCode::INFO | OptionCode::GO => Question::Info(option, parse_info(&data)?),
-            OptionCode::LIST_META_CONTEXT => Question::Meta(option, parse_meta(option, &data)?),
+            OptionCode::LIST_META_CONTEXT => Question::Meta(option, parse_meta(&data)?),
             OptionCode::SET_META_CONTEXT => {
                 // A selection that fails leaves none behind.
-                self.base_allocation = None;
-                if !self.structured {
+                self.selection = None;
+                if !self.mode.is_structured() {
                     return Err(OptionError::invalid("structured replies come first"));
                 }
-                Question::Meta(option, parse_meta(option, &data)?)
+                Question::Meta(option, parse_meta(&data)?)
             }
             _ if option.is_private() => Question::Private(option, data),
             OptionCode::STARTTLS => return self.start_tls(&data),
@@ -482,19 +427,27 @@ impl Handshake {
         Ok(())
     }
 
-    fn structured_reply(&mut self, data: &[u8]) -> Result<(), OptionError> {
+    fn change_mode(&mut self, option: OptionCode, data: &[u8]) -> Result<(), OptionError> {
         without_data(data)?;
-        if self.structured {
-            return Err(OptionError::invalid("structured replies are agreed on already"));
+        let wanted = match option {
+            OptionCode::EXTENDED_HEADERS => TransmissionMode::Extended,
+            _ => TransmissionMode::Structured,
+        };
+        if wanted == self.mode {
+            return Err(OptionError::invalid("that is agreed on already"));
         }
-        self.structured = true;
-        self.ack(OptionCode::STRUCTURED_REPLY);
+        if wanted < self.mode {
+            let text = "extended headers, which are agreed on, come with replies of their own";
+            return Err(OptionError::new(OptionErrorCode::ExtendedHeadersRequired, text));
+        }
+        self.mode = wanted;
+        self.ack(option);
         Ok(())
     }
 
     fn export_name_accepted(&mut self, export: ExportInfo) {
         self.output.put_u64(export.size);
-        self.output.put_u16(export.transmission_flags(self.structured).0);
+        self.output.put_u16(self.transmission_flags(&export).0);
         if !self.no_zeroes {
             self.output.put_bytes(0, EXPORT_NAME_PADDING);
         }
@@ -510,7 +463,7 @@ impl Handshake {
         let mut data = BytesMut::with_capacity(64);
         data.put_u16(InfoType::EXPORT.0);
         data.put_u64(export.size);
-        data.put_u16(export.transmission_flags(self.structured).0);
+        data.put_u16(self.transmission_flags(&export).0);
         self.reply(option, ReplyType::INFO, &data);
         // Useful even to those who did not ask: they may obey it.
         data.clear();
@@ -539,25 +492,41 @@ impl Handshake {
         self.reply(option, ReplyType::INFO, &data);
     }
 
-    fn meta(&mut self, option: OptionCode, meta: &MetaOption, export: ExportInfo) {
-        if meta.base_allocation {
-            let selected = option == OptionCode::SET_META_CONTEXT;
-            let mut data = BytesMut::with_capacity(4 + BASE_ALLOCATION.len());
-            data.put_u32(if selected { BASE_ALLOCATION_ID } else { 0 });
-            data.put_slice(BASE_ALLOCATION.as_bytes());
-            self.reply(option, ReplyType::META_CONTEXT, &data);
-            if selected {
-                self.base_allocation = Some(export.canonical_name);
+    fn transmission_flags(&self, export: &ExportInfo) -> TransmissionFlags {
+        export.transmission_flags(self.mode, !self.contexts(export).is_empty())
+    }
+
+    /// What is selected for this export.
+    fn contexts(&self, export: &ExportInfo) -> &[SelectedContext] {
+        self.selection.as_ref().map_or(&[], |selection| selection.for_export(export))
+    }
+
+    fn meta(&mut self, option: OptionCode, meta: &MetaOption, export: &ExportInfo) {
+        if option == OptionCode::SET_META_CONTEXT {
+            let selection = meta.selected(export);
+            for context in selection.contexts() {
+                self.meta_context(option, context.id, &context.name);
+            }
+            self.selection = Some(selection);
+        } else {
+            for context in meta.listed(export) {
+                self.meta_context(option, 0, &context.name);
             }
         }
         self.ack(option);
     }
 
+    fn meta_context(&mut self, option: OptionCode, id: u32, name: &str) {
+        let mut data = BytesMut::with_capacity(4 + name.len());
+        data.put_u32(id);
+        data.put_slice(name.as_bytes());
+        self.reply(option, ReplyType::META_CONTEXT, &data);
+    }
+
     fn agree(&mut self, export: ExportInfo, block_size_agreed: bool) {
-        let selected = self.base_allocation.as_ref() == Some(&export.canonical_name);
         self.phase = Phase::Transmission(Box::new(Agreed {
-            structured: self.structured,
-            base_allocation_id: selected.then_some(BASE_ALLOCATION_ID),
+            mode: self.mode,
+            contexts: self.contexts(&export).to_vec(),
             block_size_agreed,
             export,
         }));

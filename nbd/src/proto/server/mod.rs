@@ -8,14 +8,17 @@
 //! 3. A [`ReplyEncoder`] puts replies, in any order, into an [`Output`], whose segments are
 //!    written to the socket; payloads are not copied.
 
+mod agreement;
+mod contexts;
 mod handshake;
 mod options;
 mod output;
 mod reply;
 mod request;
 
-pub use handshake::{Agreed, Ending, ExportDescription, ExportInfo, Handshake, Step, TlsPolicy};
+pub use agreement::{Agreed, ExportDescription, ExportInfo, SelectedContext};
+pub use handshake::{Ending, Handshake, Step, TlsPolicy};
 pub use options::{OPTION_DATA_LEN_MAX, OptionError, OptionErrorCode};
 pub use output::Output;
-pub use reply::{Content, Extent, Failure, ReadChunk, ReplyEncoder};
+pub use reply::{Content, ContextExtents, Extent, Failure, ReadChunk, ReplyEncoder, RequestId};
 pub use request::{Action, Decoder, Request, check};

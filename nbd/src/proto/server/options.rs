@@ -8,9 +8,6 @@ use crate::proto::wire::{InfoType, OptionCode, OptionHeader, Reader, ReplyType, 
 /// as many information requests as can be counted. What is longer is consumed and refused.
 pub const OPTION_DATA_LEN_MAX: u32 = 4 + 4096 + 2 + 2 * 65_535;
 
-/// The context that says which parts of an export are holes, and which read as zeroes.
-pub(super) const BASE_ALLOCATION: &str = "base:allocation";
-
 /// Why an option is refused: a code for programs, a text for people.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message} ({code})")]
@@ -104,14 +101,6 @@ pub(super) struct InfoOption {
     pub(super) requests: InfoRequests,
 }
 
-/// `LIST_META_CONTEXT` or `SET_META_CONTEXT`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct MetaOption {
-    pub(super) export: String,
-    /// `base:allocation` is among what is asked for.
-    pub(super) base_allocation: bool,
-}
-
 /// A string as the protocol allows it: UTF-8 without NUL, at most 4096 bytes.
 pub(super) fn string(bytes: &[u8]) -> Result<String, OptionError> {
     if bytes.len() > STRING_LEN_MAX {
@@ -126,7 +115,7 @@ pub(super) fn string(bytes: &[u8]) -> Result<String, OptionError> {
     }
 }
 
-fn inconsistent() -> OptionError {
+pub(super) fn inconsistent() -> OptionError {
     OptionError::invalid("the lengths inside the option do not match its length")
 }
 
@@ -150,26 +139,6 @@ pub(super) fn parse_info(data: &[u8]) -> Result<InfoOption, OptionError> {
     Ok(InfoOption { export: string(name)?, requests })
 }
 
-/// Parses the data of `LIST_META_CONTEXT` and `SET_META_CONTEXT`. No query at all asks for
-/// everything in a list, and for nothing in a selection; the wildcard `base:` counts in lists
-/// only. Queries that are too long or of unknown namespaces match nothing.
-pub(super) fn parse_meta(option: OptionCode, data: &[u8]) -> Result<MetaOption, OptionError> {
-    let listing = option == OptionCode::LIST_META_CONTEXT;
-    let mut reader = Reader::new(data);
-    let name = reader.bytes_u32().ok_or_else(inconsistent)?;
-    let count = reader.u32().ok_or_else(inconsistent)?;
-    let mut base_allocation = listing && count == 0;
-    for _ in 0..count {
-        // Every round takes at least four bytes, so a lie in `count` ends the loop soon.
-        let query = reader.bytes_u32().ok_or_else(inconsistent)?;
-        base_allocation |= query == BASE_ALLOCATION.as_bytes() || (listing && query == b"base:");
-    }
-    if !reader.is_empty() {
-        return Err(inconsistent());
-    }
-    Ok(MetaOption { export: string(name)?, base_allocation })
-}
-
 /// Options whose data need not be looked at, because they are refused in any case; `ABORT` is
 /// among them for its data only.
 pub(super) fn refused_unread(header: OptionHeader) -> Option<OptionError> {
@@ -185,14 +154,16 @@ pub(super) fn refused_unread(header: OptionHeader) -> Option<OptionError> {
                 | OptionCode::STRUCTURED_REPLY
                 | OptionCode::LIST_META_CONTEXT
                 | OptionCode::SET_META_CONTEXT
+                | OptionCode::EXTENDED_HEADERS
         );
     if !known {
         return Some(unsupported("unknown option"));
     }
     (header.len > OPTION_DATA_LEN_MAX).then(|| match header.option {
-        OptionCode::LIST | OptionCode::STARTTLS | OptionCode::STRUCTURED_REPLY => {
-            OptionError::invalid("this option has no data")
-        }
+        OptionCode::LIST
+        | OptionCode::STARTTLS
+        | OptionCode::STRUCTURED_REPLY
+        | OptionCode::EXTENDED_HEADERS => OptionError::invalid("this option has no data"),
         _ => OptionError::new(OptionErrorCode::TooBig, "the option is too long"),
     })
 }

@@ -1,10 +1,14 @@
-//! Replies, simple and structured (§5, §6).
+//! Replies: simple, structured and extended (§5, §6).
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::handshake::{Agreed, truncated};
+use super::agreement::Agreed;
+use super::handshake::truncated;
 use super::output::Output;
-use crate::proto::wire::{AllocationFlags, ChunkFlags, ChunkHeader, ChunkType, Errno, SimpleReply};
+use crate::proto::wire::{
+    ChunkFlags, ChunkHeader, ChunkType, Errno, ExtendedChunkHeader, RequestHeader, SimpleReply,
+    TransmissionMode,
+};
 
 /// A failed request: a number for programs, and a text that is sent where the reply has room
 /// for one.
@@ -45,10 +49,19 @@ pub enum ReadChunk {
 /// A range whose bytes share a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
-    /// In bytes; not 0.
-    pub len: u32,
-    /// The state.
-    pub flags: AllocationFlags,
+    /// In bytes; not 0, and below 4 GiB unless headers are extended.
+    pub len: u64,
+    /// The state, as the meta context defines it.
+    pub flags: u32,
+}
+
+/// What a block status found in one meta context.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ContextExtents {
+    /// The id under which the context was selected.
+    pub id: u32,
+    /// At least one, from the start of the request.
+    pub extents: Vec<Extent>,
 }
 
 /// What a successful request gives.
@@ -65,98 +78,152 @@ pub enum Content {
     },
     /// What a read found, in pieces that cover the request; only with structured replies.
     Chunks(Vec<ReadChunk>),
-    /// What a block status found: at least one extent; only with structured replies.
-    Extents(Vec<Extent>),
+    /// What a block status found, in at least one context; only with structured replies.
+    Extents(Vec<ContextExtents>),
+}
+
+/// What a reply repeats of its request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestId {
+    /// As the client chose it.
+    pub cookie: u64,
+    /// In bytes.
+    pub offset: u64,
+}
+
+impl From<&RequestHeader> for RequestId {
+    fn from(header: &RequestHeader) -> Self {
+        RequestId { cookie: header.cookie, offset: header.offset }
+    }
 }
 
 /// Lays replies out as it was agreed.
 #[derive(Debug, Clone, Copy)]
 pub struct ReplyEncoder {
-    structured: bool,
-    base_allocation_id: u32,
+    mode: TransmissionMode,
 }
 
 impl ReplyEncoder {
     /// For a connection with this agreement.
     #[must_use]
     pub fn new(agreed: &Agreed) -> Self {
-        ReplyEncoder {
-            structured: agreed.structured,
-            base_allocation_id: agreed.base_allocation_id.unwrap_or_default(),
-        }
+        ReplyEncoder { mode: agreed.mode }
     }
 
-    /// Appends the whole reply to the request with this cookie.
-    pub fn encode(&self, cookie: u64, result: Result<Content, Failure>, output: &mut Output) {
+    /// Appends the whole reply to this request.
+    pub fn encode(&self, id: RequestId, result: Result<Content, Failure>, output: &mut Output) {
+        let mut reply = Reply { mode: self.mode, id, output };
         match result {
-            // Success without content is a simple reply in both modes.
-            Ok(Content::Done) => simple(cookie, Errno::OK, output),
-            Ok(Content::Data { offset, data }) if self.structured => {
-                data_chunk(cookie, ChunkFlags::DONE, offset, data, output);
+            Ok(Content::Done) => reply.done(),
+            Ok(Content::Data { offset, data }) if self.mode.is_structured() => {
+                reply.data_chunk(ChunkFlags::DONE, offset, data);
             }
             Ok(Content::Data { data, .. }) => {
-                simple(cookie, Errno::OK, output);
-                output.put_bytes(data);
+                reply.simple(Errno::OK);
+                reply.output.put_bytes(data);
             }
-            Ok(Content::Chunks(chunks)) => read_chunks(cookie, chunks, output),
-            Ok(Content::Extents(extents)) => self.extents(cookie, &extents, output),
-            Err(failure) if self.structured => error_chunk(cookie, &failure, output),
-            Err(failure) => simple(cookie, failure.errno, output),
+            Ok(Content::Chunks(chunks)) => reply.read_chunks(chunks),
+            Ok(Content::Extents(contexts)) => reply.extents(&contexts),
+            Err(failure) if self.mode.is_structured() => reply.error_chunk(&failure),
+            Err(failure) => reply.simple(failure.errno),
+        }
+    }
+}
+
+/// One reply while it is being laid out.
+struct Reply<'a> {
+    mode: TransmissionMode,
+    id: RequestId,
+    output: &'a mut Output,
+}
+
+impl Reply<'_> {
+    /// Success without content: a simple reply, unless headers are extended.
+    fn done(&mut self) {
+        if self.mode.is_extended() {
+            self.header(ChunkFlags::DONE, ChunkType::NONE, 0);
+        } else {
+            self.simple(Errno::OK);
         }
     }
 
-    fn extents(&self, cookie: u64, extents: &[Extent], output: &mut Output) {
-        let mut payload = BytesMut::with_capacity(4 + 8 * extents.len());
-        payload.put_u32(self.base_allocation_id);
-        for extent in extents {
-            payload.put_u32(extent.len);
-            payload.put_u32(extent.flags.0);
+    fn simple(&mut self, error: Errno) {
+        self.output.put_slice(&SimpleReply { error, cookie: self.id.cookie }.encode());
+    }
+
+    fn header(&mut self, flags: ChunkFlags, kind: ChunkType, len: usize) {
+        let RequestId { cookie, offset } = self.id;
+        if self.mode.is_extended() {
+            let len = len as u64;
+            let header = ExtendedChunkHeader { flags, kind, cookie, offset, len };
+            return self.output.put_slice(&header.encode());
         }
-        header(cookie, ChunkFlags::DONE, ChunkType::BLOCK_STATUS, payload.len(), output);
-        output.put_bytes(payload.freeze());
+        let len = u32::try_from(len).expect("a chunk is at most as long as a request allows");
+        self.output.put_slice(&ChunkHeader { flags, kind, cookie, len }.encode());
     }
-}
 
-fn simple(cookie: u64, error: Errno, output: &mut Output) {
-    output.put_slice(&SimpleReply { error, cookie }.encode());
-}
-
-fn header(cookie: u64, flags: ChunkFlags, kind: ChunkType, len: usize, output: &mut Output) {
-    let len = u32::try_from(len).expect("a chunk is at most as long as a request allows");
-    output.put_slice(&ChunkHeader { flags, kind, cookie, len }.encode());
-}
-
-fn data_chunk(cookie: u64, flags: ChunkFlags, offset: u64, data: Bytes, output: &mut Output) {
-    if data.is_empty() {
-        return header(cookie, flags, ChunkType::NONE, 0, output);
+    fn data_chunk(&mut self, flags: ChunkFlags, offset: u64, data: Bytes) {
+        if data.is_empty() {
+            return self.header(flags, ChunkType::NONE, 0);
+        }
+        self.header(flags, ChunkType::OFFSET_DATA, 8 + data.len());
+        self.output.put_slice(&offset.to_be_bytes());
+        self.output.put_bytes(data);
     }
-    header(cookie, flags, ChunkType::OFFSET_DATA, 8 + data.len(), output);
-    output.put_slice(&offset.to_be_bytes());
-    output.put_bytes(data);
-}
 
-fn read_chunks(cookie: u64, chunks: Vec<ReadChunk>, output: &mut Output) {
-    let last = chunks.len().saturating_sub(1);
-    if chunks.is_empty() {
-        return header(cookie, ChunkFlags::DONE, ChunkType::NONE, 0, output);
-    }
-    for (index, chunk) in chunks.into_iter().enumerate() {
-        let flags = if index == last { ChunkFlags::DONE } else { ChunkFlags::NONE };
-        match chunk {
-            ReadChunk::Data { offset, data } => data_chunk(cookie, flags, offset, data, output),
-            ReadChunk::Hole { offset, len } => {
-                header(cookie, flags, ChunkType::OFFSET_HOLE, 12, output);
-                output.put_slice(&offset.to_be_bytes());
-                output.put_slice(&len.to_be_bytes());
+    fn read_chunks(&mut self, chunks: Vec<ReadChunk>) {
+        let last = chunks.len().saturating_sub(1);
+        if chunks.is_empty() {
+            return self.header(ChunkFlags::DONE, ChunkType::NONE, 0);
+        }
+        for (index, chunk) in chunks.into_iter().enumerate() {
+            let flags = done_if(index == last);
+            match chunk {
+                ReadChunk::Data { offset, data } => self.data_chunk(flags, offset, data),
+                ReadChunk::Hole { offset, len } => {
+                    self.header(flags, ChunkType::OFFSET_HOLE, 12);
+                    self.output.put_slice(&offset.to_be_bytes());
+                    self.output.put_slice(&len.to_be_bytes());
+                }
             }
         }
     }
+
+    fn extents(&mut self, contexts: &[ContextExtents]) {
+        let last = contexts.len().saturating_sub(1);
+        for (index, ContextExtents { id, extents }) in contexts.iter().enumerate() {
+            let mut payload = BytesMut::with_capacity(8 + 16 * extents.len());
+            payload.put_u32(*id);
+            let kind = if self.mode.is_extended() {
+                payload.put_u32(extents.len() as u32);
+                for extent in extents {
+                    payload.put_u64(extent.len);
+                    payload.put_u64(extent.flags.into());
+                }
+                ChunkType::BLOCK_STATUS_EXT
+            } else {
+                for extent in extents {
+                    let len = u32::try_from(extent.len);
+                    payload.put_u32(len.expect("not longer than a compact request"));
+                    payload.put_u32(extent.flags);
+                }
+                ChunkType::BLOCK_STATUS
+            };
+            self.header(done_if(index == last), kind, payload.len());
+            self.output.put_bytes(payload.freeze());
+        }
+    }
+
+    fn error_chunk(&mut self, failure: &Failure) {
+        let message = truncated(&failure.message);
+        self.header(ChunkFlags::DONE, ChunkType::ERROR, 6 + message.len());
+        self.output.put_slice(&failure.errno.0.to_be_bytes());
+        let len = u16::try_from(message.len()).unwrap_or_default();
+        self.output.put_slice(&len.to_be_bytes());
+        self.output.put_slice(message.as_bytes());
+    }
 }
 
-fn error_chunk(cookie: u64, failure: &Failure, output: &mut Output) {
-    let message = truncated(&failure.message);
-    header(cookie, ChunkFlags::DONE, ChunkType::ERROR, 6 + message.len(), output);
-    output.put_slice(&failure.errno.0.to_be_bytes());
-    output.put_slice(&u16::try_from(message.len()).unwrap_or_default().to_be_bytes());
-    output.put_slice(message.as_bytes());
+fn done_if(last: bool) -> ChunkFlags {
+    if last { ChunkFlags::DONE } else { ChunkFlags::NONE }
 }

@@ -1,8 +1,9 @@
 //! The fixed parts of messages.
 
 use super::{
-    ChunkFlags, ChunkType, Command, CommandFlags, Errno, OPTION_MAGIC, OPTION_REPLY_MAGIC,
-    OptionCode, REQUEST_MAGIC, Reader, ReplyType, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
+    ChunkFlags, ChunkType, Command, CommandFlags, EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC,
+    Errno, OPTION_MAGIC, OPTION_REPLY_MAGIC, OptionCode, REQUEST_MAGIC, Reader, ReplyType,
+    SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
 
 /// The magic number of a header is not the expected one: the peers are out of step, or the peer
@@ -118,7 +119,11 @@ impl OptionReplyHeader {
     }
 }
 
-/// A compact request; only a `WRITE` is followed by a payload of `len` bytes (§4).
+/// A request (§4).
+///
+/// A compact one is followed by a payload of `len` bytes if it is a `WRITE`; an extended one if it
+/// has the flag [`PAYLOAD_LEN`](CommandFlags::PAYLOAD_LEN), which every `WRITE` should have, and
+/// otherwise `len` is what it applies to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RequestHeader {
     /// Modifiers.
@@ -129,19 +134,38 @@ pub struct RequestHeader {
     pub cookie: u64,
     /// First byte of the range, in bytes.
     pub offset: u64,
-    /// Length of the range, in bytes.
-    pub len: u32,
+    /// Length of the range, in bytes; below 4 GiB in a compact request.
+    pub len: u64,
 }
 
 impl RequestHeader {
-    /// Bytes on the wire.
+    /// Bytes on the wire of a compact request.
     pub const SIZE: usize = 28;
+    /// Bytes on the wire of an extended request.
+    pub const EXTENDED_SIZE: usize = 32;
 
-    /// As sent.
+    /// As sent in a compact request.
+    ///
+    /// # Panics
+    /// If the length does not fit.
     #[must_use]
     pub fn encode(self) -> [u8; Self::SIZE] {
+        let len = u32::try_from(self.len).expect("a compact request is shorter than 4 GiB");
         Layout::new()
             .put(REQUEST_MAGIC.to_be_bytes())
+            .put(self.flags.0.to_be_bytes())
+            .put(self.command.0.to_be_bytes())
+            .put(self.cookie.to_be_bytes())
+            .put(self.offset.to_be_bytes())
+            .put(len.to_be_bytes())
+            .end()
+    }
+
+    /// As sent in an extended request.
+    #[must_use]
+    pub fn encode_extended(self) -> [u8; Self::EXTENDED_SIZE] {
+        Layout::new()
+            .put(EXTENDED_REQUEST_MAGIC.to_be_bytes())
             .put(self.flags.0.to_be_bytes())
             .put(self.command.0.to_be_bytes())
             .put(self.cookie.to_be_bytes())
@@ -150,23 +174,44 @@ impl RequestHeader {
             .end()
     }
 
-    /// As received.
+    /// As received in a compact request.
     ///
     /// # Errors
     /// If this is no compact request.
     pub fn decode(bytes: &[u8; Self::SIZE]) -> Result<Self, BadMagic> {
-        let mut reader = Reader::new(bytes);
-        let magic = reader.u32().unwrap_or_default();
-        if magic != REQUEST_MAGIC {
-            return Err(BadMagic(magic.into()));
-        }
-        Ok(RequestHeader {
+        let mut reader = magic(bytes, REQUEST_MAGIC)?;
+        let header = Self::decode_head(&mut reader);
+        Ok(RequestHeader { len: reader.u32().unwrap_or_default().into(), ..header })
+    }
+
+    /// As received in an extended request.
+    ///
+    /// # Errors
+    /// If this is no extended request.
+    pub fn decode_extended(bytes: &[u8; Self::EXTENDED_SIZE]) -> Result<Self, BadMagic> {
+        let mut reader = magic(bytes, EXTENDED_REQUEST_MAGIC)?;
+        let header = Self::decode_head(&mut reader);
+        Ok(RequestHeader { len: reader.u64().unwrap_or_default(), ..header })
+    }
+
+    /// What both kinds have between the magic number and the length.
+    fn decode_head(reader: &mut Reader<'_>) -> Self {
+        RequestHeader {
             flags: CommandFlags(reader.u16().unwrap_or_default()),
             command: Command(reader.u16().unwrap_or_default()),
             cookie: reader.u64().unwrap_or_default(),
             offset: reader.u64().unwrap_or_default(),
-            len: reader.u32().unwrap_or_default(),
-        })
+            len: 0,
+        }
+    }
+}
+
+/// The rest of a header that begins with the right magic number.
+fn magic(bytes: &[u8], expected: u32) -> Result<Reader<'_>, BadMagic> {
+    let mut reader = Reader::new(bytes);
+    match reader.u32().unwrap_or_default() {
+        magic if magic == expected => Ok(reader),
+        magic => Err(BadMagic(magic.into())),
     }
 }
 
@@ -198,11 +243,7 @@ impl SimpleReply {
     /// # Errors
     /// If this is no simple reply.
     pub fn decode(bytes: &[u8; Self::SIZE]) -> Result<Self, BadMagic> {
-        let mut reader = Reader::new(bytes);
-        let magic = reader.u32().unwrap_or_default();
-        if magic != SIMPLE_REPLY_MAGIC {
-            return Err(BadMagic(magic.into()));
-        }
+        let mut reader = magic(bytes, SIMPLE_REPLY_MAGIC)?;
         Ok(SimpleReply {
             error: Errno(reader.u32().unwrap_or_default()),
             cookie: reader.u64().unwrap_or_default(),
@@ -244,16 +285,60 @@ impl ChunkHeader {
     /// # Errors
     /// If this is no structured reply chunk.
     pub fn decode(bytes: &[u8; Self::SIZE]) -> Result<Self, BadMagic> {
-        let mut reader = Reader::new(bytes);
-        let magic = reader.u32().unwrap_or_default();
-        if magic != STRUCTURED_REPLY_MAGIC {
-            return Err(BadMagic(magic.into()));
-        }
+        let mut reader = magic(bytes, STRUCTURED_REPLY_MAGIC)?;
         Ok(ChunkHeader {
             flags: ChunkFlags(reader.u16().unwrap_or_default()),
             kind: ChunkType(reader.u16().unwrap_or_default()),
             cookie: reader.u64().unwrap_or_default(),
             len: reader.u32().unwrap_or_default(),
+        })
+    }
+}
+
+/// Start of an extended reply chunk; `len` bytes of payload follow (§5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExtendedChunkHeader {
+    /// Modifiers.
+    pub flags: ChunkFlags,
+    /// What the payload is.
+    pub kind: ChunkType,
+    /// That of the request.
+    pub cookie: u64,
+    /// That of the request, in bytes.
+    pub offset: u64,
+    /// Length of the payload, in bytes.
+    pub len: u64,
+}
+
+impl ExtendedChunkHeader {
+    /// Bytes on the wire.
+    pub const SIZE: usize = 32;
+
+    /// As sent.
+    #[must_use]
+    pub fn encode(self) -> [u8; Self::SIZE] {
+        Layout::new()
+            .put(EXTENDED_REPLY_MAGIC.to_be_bytes())
+            .put(self.flags.0.to_be_bytes())
+            .put(self.kind.0.to_be_bytes())
+            .put(self.cookie.to_be_bytes())
+            .put(self.offset.to_be_bytes())
+            .put(self.len.to_be_bytes())
+            .end()
+    }
+
+    /// As received.
+    ///
+    /// # Errors
+    /// If this is no extended reply chunk.
+    pub fn decode(bytes: &[u8; Self::SIZE]) -> Result<Self, BadMagic> {
+        let mut reader = magic(bytes, EXTENDED_REPLY_MAGIC)?;
+        Ok(ExtendedChunkHeader {
+            flags: ChunkFlags(reader.u16().unwrap_or_default()),
+            kind: ChunkType(reader.u16().unwrap_or_default()),
+            cookie: reader.u64().unwrap_or_default(),
+            offset: reader.u64().unwrap_or_default(),
+            len: reader.u64().unwrap_or_default(),
         })
     }
 }

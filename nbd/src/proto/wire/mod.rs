@@ -8,6 +8,7 @@
 mod codes;
 mod flags;
 mod headers;
+mod mode;
 mod reader;
 
 pub use codes::{ChunkType, Command, Errno, InfoType, OptionCode, ReplyType};
@@ -15,8 +16,10 @@ pub use flags::{
     AllocationFlags, ChunkFlags, ClientFlags, CommandFlags, HandshakeFlags, TransmissionFlags,
 };
 pub use headers::{
-    BadMagic, ChunkHeader, OptionHeader, OptionReplyHeader, RequestHeader, SimpleReply,
+    BadMagic, ChunkHeader, ExtendedChunkHeader, OptionHeader, OptionReplyHeader, RequestHeader,
+    SimpleReply,
 };
+pub use mode::TransmissionMode;
 pub use reader::Reader;
 
 /// Start of every handshake ("NBDMAGIC").
@@ -53,6 +56,15 @@ pub const EXTENTS_MAX: usize = 1 << 20;
 /// A read with `DF` of this many bytes always has to be supported.
 pub const DF_LEN_MIN: u32 = 65_536;
 
+/// The meta context that says which parts of an export are holes, and which read as zeroes
+/// ([`AllocationFlags`]).
+pub const BASE_ALLOCATION: &str = "base:allocation";
+/// The meta context that says in which layer the content of a range lies: 0 in none, 1 in the
+/// top one, 2 in the one below it, ...
+pub const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
+/// What the names of dirty bitmaps' meta contexts begin with; bit 0 of their flags is "dirty".
+pub const DIRTY_BITMAP_PREFIX: &str = "qemu:dirty-bitmap:";
+
 /// First option number of the private range ("bre\0"): it and the 255 above it are not NBD's.
 pub const PRIVATE_OPTION_BASE: u32 = 0x6272_6500;
 /// Last option number of the private range.
@@ -78,11 +90,16 @@ mod tests {
             len: 0x0102_0304,
         };
         assert_eq!(RequestHeader::decode(&request.encode()), Ok(request));
+        let long = RequestHeader { len: 0x0102_0304_0506_0708, ..request };
+        assert_eq!(RequestHeader::decode_extended(&long.encode_extended()), Ok(long));
         let simple = SimpleReply { error: Errno::ENOSPC, cookie: 7 };
         assert_eq!(SimpleReply::decode(&simple.encode()), Ok(simple));
         let chunk =
             ChunkHeader { flags: ChunkFlags::DONE, kind: ChunkType::ERROR, cookie: 9, len: 6 };
         assert_eq!(ChunkHeader::decode(&chunk.encode()), Ok(chunk));
+        let ChunkHeader { flags, kind, cookie, .. } = chunk;
+        let chunk = ExtendedChunkHeader { flags, kind, cookie, offset: 1 << 40, len: 1 << 33 };
+        assert_eq!(ExtendedChunkHeader::decode(&chunk.encode()), Ok(chunk));
     }
 
     #[test]
@@ -97,6 +114,30 @@ mod tests {
         .encode();
         assert_eq!(bytes[..4], [0x25, 0x60, 0x95, 0x13]);
         assert_eq!(bytes[4..], *(1..=24).collect::<Vec<u8>>());
+    }
+
+    #[test]
+    fn extended_headers_are_laid_out_as_the_protocol_says() {
+        let request = RequestHeader {
+            flags: CommandFlags(0x0102),
+            command: Command(0x0304),
+            cookie: 0x0506_0708_090a_0b0c,
+            offset: 0x0d0e_0f10_1112_1314,
+            len: 0x1516_1718_191a_1b1c,
+        };
+        let bytes = request.encode_extended();
+        assert_eq!(bytes[..4], [0x21, 0xe4, 0x1c, 0x71]);
+        assert_eq!(bytes[4..], *(1..=28).collect::<Vec<u8>>());
+        let bytes = ExtendedChunkHeader {
+            flags: ChunkFlags(0x0102),
+            kind: ChunkType(0x0304),
+            cookie: 0x0506_0708_090a_0b0c,
+            offset: 0x0d0e_0f10_1112_1314,
+            len: 0x1516_1718_191a_1b1c,
+        }
+        .encode();
+        assert_eq!(bytes[..4], [0x6e, 0x8a, 0x27, 0x8c]);
+        assert_eq!(bytes[4..], *(1..=28).collect::<Vec<u8>>());
     }
 
     #[test]
