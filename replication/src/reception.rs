@@ -15,6 +15,7 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
+use crate::commands::Opened;
 use crate::config::SideConfig;
 use crate::daemon::run_in_thread;
 use crate::link::{OPTION_BIND, OPTION_LINK};
@@ -149,7 +150,7 @@ impl Exports for Reception {
         Vec::new()
     }
 
-    fn open(&self, name: &str, _: &Arc<Connection>) -> std::result::Result<Export, OptionError> {
+    fn open(&self, name: &str, _: &Arc<Connection>) -> Opened {
         Err(Self::refusal(Wanted::Export(name)))
     }
 
@@ -180,11 +181,7 @@ impl Exports for OfGroup {
         list
     }
 
-    fn open(
-        &self,
-        name: &str,
-        connection: &Arc<Connection>,
-    ) -> std::result::Result<Export, OptionError> {
+    fn open(&self, name: &str, connection: &Arc<Connection>) -> Opened {
         let own = name.strip_prefix(&self.prefix);
         let own = own.ok_or_else(|| Reception::refusal(Wanted::Export(name)))?;
         self.inner.open(own, connection)

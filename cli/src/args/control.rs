@@ -201,9 +201,9 @@ pub(crate) struct ResyncArgs {
 /// Let the secondary take over, without losing a write
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The guest is held, everything is drained into a checkpoint, and the two sides change their roles. It
-needs --listen on this side, and on the other one --peer or `brep peer set`. If the other side cannot
-take over nothing is changed.")]
+On either side: the secondary passes it on to its primary. The guest is held, everything is drained into
+a checkpoint, and the two sides change their roles. It needs --listen on both sides, and on the
+secondary --peer or `brep peer set`. If it cannot be done nothing is changed.")]
 pub(crate) struct SwitchoverArgs {
     #[command(flatten)]
     pub(crate) control: ControlArgs,

@@ -300,7 +300,13 @@ pub(crate) fn switchover(args: &SwitchoverArgs) -> Outcome {
     report(&args.control, &answer, || {
         let epoch =
             number(&answer, "epoch").map_or_else(String::new, |e| format!(" with checkpoint {e}"));
-        format!("the other side has taken over{epoch}; this one becomes its secondary")
+        match answer["role"].as_str() {
+            Some("promoted") => format!(
+                "this side has taken over{epoch}; the other one becomes its secondary, and guests \
+                 are served here"
+            ),
+            _ => format!("the other side has taken over{epoch}; this one becomes its secondary"),
+        }
     })
 }
 

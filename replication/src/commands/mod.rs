@@ -12,7 +12,7 @@ mod table;
 pub(crate) use arguments::Arguments;
 pub(crate) use colo::{Colo, ColoMode};
 pub(crate) use nodes::{Job, JobKind, Node, check_job, check_yank, jobs_value, replication_status};
-pub(crate) use service::Service;
+pub(crate) use service::{Opened, Service};
 pub(crate) use table::COMMANDS;
 
 use serde_json::json;

@@ -122,6 +122,7 @@ const TYPES: &[Type] = &[
         ],
     ),
     ("CheckpointReport", &[("epoch", "integer")]),
+    ("SwitchoverReport", &[("epoch", "integer"), ("role", "string")]),
     (
         "FailoverReport",
         &[

@@ -76,6 +76,9 @@ impl Listed {
     }
 }
 
+/// What opening an export leads to.
+pub(crate) type Opened = std::result::Result<Export, OptionError>;
+
 impl Exports for Listed {
     fn list(&self) -> Vec<ExportDescription> {
         let entries = self.entries();
@@ -89,11 +92,7 @@ impl Exports for Listed {
         list
     }
 
-    fn open(
-        &self,
-        name: &str,
-        connection: &Arc<Connection>,
-    ) -> std::result::Result<Export, OptionError> {
+    fn open(&self, name: &str, connection: &Arc<Connection>) -> Opened {
         let mut export = self.inner.open(name, connection)?;
         let entry = self.entries().get(&export.canonical_name).cloned();
         let Some(entry) = entry.filter(|entry| !entry.shutting_down) else {

@@ -95,7 +95,7 @@ pub(crate) const COMMANDS: &[CommandSpec] = &[
     command("peer-set", &[required("uri", Kind::String)]),
     command("peer-clear", &[]),
     command("resume", &[optional("lonely", Kind::Boolean)]),
-    command("switchover", &[optional("timeout-ms", Kind::Integer)]).returning("CheckpointReport"),
+    command("switchover", &[optional("timeout-ms", Kind::Integer)]).returning("SwitchoverReport"),
     // Replication, as a manager of the original knows it.
     command(
         "xen-set-replication",

@@ -133,6 +133,16 @@ pub enum Message {
         epoch: Option<Epoch>,
         /// Why none was.
         error: Option<String>,
+        /// The state forbade it: nothing was tried.
+        refused: bool,
+    },
+    /// Secondary: its operator asks for a switchover. The answer is [`Message::CheckpointAnswer`] if
+    /// there is none, else [`Message::TakeOver`].
+    SwitchoverWish {
+        /// Echoed in the answer.
+        id: u64,
+        /// It is not begun later than so many milliseconds from now.
+        limit_ms: u64,
     },
     /// Primary: could you take over now?
     SwitchoverRequest,

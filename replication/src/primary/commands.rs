@@ -3,11 +3,9 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
-use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{mpsc, oneshot};
 
 use super::group::{Group, Loss, no_peer};
-use super::session::{CheckpointRequest, RequestKind};
+use super::session::RequestKind;
 use crate::commands::{self, Arguments, CommandResult, Service};
 use crate::config::{DiskConfig, PeerKind, ResyncLimits};
 use crate::control::CommandError;
@@ -22,7 +20,6 @@ const PEER_CHILD: &str = "children.1";
 /// The commands of the control socket, on a primary.
 pub(super) struct PrimaryCommands {
     group: Arc<Group>,
-    requests: mpsc::Sender<CheckpointRequest>,
     service: Arc<Service>,
     /// The numbers of the disks whose forwarding child was removed.
     detached: Mutex<Vec<usize>>,
@@ -65,13 +62,9 @@ impl RoleCommands for PrimaryCommands {
 }
 
 impl PrimaryCommands {
-    pub(super) fn new(
-        group: &Arc<Group>,
-        requests: mpsc::Sender<CheckpointRequest>,
-        service: &Arc<Service>,
-    ) -> Self {
+    pub(super) fn new(group: &Arc<Group>, service: &Arc<Service>) -> Self {
         let (group, service) = (Arc::clone(group), Arc::clone(service));
-        PrimaryCommands { group, requests, service, detached: Mutex::default() }
+        PrimaryCommands { group, service, detached: Mutex::default() }
     }
 
     async fn carry_out(&self, command: &str, arguments: Arguments<'_>) -> CommandResult<Value> {
@@ -106,7 +99,10 @@ impl PrimaryCommands {
                 Ok(json!(self.promoted()?.roll_back(discard, dry_run).await?))
             }
             "resync" => Ok(resync(group, arguments)?),
-            "switchover" => self.switchover(arguments.checkpoint_limit()).await,
+            "switchover" => {
+                let epoch = group.switchover(arguments.checkpoint_limit()).await?;
+                Ok(json!({ "epoch": epoch, "role": "secondary" }))
+            }
             "block_resize" => {
                 let disk = arguments.text("device").or(arguments.text("node-name"));
                 let size = arguments.number("size").and_then(|size| u64::try_from(size).ok());
@@ -171,58 +167,14 @@ impl PrimaryCommands {
         Ok(json!({ "name": name, "changed": removed? }))
     }
 
-    /// Makes the secondary the primary, and this side its secondary. Waits at most `limit` before
-    /// anything has changed.
-    async fn switchover(&self, limit: Duration) -> CommandResult<Value> {
-        let group = &self.group;
-        if group.config.listen.is_none() {
-            return Err(Error::refused(
-                "this side has no address where the other one could reach it as a secondary: \
-                 start it with --listen",
-            )
-            .into());
-        }
-        group.check_final()?;
-        if !group.record().is_merged() {
-            return Err(Error::refused(
-                "the merge of the last failover has not ended (see brep status): try again then",
-            )
-            .into());
-        }
-        self.ask(RequestKind::Switchover, limit).await
-    }
-
     /// What is left of the secondary that was promoted.
     fn promoted(&self) -> Result<&Arc<secondary::Group>> {
         self.group.promoted.as_ref().ok_or_else(|| Error::refused(secondary::NOTHING_HELD))
     }
 
     async fn checkpoint(&self, wait_cut: bool, limit: Duration) -> CommandResult<Value> {
-        self.ask(if wait_cut { RequestKind::Cut } else { RequestKind::Checkpoint }, limit).await
-    }
-
-    async fn ask(&self, kind: RequestKind, limit: Duration) -> CommandResult<Value> {
-        let (answer, wait) = oneshot::channel();
-        self.requests.try_send(CheckpointRequest { kind, answer }).map_err(
-            |error| match error {
-                TrySendError::Full(_) => Error::refused("too many checkpoints are waiting already"),
-                TrySendError::Closed(_) => Error::failed("this side is changing its role, or ends"),
-            },
-        )?;
-        match tokio::time::timeout(limit, wait).await {
-            Ok(Ok(result)) => Ok(json!({ "epoch": result? })),
-            Ok(Err(_)) => Err(CommandError::failed(
-                "the session ended before that was done (see brep status)",
-            )),
-            Err(_) => Err(CommandError::failed(match kind {
-                RequestKind::Switchover => {
-                    format!("no switchover within {limit:?}; if it has not begun yet, it will not")
-                }
-                RequestKind::Cut | RequestKind::Checkpoint => {
-                    format!("no checkpoint within {limit:?}")
-                }
-            })),
-        }
+        let kind = if wait_cut { RequestKind::Cut } else { RequestKind::Checkpoint };
+        Ok(json!({ "epoch": self.group.ask(kind, limit).await? }))
     }
 
     /// `xen-set-replication`: what it stops goes on alone; nothing is lost by that.

@@ -5,6 +5,7 @@ mod durable;
 mod held;
 mod hot;
 mod maps;
+mod requests;
 mod resize;
 mod resync;
 mod role;
@@ -16,13 +17,13 @@ mod window;
 use std::collections::BTreeMap;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use brep_block::{BlockDevice, Error as BlockError, RangeLock};
 use brep_hbitmap::MapSet;
 use brep_nbd::client::Connection;
 use serde_json::json;
-use tokio::sync::{Notify, Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -41,6 +42,7 @@ use super::epochs::Epochs;
 use super::hello::{Refusal, Wish};
 use super::pace::Pace;
 use super::progress::CopyProgress;
+use super::session::CheckpointRequest;
 use crate::config::{Ack, DiskConfig, DiskFormat, Durability};
 use crate::door::Door;
 use crate::guest::Guest;
@@ -88,6 +90,8 @@ pub(crate) struct Group {
     measuring: AtomicBool,
     /// What the secondary has said of taking over.
     takeover: watch::Sender<Takeover>,
+    /// What the session is asked for.
+    requests: OnceLock<mpsc::Sender<CheckpointRequest>>,
     /// Held while a disk is made larger, comes or goes.
     changing_disks: tokio::sync::Mutex<()>,
 }
@@ -360,6 +364,7 @@ impl Group {
             pace_changed: Notify::new(),
             measuring: AtomicBool::new(false),
             takeover: watch::Sender::new(Takeover::None),
+            requests: OnceLock::new(),
             changing_disks: tokio::sync::Mutex::default(),
         });
         group.start_hot_tasks();

@@ -12,7 +12,7 @@ use super::group::Group;
 use super::session::Failure;
 use crate::link::{HelloAnswer, LinkReader, LinkWriter, Message, StopReason, heartbeat_pause};
 use crate::secondary::write_link;
-use crate::{Epoch, Error, Result};
+use crate::{Epoch, Error, ErrorKind, Result};
 
 /// Messages that wait to be sent.
 const OUTBOX_LEN: usize = 64;
@@ -60,6 +60,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 fn gone() -> Error {
     Error::failed("the link is gone")
+}
+
+/// What has become of what the secondary's operator asked for.
+fn answer(id: u64, result: &Result<Epoch>) -> Message {
+    let error = result.as_ref().err();
+    Message::CheckpointAnswer {
+        id,
+        epoch: result.as_ref().ok().copied(),
+        error: error.map(ToString::to_string),
+        refused: error.is_some_and(|error| error.kind() == ErrorKind::Refused),
+    }
 }
 
 /// A place in the table of those who wait for hashes.
@@ -156,6 +167,10 @@ impl Link {
                 self.group.wake.notify_one();
                 Ok(())
             }
+            Message::SwitchoverWish { id, limit_ms } => {
+                self.spawn_switchover(id, Duration::from_millis(limit_ms));
+                Ok(())
+            }
             Message::SwitchoverAnswer { refusal } => match lock(&self.switchover).take() {
                 Some(waiting) => {
                     let _ = waiting.send(refusal);
@@ -232,11 +247,22 @@ impl Link {
     }
 
     pub(super) async fn answer_checkpoint(&self, id: u64, result: &Result<Epoch>) {
-        let (epoch, error) = match result {
-            Ok(epoch) => (Some(*epoch), None),
-            Err(error) => (None, Some(error.to_string())),
-        };
-        let _ = self.send(Message::CheckpointAnswer { id, epoch, error }).await;
+        let _ = self.send(answer(id, result)).await;
+    }
+
+    /// Switches over because the secondary's operator asks for it, beside the link, which that
+    /// needs. Nothing comes of it any more when the link has ended: nobody waits there then.
+    fn spawn_switchover(&self, id: u64, limit: Duration) {
+        let (group, outbox) = (Arc::clone(&self.group), self.outbox.clone());
+        tokio::spawn(async move {
+            let result = tokio::select! {
+                biased;
+                result = group.switchover(limit) => result,
+                () = outbox.closed() => return,
+            };
+            // That it has taken over the secondary knows itself.
+            let _ = outbox.send(answer(id, &result)).await;
+        });
     }
 
     /// Whoever makes a cut gets its answers from now on.

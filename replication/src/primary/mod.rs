@@ -33,7 +33,8 @@ use self::establish::{Attempt, establish};
 pub(crate) use self::group::{Group, MapsOf, Since, check_role};
 use self::hello::Refusal;
 use self::session::CheckpointRequest;
-use crate::commands::Service;
+pub(crate) use self::session::RequestKind;
+use crate::commands::{Opened, Service};
 use crate::config::{PeerAddress, PeerKind};
 use crate::link::{RefusalKind, Side as Introduction, StopReason};
 use crate::secondary::Refused;
@@ -43,9 +44,6 @@ use crate::{Error, Result};
 
 /// The time in which requests in flight have to end at a clean stop.
 const STOP_GRACE: Duration = Duration::from_secs(10);
-
-/// Checkpoint commands that wait for their turn.
-const REQUESTS_MAX: usize = 64;
 
 /// Runs a primary whose disks are their images, until the side ends.
 pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
@@ -89,9 +87,8 @@ impl Primary {
             // There is no hello to wait for: that nobody was promoted is the manager's to know.
             group.allow_guest(true);
         }
-        let (requests, waiting) = mpsc::channel(REQUESTS_MAX);
-        let replicating = tokio::spawn(replicate(Arc::clone(group), waiting));
-        group.commands(Some(Arc::new(PrimaryCommands::new(group, requests, service))));
+        let replicating = tokio::spawn(replicate(Arc::clone(group), group.take_requests()));
+        group.commands(Some(Arc::new(PrimaryCommands::new(group, service))));
         Primary { group: Arc::clone(group), replicating }
     }
 
@@ -301,7 +298,7 @@ impl Exports for GuestExports {
         self.0.disks().iter().map(describe).collect()
     }
 
-    fn open(&self, name: &str, _: &Arc<Connection>) -> std::result::Result<Export, OptionError> {
+    fn open(&self, name: &str, _: &Arc<Connection>) -> Opened {
         let disks = self.0.disks();
         let index = match name {
             "" if disks.len() == 1 => Some(0),

@@ -44,6 +44,18 @@ pub(crate) enum RequestKind {
     Switchover,
 }
 
+impl RequestKind {
+    /// Nothing has come of it so far.
+    pub(crate) fn not_within(self, limit: Duration) -> Error {
+        Error::failed(match self {
+            RequestKind::Switchover => {
+                format!("no switchover within {limit:?}; if it has not begun yet, it will not")
+            }
+            RequestKind::Cut | RequestKind::Checkpoint => format!("no checkpoint within {limit:?}"),
+        })
+    }
+}
+
 /// A request for a checkpoint.
 pub(crate) struct CheckpointRequest {
     pub(crate) kind: RequestKind,

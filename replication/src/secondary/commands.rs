@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use serde_json::{Map, Value, json};
@@ -12,7 +13,7 @@ use crate::link::StopReason;
 use crate::node::Stage;
 use crate::side::{Managed, RoleCommands, peer_argument};
 use crate::status::Status;
-use crate::{Error, Result};
+use crate::{Epoch, Error, Result};
 
 /// The commands of the control socket, on a secondary.
 pub(super) struct SecondaryCommands {
@@ -71,10 +72,10 @@ impl SecondaryCommands {
             "failover-test" => Ok(json!(group.open_test(name_argument(arguments)).await?)),
             "failover-test-end" => Ok(json!(group.close_test(name_argument(arguments)).await?)),
             "failover-commit" | "failover-rollback" => Err(CommandError::refused(NOTHING_HELD)),
-            "switchover" => Err(Error::refused(
-                "this is the secondary: run brep switchover on the primary, or brep failover here",
-            )
-            .into()),
+            "switchover" => {
+                let epoch = self.switchover(arguments.checkpoint_limit()).await?;
+                Ok(json!({ "epoch": epoch, "role": "promoted" }))
+            }
             "block_resize" => Err(CommandError::refused(
                 "a secondary's disks grow with its primary's: run brep resize there",
             )),
@@ -135,6 +136,18 @@ impl SecondaryCommands {
                 self.service.command(command, &disks, arguments).await.map(done)
             }
         }
+    }
+
+    /// Asks the primary for a switchover: it decides, and this side takes over.
+    async fn switchover(&self, limit: Duration) -> Result<Epoch> {
+        let group = &self.group;
+        let Some(session) = group.session() else {
+            return Err(Error::refused(
+                "no primary is connected that could hand over to this side; if there is none any \
+                 more: brep failover, here",
+            ));
+        };
+        session.request_switchover(limit, group.config.peer_timeout).await
     }
 
     async fn checkpoint(&self, arguments: Arguments<'_>) -> Result<Value> {

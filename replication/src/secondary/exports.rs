@@ -15,6 +15,7 @@ use super::disk::ReplicaDisk;
 use super::group::Group;
 use super::plain::PlainDevice;
 use super::session::Session;
+use crate::commands::Opened;
 use crate::gate::Gated;
 use crate::link::{LINK_VERSION, OPTION_BIND, OPTION_LINK};
 use crate::primary::not_served;
@@ -38,11 +39,7 @@ impl Exports for PeerExports {
         list
     }
 
-    fn open(
-        &self,
-        name: &str,
-        connection: &Arc<Connection>,
-    ) -> std::result::Result<Export, OptionError> {
+    fn open(&self, name: &str, connection: &Arc<Connection>) -> Opened {
         if self.0.config.guest_listen.is_none()
             && let Some(export) = self.0.test_export(name)
         {
@@ -108,11 +105,7 @@ impl Exports for PeerExports {
 }
 
 impl PeerExports {
-    fn plain_export(
-        &self,
-        disk: &Arc<ReplicaDisk>,
-        connection: &Arc<Connection>,
-    ) -> std::result::Result<Export, OptionError> {
+    fn plain_export(&self, disk: &Arc<ReplicaDisk>, connection: &Arc<Connection>) -> Opened {
         let disks = self.0.disks();
         let index = disks.iter().position(|d| Arc::ptr_eq(d, disk)).unwrap_or_default();
         let replica = ReplicaDevice::new(&self.0, disk).map_err(unknown)?;
@@ -174,11 +167,7 @@ impl Exports for GuestExports {
         list
     }
 
-    fn open(
-        &self,
-        name: &str,
-        connection: &Arc<Connection>,
-    ) -> std::result::Result<Export, OptionError> {
+    fn open(&self, name: &str, connection: &Arc<Connection>) -> Opened {
         let mut export = match self.0.test_export(name) {
             Some(export) => export,
             None => guest_export(&self.0, &*self.0.find_disk(name)?)?,
@@ -200,7 +189,7 @@ fn describe(group: &Group, what: &str) -> Vec<ExportDescription> {
     group.disks().iter().map(describe).collect()
 }
 
-fn guest_export(group: &Group, disk: &ReplicaDisk) -> std::result::Result<Export, OptionError> {
+fn guest_export(group: &Group, disk: &ReplicaDisk) -> Opened {
     if group.primary().as_ref().is_some_and(|primary| !primary.serves_guests()) {
         return Err(not_served());
     }

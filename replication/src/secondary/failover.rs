@@ -136,15 +136,21 @@ impl Group {
 
     /// The primary has made room, with a checkpoint that holds everything.
     pub(super) async fn switch_over(self: Arc<Self>, session: Arc<Session>, epoch: Epoch) {
+        // Whoever asked for it here, or for a checkpoint, is told what the session does not live to
+        // tell.
+        let waiting = session.take_requests();
         let complete = self.record().com.is_some_and(|com| com.epoch == epoch)
             && self.core().is_current(&session);
         let taken_over = match complete {
             true => self.failover(Wanted::CHECKPOINT).await.map(drop),
             false => Err(Error::failed("the checkpoint of the switchover is not the last one")),
         };
-        if let Err(error) = taken_over {
+        if let Err(error) = &taken_over {
             tracing::error!(%error, "no switchover");
             session.conclude_promotion(self.what_became());
+        }
+        for answer in waiting {
+            let _ = answer.send(taken_over.clone().map(|()| epoch));
         }
     }
 

@@ -226,10 +226,14 @@ impl Group {
                     let answer = self.hash(session, (disk, offset, length), chunk).await;
                     session.send(answer).await?;
                 }
-                Message::CheckpointAnswer { id, epoch, error } => {
+                Message::CheckpointAnswer { id, epoch, error, refused } => {
+                    let told = if refused { Error::refused } else { Error::failed };
                     let result = match (epoch, error) {
                         (Some(epoch), None) => Ok(epoch),
-                        (_, error) => Err(Error::refused(error.unwrap_or_default())),
+                        (_, error) => {
+                            let error = told(error.unwrap_or_default());
+                            Err(error.context("the primary says"))
+                        }
                     };
                     session.answer(id, result);
                 }

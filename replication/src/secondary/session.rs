@@ -9,7 +9,8 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::disk::ReplicaDisk;
-use crate::link::{Message, StopReason};
+use crate::link::{Message, StopReason, timeout_ms};
+use crate::primary::RequestKind;
 use crate::table::Disks;
 use crate::{Epoch, Error, Result};
 
@@ -211,7 +212,7 @@ impl Session {
         if !promoting {
             self.ending.cancel();
         }
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.requests().clear();
         result
     }
 
@@ -235,31 +236,65 @@ impl Session {
 
     /// Asks the primary for a checkpoint and waits for its answer.
     pub(crate) async fn request_checkpoint(&self, limit: Duration) -> Result<Epoch> {
+        let request = |id| Message::CheckpointRequest { id };
+        let answer = self.request(request, limit).await?;
+        answer.unwrap_or_else(|| Err(RequestKind::Checkpoint.not_within(limit)))
+    }
+
+    /// Asks the primary to make this side the primary, and waits until it is, or until the primary
+    /// has said why not. It does not begin after `limit`, and has `grace` more to say so.
+    pub(crate) async fn request_switchover(
+        &self,
+        limit: Duration,
+        grace: Duration,
+    ) -> Result<Epoch> {
+        let limit_ms = timeout_ms(limit);
+        let request = |id| Message::SwitchoverWish { id, limit_ms };
+        let answer = self.request(request, limit.saturating_add(grace)).await?;
+        answer.unwrap_or_else(|| Err(RequestKind::Switchover.not_within(limit)))
+    }
+
+    /// Asks the primary, and waits for its answer; none within the limit: none.
+    async fn request(
+        &self,
+        message: impl FnOnce(u64) -> Message,
+        limit: Duration,
+    ) -> Result<Option<Result<Epoch>>> {
         let id = self.request_id.fetch_add(1, Ordering::Relaxed);
         let (answer, wait) = oneshot::channel();
         {
-            let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut requests = self.requests();
             if requests.len() >= REQUESTS_MAX {
                 return Err(Error::refused("too many checkpoints are waiting already"));
             }
             requests.insert(id, answer);
         }
-        self.send(Message::CheckpointRequest { id }).await?;
+        self.send(message(id)).await?;
         let result = tokio::time::timeout(limit, wait).await;
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        self.requests().remove(&id);
         match result {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(Error::failed("the session ended before the checkpoint was taken")),
-            Err(_) => Err(Error::failed(format!("no checkpoint within {limit:?}"))),
+            Ok(Ok(result)) => Ok(Some(result)),
+            Ok(Err(_)) => {
+                Err(Error::failed("the session ended before that was done (see brep status)"))
+            }
+            Err(_) => Ok(None),
         }
     }
 
     /// The primary has answered a request.
     pub(crate) fn answer(&self, id: u64, result: Result<Epoch>) {
-        let waiting = self.requests.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
-        if let Some(waiting) = waiting {
+        if let Some(waiting) = self.requests().remove(&id) {
             let _ = waiting.send(result);
         }
+    }
+
+    /// Everybody who waits for the primary's answer: the end of the session forgets them.
+    pub(crate) fn take_requests(&self) -> Vec<oneshot::Sender<Result<Epoch>>> {
+        std::mem::take(&mut *self.requests()).into_values().collect()
+    }
+
+    fn requests(&self) -> MutexGuard<'_, BTreeMap<u64, oneshot::Sender<Result<Epoch>>>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn note_failed_write(&self) {

@@ -3,10 +3,10 @@ use std::time::Duration;
 
 use brep_block::{FlushLevel, Operation, Rule};
 
-use super::common::{MIB, Scratch, Side, connect};
-use super::write;
-use crate::config::Durability;
-use crate::image::faults;
+use super::common::{Scratch, Side, connect};
+use super::{Pair, write};
+use crate::config::{Durability, SideConfig};
+use crate::image::faults::{self, Faults};
 
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -14,20 +14,15 @@ const LIMIT: Duration = Duration::from_secs(5);
 /// have to have it, whichever connection it came by.
 #[tokio::test]
 async fn i08_a_flush_reaches_the_secondary_if_something_has_ended_there_since_the_last() {
-    let scratch = Scratch::new();
-    scratch.raw("p.raw", MIB, 1);
-    scratch.raw("s.raw", MIB, 2);
-    let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
-    config.durability = Durability::Power;
-    let there = Side::run(config);
-    let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-    (config.durability, config.peer_timeout) = (Durability::Power, Duration::from_secs(20));
-    let here = Side::run(config);
-    here.wait_state("in-sync").await;
+    let change = |_: &Scratch, here: &mut SideConfig, there: &mut SideConfig| {
+        (here.durability, there.durability) = (Durability::Power, Durability::Power);
+        here.peer_timeout = Duration::from_secs(20);
+    };
+    let Pair { scratch, primary: here, secondary: there, disk: Faults { upper: disk, .. }, .. } =
+        Pair::with(change).await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     let other = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     let flush = || guest.start_flush(FlushLevel::Durable);
-    let disk = faults::of(&scratch.path("s.raw")).upper;
     write(&guest, 0, 0x11).await.unwrap().unwrap();
     flush().await.unwrap();
 

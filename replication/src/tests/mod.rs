@@ -33,6 +33,7 @@ use bytes::Bytes;
 use tokio::task::JoinHandle;
 
 use self::common::{MIB, Scratch, Side};
+use crate::config::SideConfig;
 use crate::image::faults::{self, Faults};
 
 /// A pair, in sync, with a peer timeout of two seconds.
@@ -48,24 +49,25 @@ struct Pair {
 
 impl Pair {
     async fn new() -> Self {
-        Self::start(false).await
+        Self::with(|_, _, _| {}).await
     }
 
     /// With a guest on the secondary.
     async fn with_guest() -> Self {
-        Self::start(true).await
+        let listen = |scratch: &Scratch| Some(scratch.endpoint("s-guest.sock"));
+        Self::with(|scratch, _, there| there.guest_listen = listen(scratch)).await
     }
 
-    async fn start(guest: bool) -> Self {
+    /// With what is changed of the configurations of primary and secondary.
+    async fn with(change: impl FnOnce(&Scratch, &mut SideConfig, &mut SideConfig)) -> Self {
         let scratch = Scratch::new();
         scratch.raw("p.raw", MIB, 1);
         scratch.raw("s.raw", MIB, 2);
-        let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
-        config.guest_listen = guest.then(|| scratch.endpoint("s-guest.sock"));
-        let secondary = Side::run(config);
-        let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-        config.peer_timeout = Duration::from_secs(2);
-        let primary = Side::run(config);
+        let mut there = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+        let mut here = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+        here.peer_timeout = Duration::from_secs(2);
+        change(&scratch, &mut here, &mut there);
+        let (secondary, primary) = (Side::run(there), Side::run(here));
         primary.wait_state("in-sync").await;
         let local = faults::of(&scratch.path("p.raw"));
         let disk = faults::of(&scratch.path("s.raw"));

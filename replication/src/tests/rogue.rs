@@ -3,6 +3,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use brep_block::{BlockDevice, Memory};
+use brep_nbd::Endpoint;
 use brep_nbd::server::{
     Connection, Export, ExportDescription, Exports, OptionError, PrivateReply, Server,
     ServerConfig, TakenStream,
@@ -37,8 +38,15 @@ struct State {
     holds_cuts: bool,
     /// It says again and again that it is about to be promoted.
     promoting: bool,
+    /// How often the primary has said that it acknowledges nothing meanwhile.
+    holding: u32,
     /// It says that it has been promoted, and then that it knows nothing.
     promotes: bool,
+    /// It asks for a switchover, once.
+    wishes: bool,
+    /// Cuts that it was asked for, and whether it could take over.
+    cuts: u32,
+    asked: u32,
     /// It ends the link, once.
     hangs_up: bool,
 }
@@ -129,11 +137,17 @@ impl Rogue {
             let mut answers = Vec::new();
             {
                 let mut state = self.state();
+                match &message {
+                    Ok(Ok(Message::Cut { .. })) => state.cuts += 1,
+                    Ok(Ok(Message::SwitchoverRequest)) => state.asked += 1,
+                    _ => {}
+                }
                 match message {
                     Ok(Ok(Message::Cut { epoch })) if !state.holds_cuts => {
                         state.com = Some(Commit { cur, epoch });
                         answers = vec![Message::CutDone { epoch }, Message::Committed { epoch }];
                     }
+                    Ok(Ok(Message::Holding)) => state.holding += 1,
                     Ok(Ok(_)) => {}
                     Ok(Err(_)) => return,
                     Err(_) if state.promoting => answers.push(Message::Promoting),
@@ -142,6 +156,9 @@ impl Rogue {
                 if state.promotes {
                     *state = State::default();
                     answers = vec![Message::Stop { reason: StopReason::Promoted }];
+                }
+                if std::mem::take(&mut state.wishes) {
+                    answers.push(Message::SwitchoverWish { id: 0, limit_ms: 60_000 });
                 }
                 if std::mem::take(&mut state.hangs_up) {
                     return;
@@ -191,16 +208,24 @@ fn config(scratch: &Scratch) -> SideConfig {
     config
 }
 
+/// A primary with such a secondary, in sync.
+async fn in_sync(change: impl FnOnce(&mut SideConfig)) -> (Scratch, Arc<Rogue>, Side) {
+    let scratch = Scratch::new();
+    let rogue = Rogue::start(&scratch).await;
+    let mut config = config(&scratch);
+    change(&mut config);
+    let primary = Side::run(config);
+    primary.wait_state("in-sync").await;
+    (scratch, rogue, primary)
+}
+
 /// I8: however often a secondary says that it is about to take over, a write waits for it once.
 #[tokio::test]
 async fn i08_a_promotion_that_is_announced_and_not_decided_holds_no_write_for_long() {
-    let scratch = Scratch::new();
-    let rogue = Rogue::start(&scratch).await;
-    let primary = Side::run(config(&scratch));
-    primary.wait_state("in-sync").await;
+    let (scratch, rogue, primary) = in_sync(|_| {}).await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     rogue.state().promoting = true;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    rogue.until(|state| state.holding > 0).await;
     let written = tokio::time::timeout(Duration::from_secs(5), write(&guest, 0, 0x11)).await;
     written.expect("it waits still").unwrap().unwrap();
     rogue.state().promoting = false;
@@ -211,12 +236,7 @@ async fn i08_a_promotion_that_is_announced_and_not_decided_holds_no_write_for_lo
 /// What the secondary is told of the line that its session is on stays true.
 #[tokio::test]
 async fn a_primary_that_goes_on_alone_while_a_session_is_agreed_on_begins_another_one() {
-    let scratch = Scratch::new();
-    let rogue = Rogue::start(&scratch).await;
-    let mut config = config(&scratch);
-    config.on_peer_lost = OnPeerLost::Suspend;
-    let primary = Side::run(config);
-    primary.wait_state("in-sync").await;
+    let (_scratch, rogue, primary) = in_sync(|c| c.on_peer_lost = OnPeerLost::Suspend).await;
     {
         let mut state = rogue.state();
         (state.holds_starts, state.hangs_up) = (true, true);
@@ -234,10 +254,7 @@ async fn a_primary_that_goes_on_alone_while_a_session_is_agreed_on_begins_anothe
 /// again.
 #[tokio::test]
 async fn i11_a_primary_whose_secondary_was_promoted_serves_nobody_for_a_blank_one() {
-    let scratch = Scratch::new();
-    let rogue = Rogue::start(&scratch).await;
-    let primary = Side::run(config(&scratch));
-    primary.wait_state("in-sync").await;
+    let (scratch, rogue, primary) = in_sync(|_| {}).await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     rogue.state().promotes = true;
     let refused = |s: &Value| s["link"] == "refused";
@@ -253,10 +270,7 @@ async fn i11_a_primary_whose_secondary_was_promoted_serves_nobody_for_a_blank_on
 /// It is asked for once, and not again each time that the link breaks.
 #[tokio::test]
 async fn a_whole_copy_goes_on_over_a_break_whatever_made_it_necessary() {
-    let scratch = Scratch::new();
-    let rogue = Rogue::start(&scratch).await;
-    let primary = Side::run(config(&scratch));
-    primary.wait_state("in-sync").await;
+    let (scratch, rogue, primary) = in_sync(|_| {}).await;
     {
         let mut state = rogue.state();
         // It was restored from an older copy.
@@ -289,10 +303,7 @@ async fn a_whole_copy_goes_on_over_a_break_whatever_made_it_necessary() {
 
 #[tokio::test]
 async fn a_copy_that_replication_would_have_to_be_started_for_says_so() {
-    let scratch = Scratch::new();
-    let rogue = Rogue::start(&scratch).await;
-    let primary = Side::run(config(&scratch));
-    primary.wait_state("in-sync").await;
+    let (_scratch, rogue, primary) = in_sync(|_| {}).await;
     {
         let mut state = rogue.state();
         state.com = state.com.map(|com| Commit { epoch: Epoch(0), ..com });
@@ -329,10 +340,7 @@ async fn another_peer_is_connected_to_although_the_old_one_does_not_answer() {
 
 #[tokio::test]
 async fn a_copy_that_was_asked_for_is_made_by_the_next_session_if_this_one_ends_before_it() {
-    let scratch = Scratch::new();
-    let rogue = Rogue::start(&scratch).await;
-    let primary = Side::run(config(&scratch));
-    primary.wait_state("in-sync").await;
+    let (_scratch, rogue, primary) = in_sync(|_| {}).await;
     rogue.state().holds_cuts = true;
     let waiting = primary.command("checkpoint", json!({ "wait": "cut" }));
     let asked = async {
@@ -346,5 +354,35 @@ async fn a_copy_that_was_asked_for_is_made_by_the_next_session_if_this_one_ends_
     rogue.until(|state| state.starts.len() == 2).await;
     assert_eq!(rogue.state().starts[1].1, CopyMode::Full);
     primary.wait("in sync", |s: &Value| s["disks"][0]["state"] == "in-sync").await;
+    primary.stop().await;
+}
+
+/// Only while the one who asked is connected is it known that he still waits.
+#[tokio::test]
+async fn a_switchover_that_a_secondary_asked_for_is_not_made_when_it_has_gone_and_come_back() {
+    let listen = |c: &mut SideConfig| {
+        c.listen = Some(Endpoint::Unix { path: c.state_dir.with_extension("sock") });
+    };
+    let (_scratch, rogue, primary) = in_sync(listen).await;
+    rogue.state().holds_cuts = true;
+    let busy = primary.command("checkpoint", json!({}));
+    let goes = async {
+        let cuts = rogue.state().cuts;
+        rogue.until(|state| state.cuts > cuts).await;
+        rogue.state().wishes = true;
+        rogue.until(|state| !state.wishes).await;
+        let mut state = rogue.state();
+        (state.holds_cuts, state.hangs_up) = (false, true);
+    };
+    let (busy, ()) = tokio::join!(busy, goes);
+    busy.unwrap_err();
+    rogue.until(|state| state.starts.len() == 2).await;
+    primary.wait("connected", |s| s["link"] == "connected").await;
+    primary.wait_state("in-sync").await;
+    primary.checkpoint().await;
+    assert_eq!(rogue.state().asked, 0);
+    // It would have been asked: it has the address, and nothing is in the way.
+    rogue.state().wishes = true;
+    rogue.until(|state| state.asked == 1).await;
     primary.stop().await;
 }

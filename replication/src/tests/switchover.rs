@@ -4,32 +4,30 @@ use std::time::Duration;
 use brep_block::{Operation, Rule};
 use serde_json::json;
 
-use super::common::{MIB, Scratch, Side, connect};
-use super::write;
+use super::common::connect;
+use super::{Pair, write};
 use crate::config::Durability;
-use crate::image::faults;
+
+/// A pair that can change its roles.
+async fn pair() -> Pair {
+    Pair::with(|scratch, here, there| {
+        there.durability = Durability::Power;
+        here.listen = Some(scratch.endpoint("p.sock"));
+        there.peer = Some(scratch.endpoint("p.sock").into());
+    })
+    .await
+}
 
 /// Whoever was told that there was none must not find the roles changed a little later.
-#[tokio::test]
-async fn a_switchover_that_nobody_waits_for_any_more_is_not_made() {
-    let scratch = Scratch::new();
-    scratch.raw("p.raw", MIB, 1);
-    scratch.raw("s.raw", MIB, 2);
-    let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
-    config.durability = Durability::Power;
-    let there = Side::run(config);
-    let mut config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
-    config.listen = Some(scratch.endpoint("p.sock"));
-    let here = Side::run(config);
-    here.wait_state("in-sync").await;
-    let uri = format!("nbd+unix:///?socket={}", scratch.path("p.sock").display());
-    there.command("peer-set", json!({ "uri": uri })).await.unwrap();
+async fn nobody_waits_for_it_any_more(asked_on_secondary: bool) {
+    let Pair { scratch, primary: here, secondary: there, disk, .. } = pair().await;
     let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
     write(&guest, 0, 0x11).await.unwrap().unwrap();
     // Its checkpoint takes its time.
-    let hang = faults::of(&scratch.path("s.raw")).upper.hang(Rule::new(Operation::Flush));
+    let hang = disk.upper.hang(Rule::new(Operation::Flush));
     let before = here.status().await["checkpoint"].as_u64();
-    let error = here.command("switchover", json!({ "timeout-ms": 300 })).await.unwrap_err();
+    let asked = if asked_on_secondary { &there } else { &here };
+    let error = asked.command("switchover", json!({ "timeout-ms": 300 })).await.unwrap_err();
     assert!(error.to_string().contains("within"), "{error}");
     hang.reached(1).await;
     hang.release();
@@ -41,4 +39,14 @@ async fn a_switchover_that_nobody_waits_for_any_more_is_not_made() {
     guest.close();
     here.stop().await;
     there.stop().await;
+}
+
+#[tokio::test]
+async fn a_switchover_that_nobody_waits_for_any_more_is_not_made() {
+    nobody_waits_for_it_any_more(false).await;
+}
+
+#[tokio::test]
+async fn nor_is_one_that_was_asked_for_on_the_secondary() {
+    nobody_waits_for_it_any_more(true).await;
 }
