@@ -6,17 +6,20 @@ fn pool(dir: &Path, size: u64) -> BufferPool {
     BufferPool::new(dir, "vda", size, None, Durability::Process)
 }
 
+/// The number of a buffer that a process has taken, which has ended since.
+async fn one_taken(dir: &Path, set: SetId) -> u64 {
+    let pool = pool(dir, 1 << 20);
+    pool.open(Some(set), &[], 0, false).await.unwrap();
+    pool.take(set).await.unwrap().seq
+}
+
 /// A process that is killed while it makes a buffer must not keep the next from its
 /// checkpoint.
 #[tokio::test]
 async fn what_a_killed_process_was_making_does_not_keep_the_others_from_being_opened() {
     let dir = tempfile::tempdir().unwrap();
     let set = SetId::random();
-    let seq = {
-        let pool = pool(dir.path(), 1 << 20);
-        pool.open(Some(set), &[], 0, false).await.unwrap();
-        pool.take(set).await.unwrap().seq
-    };
+    let seq = one_taken(dir.path(), set).await;
     let unfinished = dir.path().join("vda.1.qcow2.new");
     std::fs::write(&unfinished, b"QFI\xfb").unwrap();
     std::fs::write(dir.path().join("vda.2.qcow2"), b"").unwrap();
@@ -35,11 +38,7 @@ async fn what_a_killed_process_was_making_does_not_keep_the_others_from_being_op
 async fn what_a_power_loss_has_left_of_a_buffer_that_nobody_names_does_not_stay_for_ever() {
     let dir = tempfile::tempdir().unwrap();
     let set = SetId::random();
-    let seq = {
-        let pool = pool(dir.path(), 1 << 20);
-        pool.open(Some(set), &[], 0, false).await.unwrap();
-        pool.take(set).await.unwrap().seq
-    };
+    let seq = one_taken(dir.path(), set).await;
     // Its name was flushed, and its contents were not.
     let torn = dir.path().join("vda.1.qcow2");
     std::fs::write(&torn, [0; 4096]).unwrap();
