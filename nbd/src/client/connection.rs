@@ -65,6 +65,10 @@ impl Connection {
             server: server.clone(),
             source: HandshakeError::NoExportInfo,
         })?;
+        if options.needs_multi_conn && !export.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
+            let reason = "it does not allow several connections".to_owned();
+            return Err(ClientError::Incompatible { server, reason });
+        }
         let transmission = Transmission::new(outcome.structured_replies, outcome.context);
         let queue = Arc::new(Queue::new(
             options.name.clone(),

@@ -1,3 +1,4 @@
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -42,6 +43,9 @@ pub struct ConnectOptions {
     ///
     /// [`Connection::start_context_status`]: crate::client::Connection::start_context_status
     pub context: String,
+    /// Refuse an export that does not promise that a flush on one connection covers all: for
+    /// connections that share their work with others.
+    pub needs_multi_conn: bool,
     /// Begin TLS before anything else; there is no connection without it then.
     pub tls: Option<TlsClient>,
 }
@@ -66,6 +70,7 @@ impl ConnectOptions {
             queued_bytes_max: 256 << 20,
             want_structured: true,
             context: BASE_ALLOCATION.to_owned(),
+            needs_multi_conn: false,
             tls: None,
         }
     }
@@ -90,7 +95,8 @@ pub struct ReconnectPolicy {
     /// How long [`Client::connect`](crate::client::Client::connect) goes on trying. 0: one
     /// attempt.
     pub open_timeout: Duration,
-    /// Pause after the first attempt that failed; each further one doubles it.
+    /// Pause after the first attempt that failed; each further one doubles it. Up to a quarter
+    /// is taken off by chance, so that clients that lost one server do not all come back at once.
     pub pause_first: Duration,
     /// Longest pause between attempts.
     pub pause_max: Duration,
@@ -112,8 +118,30 @@ impl ReconnectPolicy {
     /// The pauses between attempts.
     pub(super) fn pauses(&self) -> impl Iterator<Item = Duration> + Send + use<> {
         let max = self.pause_max;
-        std::iter::successors(Some(self.pause_first.min(max)), move |pause| {
+        let doubled = std::iter::successors(Some(self.pause_first.min(max)), move |pause| {
             Some(pause.saturating_mul(2).min(max))
-        })
+        });
+        doubled.map(|pause| pause - pause.mul_f64(chance() / 4.0))
+    }
+}
+
+/// A number from 0 to 1, by chance: what the standard library seeds its hash tables with.
+fn chance() -> f64 {
+    let random = RandomState::new().build_hasher().finish();
+    (random >> 32) as f64 / f64::from(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_a_limit_and_differ_by_chance() {
+        let policy = ReconnectPolicy::default();
+        let pauses: Vec<f64> = policy.pauses().take(8).map(|pause| pause.as_secs_f64()).collect();
+        for (pause, longest) in pauses.iter().zip([1.0, 2.0, 4.0, 8.0, 16.0, 16.0, 16.0, 16.0]) {
+            assert!(*pause <= longest && *pause >= longest * 0.749, "{pauses:?}");
+        }
+        assert_ne!(pauses, policy.pauses().take(8).map(|p| p.as_secs_f64()).collect::<Vec<_>>());
     }
 }

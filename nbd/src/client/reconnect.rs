@@ -10,9 +10,8 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 
+use super::opened::Opened;
 use super::{ClientError, ConnectOptions, Connection, ReconnectPolicy};
-use crate::proto::client::ExportInfo;
-use crate::proto::wire::TransmissionFlags;
 
 /// A device that connects later, and connects again when its connection was lost.
 ///
@@ -59,13 +58,6 @@ enum Status {
     Connected(Arc<Connection>),
     Reconnecting { since: Instant, reason: ClientError },
     Failed(ClientError),
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Opened {
-    size: u64,
-    limits: Limits,
-    flags: TransmissionFlags,
 }
 
 /// How a [`Client`] stands.
@@ -239,8 +231,7 @@ struct RequestRange {
 impl Shared {
     /// Adopts a first connection, and starts the task that replaces it when it is lost.
     fn open(self: &Arc<Self>, connection: Arc<Connection>) {
-        let export = connection.export();
-        let opened = Opened { size: export.size, limits: connection.limits(), flags: export.flags };
+        let opened = Opened::of(&connection);
         self.state.send_modify(|state| {
             state.generation += 1;
             let keeper = Keeper { shared: Arc::clone(self), generation: state.generation, opened };
@@ -376,7 +367,10 @@ impl Keeper {
         let mut pauses = policy.pauses();
         loop {
             let attempt = Connection::connect(&self.shared.options).await;
-            let checked = attempt.and_then(|new| self.opened.check(new, &self.shared));
+            let checked = attempt.and_then(|new| {
+                self.opened.check(&new, &self.shared.options)?;
+                Ok(new)
+            });
             let reason = match checked {
                 Ok(connection) => return Ok(connection),
                 Err(reason) if reason.is_permanent() => return Err(reason),
@@ -407,31 +401,6 @@ impl Status {
             }
             Status::Failed(reason) => ClientStatus::Failed { reason: reason.clone() },
         }
-    }
-}
-
-impl Opened {
-    /// What users were promised at the first connection has to hold on this one.
-    fn check(
-        self,
-        connection: Arc<Connection>,
-        shared: &Shared,
-    ) -> std::result::Result<Arc<Connection>, ClientError> {
-        let export: &ExportInfo = connection.export();
-        let lost = |flag| self.flags.contains(flag) && !export.flags.contains(flag);
-        let reason = if export.size < self.size {
-            format!("it had {} bytes and now has {}", self.size, export.size)
-        } else if !self.limits.read_only && connection.limits().read_only {
-            "it is read-only now".to_owned()
-        } else if lost(TransmissionFlags::SEND_FLUSH) {
-            "it cannot be flushed any more".to_owned()
-        } else if connection.limits().block_size > self.limits.block_size {
-            format!("its blocks now have {} bytes", connection.limits().block_size)
-        } else {
-            return Ok(connection);
-        };
-        connection.close();
-        Err(ClientError::Incompatible { server: shared.options.endpoint.to_string(), reason })
     }
 }
 

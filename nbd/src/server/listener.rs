@@ -1,4 +1,5 @@
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -114,6 +115,32 @@ impl Listener {
             }
         }
         Ok(Listener { socket, endpoint, _file: file })
+    }
+
+    /// Takes over a socket that listens already, as service managers pass them. The path of a
+    /// unix socket is not removed in the end: it is whoever's who made it. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// It is no stream socket that listens on TCP or on a path.
+    pub fn adopt(socket: OwnedFd) -> io::Result<Self> {
+        let refuse = |why: &str| io::Error::new(io::ErrorKind::InvalidInput, why.to_owned());
+        if !rustix::net::sockopt::socket_acceptconn(&socket)? {
+            return Err(refuse("the socket that was passed does not listen"));
+        }
+        let socket = Socket::from(socket);
+        socket.set_nonblocking(true)?;
+        let address = socket.local_addr()?;
+        if let Some(address) = address.as_socket() {
+            let endpoint = Endpoint::Tcp { host: address.ip().to_string(), port: address.port() };
+            let socket = Listening::Tcp(TcpListener::from_std(socket.into())?);
+            return Ok(Listener { socket, endpoint, _file: None });
+        }
+        let path = address.as_pathname().ok_or_else(|| {
+            refuse("the socket that was passed listens neither on TCP nor on a path")
+        })?;
+        let endpoint = Endpoint::Unix { path: path.to_owned() };
+        let socket = Listening::Unix(UnixListener::from_std(socket.into())?);
+        Ok(Listener { socket, endpoint, _file: None })
     }
 
     /// Where it listens; the port is the real one even if any was asked for.
