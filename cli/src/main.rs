@@ -4,6 +4,7 @@ mod cmd;
 mod exit;
 mod instances;
 mod output;
+mod systemd;
 mod units;
 
 use std::process::ExitCode;
@@ -54,9 +55,10 @@ fn run(command: Command) -> Outcome {
             ImageCommand::Compare(args) => cmd::image::compare::run(&args),
         },
         Command::Nbd(args) => match args.command {
-            NbdCommand::Serve(args) => cmd::nbd::serve::run(args),
+            NbdCommand::Serve(args) => cmd::nbd::serve::run(*args),
             NbdCommand::Info(args) => cmd::nbd::info::run(&args),
             NbdCommand::List(args) => cmd::nbd::list::run(&args),
+            NbdCommand::Copy(args) => cmd::nbd::copy::run(&args),
         },
         Command::Tls(args) => match args.command {
             TlsCommand::Init(args) => cmd::tls::init(&args),

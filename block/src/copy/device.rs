@@ -204,7 +204,8 @@ impl Copier {
         if status.flags.zero && whole > offset {
             return Ok((whole, true));
         }
-        Ok((end.next_multiple_of(self.block_len).min(self.size), false))
+        let whole = end.checked_next_multiple_of(self.block_len).unwrap_or(self.size);
+        Ok((whole.min(self.size), false))
     }
 
     async fn copy(&self, piece: Piece) -> Result<()> {

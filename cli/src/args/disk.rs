@@ -96,7 +96,7 @@ pub(crate) fn unknown_format(file: &Path, option: &str) -> String {
     )
 }
 
-fn parse_cache(text: &str) -> Result<CacheMode, String> {
+pub(super) fn parse_cache(text: &str) -> Result<CacheMode, String> {
     match text {
         "writeback" => Ok(CacheMode::Writeback),
         "none" => Ok(CacheMode::None),

@@ -1,6 +1,7 @@
 //! What can be typed, and what it means.
 mod address;
 mod control;
+mod copy;
 mod disk;
 mod drive;
 mod groups;
@@ -16,6 +17,7 @@ pub(crate) use control::{
     PeerCommand, ResizeArgs, ResumeArgs, ResyncArgs, StartArgs, StatusArgs, StopArgs,
     SwitchoverArgs, Target, Wait,
 };
+pub(crate) use copy::{CopyArgs, STREAM};
 pub(crate) use disk::{format_by_name, unknown_format};
 pub(crate) use groups::SecondariesArgs;
 pub(crate) use image::{

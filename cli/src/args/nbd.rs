@@ -1,18 +1,21 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use brep_block::CacheMode;
 use brep_nbd::NbdUri;
 use brep_nbd::proto::client::BASE_ALLOCATION;
+use brep_nbd::proto::wire::STRING_LEN_MAX;
 use brep_nbd::tls::TlsClient;
 use brep_replication::config::DiskFormat;
 use clap::{Args, Subcommand};
 
-use super::disk::parse_format;
+use super::copy::CopyArgs;
+use super::disk::{parse_cache, parse_format};
 use super::security::{TlsFlags, tls_failure};
 use crate::exit::Failure;
 use crate::units::parse_duration;
 
-/// Serve an image over NBD, or ask a server what it has
+/// Serve an image over NBD, ask a server what it has, copy disks
 #[derive(Debug, Args)]
 pub(crate) struct NbdArgs {
     #[command(subcommand)]
@@ -21,33 +24,70 @@ pub(crate) struct NbdArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum NbdCommand {
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     Info(NbdInfoArgs),
     List(NbdListArgs),
+    Copy(CopyArgs),
 }
 
-/// Serve an image until SIGTERM or SIGINT
+/// Serve an image until SIGTERM or SIGINT, or as long as something else says
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   brep nbd serve disk.raw --listen 'nbd+unix:///?socket=disk.sock'
   brep nbd serve disk.qcow2 --listen nbd://127.0.0.1:10809 --export vda --read-only
-  brep nbd serve disk.raw --listen nbds://0.0.0.0 --tls-dir /etc/brep/tls")]
+  brep nbd serve disk.raw --listen nbds://0.0.0.0 --tls-dir /etc/brep/tls
+  brep nbd serve disk.qcow2 --run 'nbdinfo \"$uri\"'
+
+A service manager's sockets (LISTEN_FDS) are served in the place of --listen.")]
 pub(crate) struct ServeArgs {
     /// The file
     pub(crate) file: PathBuf,
 
-    /// Where clients connect
+    /// Where clients connect; by default, with --run a socket of its own, else the sockets that the
+    /// service manager has passed
     #[arg(long, value_name = "URI")]
-    pub(crate) listen: NbdUri,
+    pub(crate) listen: Option<NbdUri>,
 
     /// Name of the export; clients that name none get it too
     #[arg(long, value_name = "NAME", default_value = "")]
     pub(crate) export: String,
 
+    /// A text for people, which clients are shown
+    #[arg(short = 'D', long, value_name = "TEXT", default_value = "", value_parser = parse_description)]
+    pub(crate) description: String,
+
     /// Accept no writes
-    #[arg(long)]
+    #[arg(short, long)]
     pub(crate) read_only: bool,
+
+    /// Connections at a time; further ones wait. With 1 clients are not offered several
+    #[arg(
+        short = 'e',
+        long,
+        value_name = "COUNT",
+        default_value = "1024",
+        value_parser = parse_max_connections
+    )]
+    pub(crate) max_connections: usize,
+
+    /// End when the last client has gone
+    #[arg(long)]
+    pub(crate) exit_with_last_client: bool,
+
+    /// Run a command in a shell, end with it, and with its exit code
+    ///
+    /// In its environment are uri, exportname, and unixsocket or port.
+    #[arg(long, value_name = "COMMAND", conflicts_with = "exit_with_last_client")]
+    pub(crate) run: Option<String>,
+
+    /// A file that gets the number of the process once clients can connect
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pid_file: Option<PathBuf>,
+
+    /// writeback: through the page cache; none: past it
+    #[arg(long, value_name = "MODE", default_value = "writeback", value_parser = parse_cache)]
+    pub(crate) cache: CacheMode,
 
     /// raw or qcow2 [default: what the file's name says]
     #[arg(short, long, value_parser = parse_format)]
@@ -62,7 +102,7 @@ pub(crate) struct ServeArgs {
 pub(crate) struct ClientFlags {
     /// Certificates for TLS, where the URI demands it and names no tls-certificates
     #[arg(long, value_name = "DIR")]
-    tls_dir: Option<PathBuf>,
+    pub(super) tls_dir: Option<PathBuf>,
 
     /// How long to wait for the server
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
@@ -127,4 +167,18 @@ pub(crate) struct NbdInfoArgs {
     /// Print it as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn parse_max_connections(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(count) if (1..=65_536).contains(&count) => Ok(count),
+        _ => Err("a number from 1 to 65536".into()),
+    }
+}
+
+fn parse_description(text: &str) -> Result<String, String> {
+    match text.len() {
+        0..=STRING_LEN_MAX => Ok(text.to_owned()),
+        len => Err(format!("{len} bytes; at most {STRING_LEN_MAX} can be sent")),
+    }
 }

@@ -92,6 +92,15 @@ impl TlsFlags {
         Ok(endpoint)
     }
 
+    /// Refuses a place that somebody else has chosen, if others could read along there.
+    pub(crate) fn check_open(&self, endpoint: &Endpoint) -> Result<(), Failure> {
+        let encrypted = self.dir().is_some() && self.tls == TlsMode::Required;
+        match endpoint {
+            Endpoint::Tcp { .. } if encrypted => Ok(()),
+            _ => check_plaintext("listening on", endpoint, self.allow_plaintext),
+        }
+    }
+
     /// Reads what a server needs.
     pub(crate) fn server(&self) -> Result<Option<ServerTls>, Failure> {
         let Some(dir) = self.dir() else { return Ok(None) };

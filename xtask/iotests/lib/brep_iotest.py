@@ -203,9 +203,10 @@ class Test:
             raise Failed(result.describe())
         return result
 
-    def daemon(self, name, *argv, ready=None, deadline_s=10, stdin=subprocess.DEVNULL):
-        """Starts a process with its output in NAME.log, and waits until `ready()` is true."""
-        daemon = Daemon(self, name, [str(arg) for arg in argv], stdin)
+    def daemon(self, name, *argv, ready=None, deadline_s=10, stdin=subprocess.DEVNULL, fds=()):
+        """Starts a process with its output in NAME.log, and waits until `ready()` is true. It
+        inherits the descriptors `fds`."""
+        daemon = Daemon(self, name, [str(arg) for arg in argv], stdin, fds)
         self._daemons.append(daemon)
         if ready:
             def is_ready():
@@ -326,13 +327,13 @@ def pattern(length, seed):
 class Daemon:
     """A process of the test's own. Signals go to nobody else."""
 
-    def __init__(self, test, name, argv, stdin=subprocess.DEVNULL):
+    def __init__(self, test, name, argv, stdin=subprocess.DEVNULL, fds=()):
         self.test, self.name, self.argv = test, name, argv
         self.log_path = test.dir / f"{name}.log"
         # A daemon that is started again goes on in its log.
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(argv, stdin=stdin, stdout=log, stderr=log,
-                                            preexec_fn=_die_with_parent)
+                                            preexec_fn=_die_with_parent, pass_fds=fds)
         self.pid = self.process.pid
 
     def log(self):

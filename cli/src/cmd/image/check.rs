@@ -1,4 +1,5 @@
 //! `brep image check`: the metadata of an image, with the exit codes of `qemu-img check`.
+use brep_block::CacheMode;
 use brep_qcow2::{CheckMode, CheckReport, check};
 use brep_replication::config::DiskFormat;
 use serde_json::json;
@@ -32,7 +33,7 @@ pub(crate) fn run(args: &CheckArgs) -> Outcome {
         Some(Repair::Leaks) => CheckMode::RepairLeaks,
         Some(Repair::All) => CheckMode::RepairAll,
     };
-    let file = open_raw(&args.file, format, args.repair.is_none())
+    let file = open_raw(&args.file, format, args.repair.is_none(), CacheMode::default())
         .map_err(|failure| failure.with_code(NOT_COMPLETED))?;
     let report = current_thread()?
         .block_on(check(&file, mode))

@@ -1,11 +1,13 @@
 //! `brep image`: what files and exports hold, without a pair around them.
 pub(crate) mod check;
 pub(crate) mod compare;
+mod connecting;
 pub(crate) mod create;
 pub(crate) mod info;
 mod source;
 
-pub(crate) use source::Source;
+pub(crate) use connecting::Connecting;
+pub(crate) use source::{Source, failed, nbd_uri, refused, stated_format};
 
 use brep_replication::config::DiskFormat;
 

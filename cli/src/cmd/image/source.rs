@@ -1,15 +1,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Context;
-use brep_block::{BlockDevice, FlushLevel, RawFile, RawFileOptions};
+use brep_block::{BlockDevice, CacheMode, FlushLevel, RawFile, RawFileOptions};
 use brep_nbd::NbdUri;
-use brep_nbd::client::{ConnectOptions, Connection};
 use brep_qcow2::{OpenError, OpenOptions, Qcow2};
 use brep_replication::config::DiskFormat;
 
-use super::format_name;
-use crate::args::{format_by_name, tls_failure, unknown_format};
+use super::{Connecting, format_name};
+use crate::args::{format_by_name, unknown_format};
 use crate::exit::{self, Failure};
 
 /// An image that is open: a file under a stated format, or an export of an NBD server.
@@ -24,7 +22,8 @@ pub(crate) struct Source {
 enum Kind {
     Raw,
     Qcow2(Arc<Qcow2>),
-    Export,
+    /// Over so many connections.
+    Export(usize),
 }
 
 impl Source {
@@ -42,13 +41,39 @@ impl Source {
         format: Option<DiskFormat>,
         read_only: bool,
     ) -> Result<Self, Failure> {
+        Self::open_with(image, format, read_only, &Connecting::default()).await
+    }
+
+    /// As [`open`](Self::open); `connecting` says how, if it is an export.
+    pub(crate) async fn open_with(
+        image: &str,
+        format: Option<DiskFormat>,
+        read_only: bool,
+        connecting: &Connecting,
+    ) -> Result<Self, Failure> {
         match nbd_uri(image)? {
             Some(_) if format == Some(DiskFormat::Qcow2) => Err(Failure::usage(format!(
                 "{image}: an export holds a disk, so its format is raw"
             ))),
-            Some(uri) => Self::connect(&uri).await,
-            None => Self::open_file(Path::new(image), format, read_only).await,
+            Some(uri) => {
+                let connection = connecting.connect(&uri).await?;
+                let connections = connection.connections();
+                Ok(Source { device: connection, kind: Kind::Export(connections) })
+            }
+            None => {
+                Self::open_file(Path::new(image), format, read_only, CacheMode::default()).await
+            }
         }
+    }
+
+    /// What a raw file holds that is open.
+    pub(crate) fn of_raw(file: Arc<dyn BlockDevice>) -> Self {
+        Source { device: file, kind: Kind::Raw }
+    }
+
+    /// What an image holds that is open.
+    pub(crate) fn of_qcow2(image: Arc<Qcow2>) -> Self {
+        Source { device: Arc::clone(&image) as _, kind: Kind::Qcow2(image) }
     }
 
     /// Opens a file.
@@ -56,8 +81,10 @@ impl Source {
         path: &Path,
         format: Option<DiskFormat>,
         read_only: bool,
+        cache: CacheMode,
     ) -> Result<Self, Failure> {
-        Self::open_with(path, format, OpenOptions { read_only, ..OpenOptions::default() }).await
+        let options = OpenOptions { read_only, ..OpenOptions::default() };
+        Self::open_image(path, format, options, cache).await
     }
 
     /// Opens an image to say what it is: one that lacks its backing file can be described, though
@@ -68,33 +95,33 @@ impl Source {
         }
         let options =
             OpenOptions { read_only: true, ignore_backing_name: true, ..OpenOptions::default() };
-        Self::open_with(Path::new(image), format, options).await
+        Self::open_image(Path::new(image), format, options, CacheMode::default()).await
     }
 
-    async fn open_with(
+    async fn open_image(
         path: &Path,
         format: Option<DiskFormat>,
         options: OpenOptions,
+        cache: CacheMode,
     ) -> Result<Self, Failure> {
         let format = stated_format(path, format)?;
-        let file = open_raw(path, format, options.read_only)?;
+        let file = open_raw(path, format, options.read_only, cache)?;
         if format == DiskFormat::Raw {
-            return Ok(Source { device: file, kind: Kind::Raw });
+            return Ok(Self::of_raw(file));
         }
         let options = OpenOptions { name: path.display().to_string(), ..options };
         let image = Qcow2::open(file, options).await.map_err(|error| refused(path, error))?;
-        Ok(Source { device: Arc::clone(&image) as _, kind: Kind::Qcow2(image) })
+        Ok(Self::of_qcow2(image))
     }
 
-    async fn connect(uri: &NbdUri) -> Result<Self, Failure> {
-        let options = ConnectOptions::from_uri(uri).map_err(|e| tls_failure("NBD", uri, e))?;
-        let connection = Connection::connect(&options).await.with_context(|| uri.to_string())?;
-        Ok(Source { device: connection, kind: Kind::Export })
-    }
-
-    /// Writes everything out.
+    /// Writes everything out, onto stable storage.
     pub(crate) async fn close(&self) -> Result<(), Failure> {
-        self.device.flush(FlushLevel::Durable).await?;
+        self.close_to(FlushLevel::Durable).await
+    }
+
+    /// Writes everything out, as far as `level` says.
+    pub(crate) async fn close_to(&self, level: FlushLevel) -> Result<(), Failure> {
+        self.device.flush(level).await?;
         if let Some(image) = self.qcow2() {
             image.close().await?;
         }
@@ -106,7 +133,7 @@ impl Source {
         match self.kind {
             Kind::Raw => format_name(DiskFormat::Raw),
             Kind::Qcow2(_) => format_name(DiskFormat::Qcow2),
-            Kind::Export => "nbd",
+            Kind::Export(_) => "nbd",
         }
     }
 
@@ -114,13 +141,21 @@ impl Source {
     pub(super) fn qcow2(&self) -> Option<&Arc<Qcow2>> {
         match &self.kind {
             Kind::Qcow2(image) => Some(image),
-            Kind::Raw | Kind::Export => None,
+            Kind::Raw | Kind::Export(_) => None,
         }
     }
 
     /// Whether it is served by an NBD server.
-    pub(super) fn is_export(&self) -> bool {
-        matches!(self.kind, Kind::Export)
+    pub(crate) fn is_export(&self) -> bool {
+        matches!(self.kind, Kind::Export(_))
+    }
+
+    /// Over how many connections it is reached.
+    pub(crate) fn connections(&self) -> usize {
+        match self.kind {
+            Kind::Export(connections) => connections,
+            Kind::Raw | Kind::Qcow2(_) => 0,
+        }
     }
 }
 
@@ -129,28 +164,29 @@ pub(super) fn open_raw(
     path: &Path,
     format: DiskFormat,
     read_only: bool,
+    cache: CacheMode,
 ) -> Result<Arc<dyn BlockDevice>, Failure> {
     let growable = format == DiskFormat::Qcow2;
-    let options = RawFileOptions { growable, read_only, ..RawFileOptions::default() };
+    let options = RawFileOptions { growable, read_only, cache, ..RawFileOptions::default() };
     let file = RawFile::open(path, options).map_err(failed)?;
     Ok(file)
 }
 
 /// What is wrong with a file is a failure, not a mistake in the command line.
-pub(super) fn failed(error: brep_block::Error) -> Failure {
+pub(crate) fn failed(error: brep_block::Error) -> Failure {
     let failure = Failure::from(error);
     if failure.code == exit::USAGE { failure.with_code(exit::FAILED) } else { failure }
 }
 
 /// The format that was given, or that the file's name states.
-pub(super) fn stated_format(path: &Path, given: Option<DiskFormat>) -> Result<DiskFormat, Failure> {
+pub(crate) fn stated_format(path: &Path, given: Option<DiskFormat>) -> Result<DiskFormat, Failure> {
     given
         .or_else(|| format_by_name(path))
         .ok_or_else(|| Failure::usage(unknown_format(path, "--format ")))
 }
 
 /// The URI, if this is one. A file whose name begins like a URI is written as `./nbd:...`.
-fn nbd_uri(image: &str) -> Result<Option<NbdUri>, Failure> {
+pub(crate) fn nbd_uri(image: &str) -> Result<Option<NbdUri>, Failure> {
     if !["nbd:", "nbds:", "nbd+", "nbds+"].iter().any(|scheme| image.starts_with(scheme)) {
         return Ok(None);
     }
@@ -158,7 +194,7 @@ fn nbd_uri(image: &str) -> Result<Option<NbdUri>, Failure> {
     Ok(Some(uri))
 }
 
-pub(super) fn refused(path: &Path, error: OpenError) -> Failure {
+pub(crate) fn refused(path: &Path, error: OpenError) -> Failure {
     let error = brep_block::Error::from(error);
     let path = path.display().to_string();
     let named = error.node() == path;

@@ -1,4 +1,5 @@
 //! `brep nbd`: one image as an export, what a server offers, and copies.
+pub(crate) mod copy;
 pub(crate) mod info;
 pub(crate) mod list;
 mod map;

@@ -1,0 +1,160 @@
+//! `brep nbd serve`: one image as an export.
+mod captive;
+mod last_client;
+mod pid_file;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use brep_nbd::server::{Export, Exports, Listener, Server, ServerConfig, StaticExports};
+use brep_nbd::{Endpoint, NbdUri, TlsParameters};
+use tokio_util::sync::CancellationToken;
+
+use self::last_client::LastClient;
+use self::pid_file::PidFile;
+use crate::args::{ServeArgs, ServerTls};
+use crate::cmd::image::Source;
+use crate::cmd::runtime::until_signal;
+use crate::exit::{Failure, OK, Outcome};
+use crate::{output, systemd};
+
+/// How long clients may take to get their last answers when the server stops.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+
+pub(crate) fn run(args: ServeArgs) -> Outcome {
+    let tls = args.tls.server()?;
+    let sockets = systemd::listen_fds()?;
+    let place = match (&args.listen, &args.run, sockets.is_empty()) {
+        (Some(_), _, false) => {
+            return Err(Failure::usage(
+                "--listen: the service manager has passed sockets already; leave one of the two out",
+            ));
+        }
+        (None, Some(_), false) => {
+            return Err(Failure::usage(
+                "--run: a service manager that passes sockets has its own clients",
+            ));
+        }
+        (Some(uri), _, true) => Place::At(args.tls.listener("--listen", uri.clone())?),
+        (None, Some(_), true) => Place::Captive(captive::Place::new()?),
+        (None, None, false) => Place::Passed(sockets),
+        (None, None, true) => {
+            return Err(Failure::usage(
+                "where to listen? --listen URI, --run COMMAND, or a socket of the service manager",
+            ));
+        }
+    };
+    let (code, exit_code) = std::sync::mpsc::channel();
+    until_signal("data", move |shutdown| async move {
+        let ended = serve_until(args, place, tls, shutdown).await?;
+        // The receiver lives as long as this function runs.
+        let _ = code.send(ended);
+        Ok::<_, Failure>(())
+    })?;
+    Ok(exit_code.try_recv().unwrap_or(OK))
+}
+
+/// Where clients connect.
+enum Place {
+    At(Endpoint),
+    /// A socket in a directory of our own.
+    Captive(captive::Place),
+    /// Sockets that the service manager has opened.
+    Passed(Vec<std::os::fd::OwnedFd>),
+}
+
+impl Place {
+    async fn listeners(&mut self) -> Result<Vec<Listener>, Failure> {
+        let endpoint = match self {
+            Place::At(endpoint) => endpoint.clone(),
+            Place::Captive(place) => place.endpoint(),
+            Place::Passed(sockets) => {
+                let adopted = sockets.drain(..).map(Listener::adopt);
+                let adopted: Result<_, _> = adopted.collect();
+                return Ok(adopted.context("LISTEN_FDS")?);
+            }
+        };
+        Ok(vec![Server::bind(&endpoint).await.map_err(Failure::failed)?])
+    }
+}
+
+/// Serves until something ends it, and returns the exit code.
+async fn serve_until(
+    args: ServeArgs,
+    mut place: Place,
+    tls: Option<ServerTls>,
+    shutdown: CancellationToken,
+) -> Result<u8, Failure> {
+    let source = open(&args).await?;
+    let listeners = place.listeners().await?;
+    for listener in &listeners {
+        args.tls.check_open(listener.endpoint())?;
+    }
+    let required =
+        tls.as_ref().is_some_and(|tls| listeners.iter().any(|l| tls.is_required_at(l.endpoint())));
+    let (exports, gone) = exports(&args, &source, tls.as_ref());
+    let config = ServerConfig::default()
+        .connections_max(args.max_connections)
+        .tls(tls.map(|tls| tls.server), required);
+    let server = Server::new(exports, config);
+    let uris: Vec<NbdUri> = listeners.iter().map(|l| uri_of(&args, l, required)).collect();
+    let _pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
+    for listener in listeners {
+        let server = Arc::clone(&server);
+        tokio::spawn(async move { server.serve(listener).await });
+    }
+    if args.run.is_none() {
+        for uri in &uris {
+            output::line(&format!("serving {} as {uri}", args.file.display()))?;
+        }
+    }
+    systemd::notify("READY=1");
+    let code = match (&args.run, uris.first()) {
+        (Some(command), Some(uri)) => captive::run(command, uri, &shutdown).await,
+        _ => {
+            tokio::select! {
+                () = gone.cancelled() => {}
+                () = shutdown.cancelled() => {}
+            }
+            Ok(OK)
+        }
+    };
+    systemd::notify("STOPPING=1");
+    server.shutdown(STOP_GRACE).await;
+    source.close().await?;
+    code
+}
+
+async fn open(args: &ServeArgs) -> Result<Source, Failure> {
+    Source::open_file(&args.file, args.format, args.read_only, args.cache).await
+}
+
+/// What is served, and a token that is cancelled when the last client has gone, if that matters.
+fn exports(
+    args: &ServeArgs,
+    source: &Source,
+    tls: Option<&ServerTls>,
+) -> (Arc<dyn Exports>, CancellationToken) {
+    let table = StaticExports::new();
+    let allowed = tls.and_then(|tls| tls.allowed_clients.clone());
+    let export = Export::new(&args.export, Arc::clone(&source.device))
+        .read_only(args.read_only)
+        .description(args.description.clone())
+        .multi_conn(args.max_connections > 1)
+        .allowed_subjects(allowed);
+    table.add(export);
+    let gone = CancellationToken::new();
+    match args.exit_with_last_client {
+        true => (Arc::new(LastClient::new(table, gone.clone())), gone),
+        false => (Arc::new(table), gone),
+    }
+}
+
+fn uri_of(args: &ServeArgs, listener: &Listener, tls_required: bool) -> NbdUri {
+    NbdUri {
+        endpoint: listener.endpoint().clone(),
+        export: args.export.clone(),
+        tls: tls_required.then(TlsParameters::default),
+    }
+}
