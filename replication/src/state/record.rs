@@ -299,10 +299,12 @@ impl Record {
         self.secondary.discard_local = false;
     }
 
-    /// A primary returns as a secondary: its disks stay what they are until its new primary copies.
+    /// A primary returns as a secondary: its disks, those of its last run, stay what they are until
+    /// its new primary copies.
     pub fn return_as_secondary(&mut self) {
         self.role = Role::Secondary;
         self.session = None;
+        self.secondary.disks = self.disks_of_primary();
         self.secondary.promotion = None;
         self.secondary.latest_ok = false;
         self.secondary.outdated = true;
@@ -352,13 +354,17 @@ impl Record {
         self.session = None;
         // Nothing was written in a later one: this side has gone no further on its line.
         self.epoch = self.com.map_or(self.epoch, |com| com.epoch);
-        let disks = self.primary.disks.iter().map(|(name, size)| DiskRecord::new(name, *size));
         self.secondary = SecondaryRecord {
-            disks: disks.collect(),
+            disks: self.disks_of_primary(),
             buffer_seq: self.secondary.buffer_seq,
             made_room: true,
             ..SecondaryRecord::default()
         };
+    }
+
+    /// A primary's disks are their files alone.
+    fn disks_of_primary(&self) -> Vec<DiskRecord> {
+        self.primary.disks.iter().map(|(name, size)| DiskRecord::new(name, *size)).collect()
     }
 
     fn shorten_history(&mut self) {
@@ -480,6 +486,20 @@ mod tests {
         record.roll_back();
         assert_eq!(record, committed, "there is nothing to be undone any more");
         assert!(committed.held().is_none() && !committed.secondary.latest_ok);
+    }
+
+    #[test]
+    fn a_primary_that_returns_has_the_disks_that_it_had_as_the_primary() {
+        let mut record = Record::blank("s", Role::Secondary);
+        // What the merge of an earlier promotion has left.
+        let joining = Some(uuid::Uuid::from_u128(1));
+        let removed = DiskRecord { joining, ..DiskRecord::new("vdc", 512) };
+        record.secondary.disks = vec![DiskRecord::new("vda", 4096), removed];
+        record.become_primary();
+        record.primary.disks = vec![("vda".to_owned(), 8192), ("vdb".to_owned(), 512)];
+        record.return_as_secondary();
+        let disks = [DiskRecord::new("vda", 8192), DiskRecord::new("vdb", 512)];
+        assert_eq!(record.secondary.disks, disks);
     }
 
     #[test]
