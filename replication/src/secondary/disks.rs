@@ -187,12 +187,6 @@ impl Group {
         if self.is_promoted() {
             return Err(Error::refused("this side has been promoted: it is the disk now"));
         }
-        if self.record().secondary.outdated {
-            return Err(Error::refused(
-                "this side is being brought to its primary's line of writes (outdated): disks can \
-                 be added and removed when that copy has ended",
-            ));
-        }
         Ok(())
     }
 
@@ -219,12 +213,14 @@ impl Group {
         if let Ok(service) = self.service() {
             service.forget_disk(&disk.name);
         }
+        self.core().own_maps.remove(&disk.name);
         disk.gate().open();
         self.guest.remove_door(disk.gate().door());
         let closed = async {
             disk.drop_buffers().await?;
             disk.close().await?;
-            disk.pool.remove_files()
+            disk.pool.remove_files()?;
+            self.maps_file(disk).remove_all()
         };
         if let Err(error) = closed.await {
             tracing::warn!(disk = disk.name, %error, "a disk that was removed was not closed cleanly");

@@ -2,7 +2,6 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use brep_hbitmap::MapSet;
 use brep_nbd::tls::TlsPeer;
 use futures_util::future::join_all;
 use serde_json::json;
@@ -13,7 +12,7 @@ use super::buffers::Buffer;
 use super::disk::{Fresh, ReplicaDisk};
 use super::opening::{check_known_disks, joining, open_disk};
 use super::plain::{Claim, Plain};
-use super::rejoin::{self, Refused};
+use super::rejoin::{OwnMaps, Refused};
 use super::session::Session;
 use super::test_view::Test;
 use crate::commands::{ColoMode, Service};
@@ -65,9 +64,7 @@ pub(crate) struct Core {
     pub(crate) reason: Option<String>,
     /// The last primary that came did not begin a session.
     pub(crate) refused: Option<Refused>,
-    /// What this side wrote as a primary, one a disk; empty if it was none, or nothing is left of
-    /// that.
-    pub(super) own_maps: Vec<MapSet>,
+    pub(super) own_maps: OwnMaps,
     pub(crate) peer: Option<String>,
     /// The last link's TLS.
     pub(crate) link_tls: Option<Arc<TlsPeer>>,
@@ -163,7 +160,7 @@ impl Group {
             }
         })?;
         let sizes: Vec<_> = disks.iter().map(|d: &Arc<ReplicaDisk>| (&*d.name, d.size())).collect();
-        let own_maps = rejoin::open_own_maps(&store.get(), config, &sizes)?;
+        let own_maps = OwnMaps::open(&store.get(), &config.state_dir, &sizes)?;
         // Else a power loss could bring the clean stop before this run back.
         side.secure_start().await?;
         let reason = (lost && !record.is_primary() && !secondary.outdated).then(|| {
@@ -562,9 +559,8 @@ impl Group {
         for disk in self.disks() {
             result = result.and(disk.close().await);
         }
-        for maps in std::mem::take(&mut self.core().own_maps) {
-            result = result.and(maps.close().map_err(|e| Error::failed(e.to_string())));
-        }
+        let own_maps = std::mem::take(&mut self.core().own_maps);
+        result = result.and(own_maps.close());
         match primary {
             Some(primary) => primary.close(result).await?,
             None => {

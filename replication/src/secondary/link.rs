@@ -99,7 +99,7 @@ impl Group {
             let left = until.saturating_duration_since(Instant::now());
             match reader.receive_within(limit.min(left)).await? {
                 Message::RangesRequest { disk, offset } => {
-                    writer.send(&self.own_ranges(disk, offset), limit).await?;
+                    writer.send(&self.own_ranges(&told, disk, offset), limit).await?;
                 }
                 Message::TakeOver { epoch } => {
                     drop(transition);

@@ -45,7 +45,7 @@ pub(super) fn joining(disk: &DiskConfig, record: &Record) -> Option<DiskRecord> 
 }
 
 /// Every disk of the record must be given: a group is promoted as a whole. Others come in addition,
-/// but not to a side whose disks are not its primary's.
+/// but not to a side that is the disk.
 pub(super) fn check_known_disks(record: &Record, disks: &[DiskConfig]) -> Result<()> {
     let secondary = &record.secondary;
     for known in &secondary.disks {
@@ -57,11 +57,10 @@ pub(super) fn check_known_disks(record: &Record, disks: &[DiskConfig]) -> Result
         }
     }
     let new = disks.iter().find(|d| !secondary.disks.iter().any(|k| k.name == d.name));
-    let takes_new = !secondary.outdated && !record.is_primary();
-    if let Some(new) = new.filter(|_| !secondary.disks.is_empty() && !takes_new) {
+    if let Some(new) = new.filter(|_| !secondary.disks.is_empty() && record.is_primary()) {
         return Err(Error::refused(format!(
-            "disk {}: it is not part of what this side holds; leave it out, and add it when this \
-             side is in sync again: brep disk add {}=FILE",
+            "disk {}: it is not part of what this side was promoted to, which is not merged yet; \
+             leave it out, and add it after the merge: brep disk add {}=FILE",
             new.name, new.name
         )));
     }

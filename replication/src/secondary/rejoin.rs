@@ -1,6 +1,6 @@
 //! A primary that has become a secondary again: what it wrote, and what its operator gives up.
 
-use std::sync::Arc;
+use std::path::Path;
 
 use brep_block::storage;
 use brep_hbitmap::MapSet;
@@ -13,6 +13,7 @@ use crate::link::{MapsInfo, Message, RANGES_MAX, RefusalKind};
 use crate::primary::MapsOf;
 use crate::state::{Record, RecordStore, Role};
 use crate::status::{Written, size_text};
+use crate::table::Disks;
 use crate::written::{describe, show_written, written_ranges};
 use crate::{Error, Result};
 
@@ -77,29 +78,74 @@ pub(crate) fn check(record: &Record, config: &SideConfig) -> Result<bool> {
     Ok(returns)
 }
 
-/// What this side wrote as a primary; of a secondary that was none, nothing, and maps that were
-/// left behind are removed.
-pub(super) fn open_own_maps(
-    record: &Record,
-    config: &SideConfig,
-    disks: &[(&str, u64)],
-) -> Result<Vec<MapSet>> {
-    let state_dir = &config.state_dir;
-    let files = disks.iter().map(|(disk, size)| {
-        let (set, size) = (record.set, *size);
-        MapsOf { state_dir, set, disk, size, granularity_log2: None }
-    });
-    match (record.secondary.outdated, record.role) {
-        (true, _) => files.map(|file| file.open()).collect(),
-        (false, Role::Secondary) => {
-            for file in files {
-                file.remove()?;
+/// What this side wrote as a primary: the maps of the disks that it had then, by their names. None,
+/// if it was no primary, or nothing is left of that.
+#[derive(Debug, Default)]
+pub(super) struct OwnMaps(Vec<(String, MapSet)>);
+
+impl OwnMaps {
+    /// Opens those of an old primary that returns. Of a secondary that was none, maps that were left
+    /// behind are removed. `disks` are names and sizes.
+    pub(super) fn open(record: &Record, state_dir: &Path, disks: &[(&str, u64)]) -> Result<Self> {
+        let joins = |name: &str| {
+            record.secondary.disks.iter().any(|d| d.name == name && d.joining.is_some())
+        };
+        let mut own = OwnMaps::default();
+        for (disk, size) in disks.iter().copied() {
+            let file = maps_of(state_dir, record, disk, size);
+            match (record.secondary.outdated, record.role) {
+                // It was added after that: nothing of it is this side's own.
+                (true, _) if joins(disk) => {}
+                (true, _) => own.0.push((disk.to_owned(), file.open()?)),
+                (false, Role::Secondary) => file.remove()?,
+                // A promoted side's own.
+                (false, Role::Primary) => {}
             }
-            Ok(Vec::new())
         }
-        // A promoted side's own.
-        (false, Role::Primary) => Ok(Vec::new()),
+        Ok(own)
     }
+
+    fn of(&self, disk: &str) -> Option<&MapSet> {
+        self.0.iter().find(|(name, _)| name == disk).map(|(_, maps)| maps)
+    }
+
+    /// A disk has gone, and its maps with it.
+    pub(super) fn remove(&mut self, disk: &str) {
+        self.0.retain(|(name, _)| name != disk);
+    }
+
+    /// What hello tells, with these disks in this order; none if nothing is known.
+    fn describe<'a>(&self, disks: impl Iterator<Item = &'a str>) -> Option<MapsInfo> {
+        let MapsInfo { since, bytes } = describe(self.0.iter().map(|(_, maps)| maps))?;
+        let of = |disk| self.0.iter().position(|(name, _)| name == disk).map_or(0, |at| bytes[at]);
+        let bytes = disks.map(of).collect();
+        (!self.0.is_empty()).then_some(MapsInfo { since, bytes })
+    }
+
+    /// The same for people; of `disks`, all of which may differ, if nothing is known.
+    pub(super) fn show<'a>(&'a self, disks: impl Iterator<Item = &'a str>) -> Vec<Written> {
+        if self.0.is_empty() {
+            return show_written(disks, std::iter::empty());
+        }
+        show_written(self.0.iter().map(|(name, _)| &**name), self.0.iter().map(|(_, maps)| maps))
+    }
+
+    /// Writes them out.
+    ///
+    /// # Errors
+    /// A file could not be written.
+    pub(super) fn close(self) -> Result<()> {
+        let close = |(_, maps): (_, MapSet)| maps.close();
+        let closed: Vec<_> = self.0.into_iter().map(close).collect();
+        closed
+            .into_iter()
+            .collect::<std::result::Result<(), _>>()
+            .map_err(|e| Error::failed(e.to_string()))
+    }
+}
+
+fn maps_of<'a>(state_dir: &'a Path, record: &Record, disk: &'a str, size: u64) -> MapsOf<'a> {
+    MapsOf { state_dir, set: record.set, disk, size, granularity_log2: None }
 }
 
 /// What a start with `discard_local` would give up. Changes nothing.
@@ -114,30 +160,22 @@ pub fn would_discard(config: &SideConfig) -> Result<Discard> {
     }
     let store = RecordStore::open(&config.state_dir, || unreachable!("it exists"))?;
     let mut record = store.record().clone();
-    check(&record, config)?;
-    record.secondary.outdated = true;
-    let sizes = |name: &str| {
-        let mut primary = record.primary.disks.iter().map(|(name, size)| (name.as_str(), *size));
-        let mut secondary = record.secondary.disks.iter().map(|d| (d.name.as_str(), d.size));
-        primary.find(|d| d.0 == name).or_else(|| secondary.find(|d| d.0 == name))
-    };
-    let configs = record.disks_at_start(&config.disks);
-    let names = || configs.iter().map(|d| d.name.as_str());
-    let maps_of = |disk| {
-        let (state_dir, set) = (&config.state_dir, record.set);
-        MapsOf { state_dir, set, disk, size: 0, granularity_log2: None }
-    };
-    let known = names().all(|name| storage::exists(maps_of(name).path()));
-    let disks: Option<Vec<_>> = names().map(sizes).collect();
-    let maps = match disks.filter(|_| known) {
-        Some(disks) => open_own_maps(&record, config, &disks)?,
-        None => Vec::new(),
-    };
-    let disks = show_written(names(), maps.iter());
-    for maps in maps {
-        maps.close().map_err(|e| Error::failed(e.to_string()))?;
+    if check(&record, config)? {
+        record.return_as_secondary();
     }
-    Ok(Discard { bytes: disks.iter().map(|d| d.bytes).sum(), disks, dry_run: true })
+    let disks: Vec<_> = record.secondary.disks.iter().filter(|d| d.joining.is_none()).collect();
+    let names = || disks.iter().map(|disk| &*disk.name);
+    let state_dir = &config.state_dir;
+    let maps = match names().all(|d| storage::exists(maps_of(state_dir, &record, d, 0).path())) {
+        true => {
+            let sizes: Vec<_> = disks.iter().map(|disk| (&*disk.name, disk.size)).collect();
+            OwnMaps::open(&record, state_dir, &sizes)?
+        }
+        false => OwnMaps::default(),
+    };
+    let written = maps.show(names());
+    maps.close()?;
+    Ok(Discard { bytes: written.iter().map(|d| d.bytes).sum(), disks: written, dry_run: true })
 }
 
 impl Group {
@@ -146,17 +184,17 @@ impl Group {
         if let Some(primary) = &*self.primary() {
             return primary.introduce().maps;
         }
-        let core = self.core();
-        describe(core.own_maps.iter()).filter(|_| !core.own_maps.is_empty())
+        self.core().own_maps.describe(self.disks().iter().map(|disk| &*disk.name))
     }
 
-    /// The ranges of a disk, from `offset` on, that this side wrote itself.
-    pub(super) fn own_ranges(&self, disk: u32, offset: u64) -> Message {
+    /// The ranges of a disk, by its place in what hello has told, from `offset` on, that this side
+    /// wrote itself.
+    pub(super) fn own_ranges(&self, told: &Disks<ReplicaDisk>, disk: u32, offset: u64) -> Message {
         let index = usize::try_from(disk).unwrap_or(usize::MAX);
         let ranges = |maps: &MapSet| written_ranges(maps, offset, RANGES_MAX);
         let found = match &*self.primary() {
             Some(primary) => primary.with_maps(index, ranges),
-            None => self.core().own_maps.get(index).map(ranges),
+            None => told.get(index).and_then(|d| self.core().own_maps.of(&d.name).map(ranges)),
         };
         let (ranges, next) = found.unwrap_or_default();
         Message::Ranges { disk, ranges, next }
@@ -164,12 +202,12 @@ impl Group {
 
     /// The same of all disks, for people.
     pub(super) fn own_written(&self) -> Vec<Written> {
-        show_written(self.disks().iter().map(|d| d.name.as_str()), self.core().own_maps.iter())
+        self.core().own_maps.show(self.disks().iter().map(|disk| &*disk.name))
     }
 
     /// The maps have done their work: a copy has been committed.
     pub(super) fn drop_own_maps(&self) {
-        self.core().own_maps.clear();
+        self.core().own_maps = OwnMaps::default();
         if let Err(error) = self.remove_maps() {
             // The next start, or a failover, tries again, and does nothing without.
             tracing::warn!(%error, "maps that are of no more use were not removed");
@@ -178,12 +216,12 @@ impl Group {
 
     /// Removes whatever maps lie in the state directory: they do not know what was received.
     pub(super) fn remove_maps(&self) -> Result<()> {
-        let (state_dir, set) = (&self.config.state_dir, self.record().set);
-        let remove = |disk: &Arc<ReplicaDisk>| {
-            MapsOf { state_dir, set, disk: &disk.name, size: disk.size(), granularity_log2: None }
-                .remove()
-        };
-        self.disks().iter().try_for_each(remove)
+        self.disks().iter().try_for_each(|disk| self.maps_file(disk).remove())
+    }
+
+    /// Where the maps of a disk are that this side had as a primary.
+    pub(super) fn maps_file<'a>(&'a self, disk: &'a ReplicaDisk) -> MapsOf<'a> {
+        maps_of(&self.config.state_dir, &self.record(), &disk.name, disk.size())
     }
 
     /// Gives up what this side has and its primary lacks, or only says what that is.

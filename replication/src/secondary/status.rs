@@ -13,7 +13,6 @@ use crate::state::{Record, SecondaryRecord};
 use crate::status::{
     Counters, Differences, DiskState, DiskStatus, LinkState, Role, Status, TlsStatus,
 };
-use crate::written::show_written;
 
 impl Group {
     /// The state of this side; never waits for a disk or a peer.
@@ -35,7 +34,7 @@ impl Group {
         };
         let differences = core.refused.as_ref().filter(|r| r.kind != RefusalKind::Other);
         let differences = differences.map(|refused| Differences {
-            here: show_written(self.disks().iter().map(|d| &*d.name), core.own_maps.iter()),
+            here: core.own_maps.show(self.disks().iter().map(|d| &*d.name)),
             there: refused.theirs.clone(),
         });
         Status {
@@ -99,8 +98,8 @@ fn disk_status(disk: &ReplicaDisk, secondary: &SecondaryRecord, core: &Core) -> 
     let incomplete = secondary.inconsistent || secondary.outdated;
     let state = match (incomplete, core.link) {
         (_, LinkState::Refused) if split => DiskState::SplitBrain,
-        (false, _) if disk.joining().is_some() => DiskState::Joining,
         (true, LinkState::Connected) => DiskState::Resyncing,
+        _ if disk.joining().is_some() => DiskState::Joining,
         (true, _) if secondary.outdated => DiskState::Outdated,
         (true, _) => DiskState::Inconsistent,
         (false, LinkState::Connected) if core.copying => DiskState::Resyncing,

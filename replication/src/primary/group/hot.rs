@@ -48,7 +48,7 @@ impl MapsOf<'_> {
     ///
     /// # Errors
     /// A file cannot be removed; it must not be taken for true later.
-    pub(super) fn remove_all(&self) -> Result<()> {
+    pub(crate) fn remove_all(&self) -> Result<()> {
         self.remove()?;
         let path = self.log_path();
         match storage::remove(&path) {

@@ -38,8 +38,9 @@ pub(super) fn disks_differ(me: &Side, peer: &Side) -> Option<Refusal> {
         Some(Refusal::new(
             format!("the disks differ: {name} is on the secondary {} alone", peer.name),
             &format!(
-                "brep disk add {name}=FILE on this side, with a file of the same size; or, to take \
-                 it out of the group, brep disk remove {name} --force on the secondary"
+                "brep disk add {name}=FILE on this side, with a copy of the secondary's file, which \
+                 is overwritten with it; or, to take it out of the group (its file stays), brep disk \
+                 remove {name} --force on the secondary"
             ),
         ))
     })
