@@ -185,22 +185,9 @@ impl BufferPool {
         self.files.is_some()
     }
 
-    /// The disk has grown; the spares follow, and what is made from now on.
-    pub(crate) async fn grow(&self, size: u64) -> Result<()> {
-        let mut spares = std::mem::take(&mut self.state().spares);
-        let mut grown = Ok(());
-        for spare in &mut spares {
-            if grown.is_ok() {
-                grown = spare.grow(size).await;
-            }
-            if grown.is_ok() {
-                grown = self.flush(spare).await;
-            }
-        }
-        self.state().spares.append(&mut spares);
-        grown?;
+    /// The disk has grown: whatever is taken from now on is as large.
+    pub(crate) fn grow(&self, size: u64) {
         self.size.store(size, Ordering::Release);
-        Ok(())
     }
 
     /// An epoch has ended that had so many bytes of pre-images.
@@ -400,10 +387,12 @@ impl BufferPool {
     /// An empty buffer under a new sequence number, ready to be named by a record.
     pub(crate) async fn take(&self, set: SetId) -> Result<Buffer> {
         let spare = self.state().spares.pop();
-        let buffer = match spare {
+        let mut buffer = match spare {
             Some(buffer) => buffer,
             None => self.create().await?,
         };
+        // The disk may have grown since it was one of the disk's buffers.
+        buffer.grow(self.size()).await?;
         self.tagged(buffer, set).await
     }
 

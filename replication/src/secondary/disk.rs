@@ -136,7 +136,7 @@ impl ReplicaDisk {
             state.active = known.active.and_then(|_| buffers.next());
         }
         let top = known.top.and_then(|_| buffers.next());
-        disk.grow_buffers(size).await?;
+        disk.adopt_grown(disk.grown_buffers(size).await?, size);
         disk.adopt_next().await?;
         disk.note_contents().await?;
         disk.make_durable().await?;

@@ -89,3 +89,22 @@ async fn a_spare_gives_space_back_slowly_when_epochs_have_become_small() {
     }
     assert!(last <= SPACE_MARGIN_BYTES + (2 << 20), "down to the margin: {last}");
 }
+
+/// A buffer that was given up is being emptied when its disk grows.
+#[tokio::test]
+async fn a_buffer_that_comes_back_after_its_disk_has_grown_is_as_large_when_it_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = SetId::random();
+    let pool = pool(dir.path(), 1 << 20);
+    pool.open(Some(set), &[], 0, false).await.unwrap();
+    let [spare, given_up] = [pool.take(set).await.unwrap(), pool.take(set).await.unwrap()];
+    pool.recycle(spare).await.unwrap();
+    pool.grow(3 << 20);
+    pool.recycle(given_up).await.unwrap();
+    for _ in 0..3 {
+        let buffer = pool.take(set).await.unwrap();
+        assert_eq!(buffer.device().size(), 3 << 20);
+        let end = (3 << 20) - 512;
+        buffer.device().write(end, Bytes::from(vec![7; 512]), Default::default()).await.unwrap();
+    }
+}

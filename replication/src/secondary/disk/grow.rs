@@ -25,10 +25,12 @@ impl ReplicaDisk {
         }
         tracing::info!(disk = self.name, from = self.size(), to = size, "the disk grows");
         self.settle().await?;
-        self.grow_buffers(size).await?;
+        let buffers = self.grown_buffers(size).await?;
         self.image.device().truncate(size).await?;
         // Before the record names the size.
         self.image.device().flush(FlushLevel::Durable).await?;
+        // If anything has failed up to here, all of them are as large as they were.
+        self.adopt_grown(buffers, size);
         self.size.store(size, Ordering::Release);
         if self.state().replica.is_some() {
             self.rebuild_replica().await?;
@@ -49,9 +51,10 @@ impl ReplicaDisk {
         self.show_guest().await
     }
 
-    pub(super) async fn grow_buffers(&self, size: u64) -> Result<()> {
+    /// The buffers, as large as that; none if they are. The disk goes on with those that it has.
+    pub(super) async fn grown_buffers(&self, size: u64) -> Result<Option<Vec<Buffer>>> {
         if size <= self.pool.size() {
-            return Ok(());
+            return Ok(None);
         }
         let mut buffers = self.buffers();
         for buffer in &mut buffers {
@@ -59,8 +62,15 @@ impl ReplicaDisk {
             // A record that names the new size must not find a buffer of the old one.
             self.pool.flush(buffer).await?;
         }
-        self.put_buffers(buffers);
-        self.pool.grow(size).await
+        Ok(Some(buffers))
+    }
+
+    /// The disk goes on with what [`grown_buffers`](Self::grown_buffers) has made.
+    pub(super) fn adopt_grown(&self, buffers: Option<Vec<Buffer>>, size: u64) {
+        if let Some(buffers) = buffers {
+            self.put_buffers(buffers);
+            self.pool.grow(size);
+        }
     }
 
     /// Those of the chain, the next and the active one.
