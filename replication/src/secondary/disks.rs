@@ -14,6 +14,9 @@ use crate::link::{DiskInfo, Message, Side};
 use crate::table::Disks;
 use crate::{Error, Result};
 
+/// Most bytes that a disk has: what a file may have.
+const SIZE_MAX: u64 = i64::MAX as u64;
+
 impl Group {
     /// The disk of an export name; the empty name is the only disk's.
     pub(crate) fn find_disk(
@@ -47,7 +50,8 @@ impl Group {
     /// removed.
     ///
     /// # Errors
-    /// It takes part with one that is not there; or disks have come or gone since.
+    /// It takes part with one that is not there, or that has a size that no disk has; or disks have
+    /// come or gone since.
     pub(super) fn disks_of_session(
         &self,
         told: Disks<ReplicaDisk>,
@@ -56,6 +60,10 @@ impl Group {
         if !told.is_same(&self.disks()) {
             // The end of an older session's checkpoint. The primary knows disks by their places.
             return Err(Error::refused("the disks have changed since the hello"));
+        }
+        if let Some(disk) = primary.disks.iter().find(|disk| disk.size > SIZE_MAX) {
+            let (size, name) = (disk.size, &disk.name);
+            return Err(Error::refused(format!("disk {name}: {size} bytes is no size for a disk")));
         }
         let has = |disk: &ReplicaDisk| primary.disks.iter().any(|d| d.name == disk.name);
         let taking_part = told.only(has);

@@ -1,8 +1,17 @@
+use std::time::Duration;
+
 use brep_block::{BlockDevice, Operation, Rule};
+use brep_nbd::client::connect_private;
+use bytes::Bytes;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use super::common::{MIB, Scratch, Side, connect, file, fill, read};
 use crate::image::faults;
+use crate::link::{
+    CopyMode, DiskInfo, Hello, LINK_VERSION, Message, OPTION_LINK, Side as Introduction, split,
+};
+use crate::{Epoch, Generation};
 
 async fn resize(side: &Side, size: u64) -> Result<Value, String> {
     let arguments = json!({ "device": "vda", "size": size });
@@ -147,4 +156,86 @@ async fn a_disk_neither_shrinks_nor_grows_by_halves() {
     assert_eq!(file(&scratch.path("p.raw")).len() as u64, 2 * MIB);
     primary.stop().await;
     secondary.stop().await;
+}
+
+/// The new size may not be had: the disk is still what it was, and so are its buffers.
+#[tokio::test]
+async fn a_disk_that_cannot_grow_can_be_promoted_as_it_is() {
+    let scratch = Scratch::new();
+    pair_of_files(&scratch);
+    let (primary, secondary) = start(&scratch).await;
+    let before = file(&scratch.path("p.raw"));
+    let there = faults::of(&scratch.path("s.raw"));
+    there.upper.fail(Rule::new(Operation::Truncate).forever());
+    resize(&primary, 4 * MIB).await.unwrap();
+    secondary.wait("refuses", |s| s["reason"].to_string().contains("cannot begin")).await;
+    assert_eq!(secondary.status().await["disks"][0]["size"], 2 * MIB);
+    primary.stop().await;
+    secondary.command("failover", json!({})).await.unwrap();
+    let promoted = connect(scratch.endpoint("s.sock"), "vda").await;
+    assert_eq!(promoted.size(), 2 * MIB);
+    assert!(read(&*promoted, 0, 2 << 20).await == before, "the checkpoint");
+    fill(&*promoted, 2 * MIB - 4096, 4096, 0x11).await;
+    promoted.close();
+    secondary.wait_state("promoted").await;
+    drop(there);
+    secondary.stop().await;
+}
+
+/// I14: whoever tells such a size ends nobody's session.
+#[tokio::test]
+async fn i14_a_size_that_no_disk_has_is_refused_before_anything_grows() {
+    let scratch = Scratch::new();
+    pair_of_files(&scratch);
+    let (primary, secondary) = start(&scratch).await;
+    let epoch = primary.checkpoint().await;
+    let limit = Duration::from_secs(10);
+    for size in [u64::MAX, 1 << 63] {
+        let version = Bytes::copy_from_slice(&LINK_VERSION.to_be_bytes());
+        let endpoint = scratch.endpoint("s.sock");
+        let link = connect_private(&endpoint, None, OPTION_LINK, version, limit).await.unwrap();
+        let (mut reader, mut writer) = split(link.stream, &link.rest);
+        let mut hello = stranger();
+        hello.side.disks[0].size = size;
+        writer.send(&Message::Hello(Box::new(hello)), limit).await.unwrap();
+        let Message::HelloAnswer(answer) = reader.receive_within(limit).await.unwrap() else {
+            panic!("no answer");
+        };
+        let start = Message::Start {
+            set: answer.side.set.unwrap(),
+            cur: answer.side.cur.unwrap(),
+            epoch: Epoch(answer.side.epoch.0 + 1),
+            copy: CopyMode::Full,
+            sync: true,
+            discard_checkpoint: false,
+        };
+        writer.send(&start, limit).await.unwrap();
+        let answer = reader.receive_within(limit).await;
+        assert!(!matches!(answer, Ok(Message::Started { .. })), "{answer:?}");
+    }
+    // Each session begins above all epochs that there were: it is still the same one.
+    assert_eq!(primary.checkpoint().await, epoch + 1);
+    primary.stop().await;
+    secondary.stop().await;
+}
+
+fn stranger() -> Hello {
+    let side = Introduction {
+        name: "stranger".into(),
+        run: Uuid::new_v4(),
+        set: None,
+        cur: Some(Generation::random()),
+        fork: None,
+        com: None,
+        epoch: Epoch(0),
+        session: None,
+        history: Vec::new(),
+        primary: true,
+        made_room: false,
+        disks: vec![DiskInfo { name: "vda".into(), size: MIB, growable: true, joining: None }],
+        removed: Vec::new(),
+        durability: crate::config::Durability::Process,
+        maps: None,
+    };
+    Hello { version: LINK_VERSION, timeout_ms: 5000, side }
 }
