@@ -2,12 +2,12 @@
 //! one can be wrong, whole and cut into single bytes.
 
 use brep_nbd::proto::client::{
-    BASE_ALLOCATION, BlockSizes, Goal, Handshake, HandshakeError, HandshakeOptions, Outcome,
-    Progress,
+    BlockSizes, Goal, Handshake, HandshakeError, HandshakeOptions, Outcome, Progress,
 };
 use brep_nbd::proto::wire::{
-    INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OptionCode, OptionHeader, OptionReplyHeader,
-    PRIVATE_OPTION_BASE, PRIVATE_REPLY, ReplyType, TransmissionFlags,
+    BASE_ALLOCATION, INIT_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC, OptionCode, OptionHeader,
+    OptionReplyHeader, PRIVATE_OPTION_BASE, PRIVATE_REPLY, ReplyType, TransmissionFlags,
+    TransmissionMode,
 };
 use bytes::{BufMut, Bytes, BytesMut};
 use proptest::prelude::*;
@@ -81,7 +81,7 @@ fn options(goal: Goal) -> HandshakeOptions {
         goal,
         export: "vda".into(),
         private_options: Vec::new(),
-        structured_replies: true,
+        mode_max: TransmissionMode::Structured,
         context: BASE_ALLOCATION.into(),
         tls: false,
     }
@@ -164,11 +164,58 @@ fn a_modern_server_is_understood() {
     assert_eq!(export.block_sizes, BlockSizes { min: 512, preferred: 4096, max: 1 << 25 });
     assert_eq!(export.canonical_name.as_deref(), Some("canon"));
     assert_eq!(export.description.as_deref(), Some("a disk"));
-    assert!(outcome.structured_replies);
+    assert_eq!(outcome.mode, TransmissionMode::Structured);
     assert_eq!(outcome.context, Some(7));
     let expected = [OptionCode::STRUCTURED_REPLY, OptionCode::SET_META_CONTEXT, OptionCode::GO];
     assert_eq!(asked(&run.sent), expected);
     assert_eq!(run.sent[..4], 3u32.to_be_bytes());
+}
+
+fn extended_options() -> HandshakeOptions {
+    HandshakeOptions { mode_max: TransmissionMode::Extended, ..options(Goal::Transmit) }
+}
+
+/// Extended headers, the context, and up to the `GO`.
+fn extended() -> Script {
+    Script::modern()
+        .ack(OptionCode::EXTENDED_HEADERS)
+        .reply(OptionCode::SET_META_CONTEXT, ReplyType::META_CONTEXT, &context(7))
+        .ack(OptionCode::SET_META_CONTEXT)
+}
+
+#[test]
+fn extended_headers_make_structured_replies_needless() {
+    let script = extended().info_export(1 << 30, 0x0ded).ack(OptionCode::GO);
+    let run = run(&extended_options(), &script, usize::MAX);
+    let outcome = run.outcome();
+    assert_eq!((outcome.mode, outcome.context), (TransmissionMode::Extended, Some(7)));
+    let expected = [OptionCode::EXTENDED_HEADERS, OptionCode::SET_META_CONTEXT, OptionCode::GO];
+    assert_eq!(asked(&run.sent), expected);
+    for piece in 1..script.0.len() {
+        assert_eq!(self::run(&extended_options(), &script, piece).outcome(), outcome, "{piece}");
+    }
+}
+
+#[test]
+fn without_extended_headers_structured_replies_are_asked_for_and_then_simple_ones() {
+    let refused = |kind| Script::modern().reply(OptionCode::EXTENDED_HEADERS, kind, b"");
+    for kind in [ReplyType::ERR_UNSUP, ReplyType::ERR_POLICY, ReplyType::ERR_INVALID] {
+        let script = refused(kind).bytes(&qemu().0[18..]);
+        let outcome = outcome(&extended_options(), &script);
+        assert_eq!((outcome.mode, outcome.context), (TransmissionMode::Structured, Some(7)));
+    }
+    let script = refused(ReplyType::ERR_UNSUP)
+        .reply(OptionCode::STRUCTURED_REPLY, ReplyType::ERR_UNSUP, b"")
+        .info_export(4096, 1)
+        .ack(OptionCode::GO);
+    assert_eq!(outcome(&extended_options(), &script).mode, TransmissionMode::Simple);
+}
+
+#[test]
+fn after_extended_headers_an_export_is_not_asked_for_by_name() {
+    let script = extended().reply(OptionCode::GO, ReplyType::ERR_UNSUP, b"");
+    let error = error(&extended_options(), &script);
+    assert_eq!(error, HandshakeError::Unsupported(OptionCode::GO));
 }
 
 #[test]
@@ -202,7 +249,7 @@ fn a_server_without_structured_replies_is_not_asked_for_contexts() {
     let run = run(&options(Goal::Transmit), &script, usize::MAX);
     let outcome = run.outcome();
     assert_eq!(asked(&run.sent), [OptionCode::STRUCTURED_REPLY, OptionCode::GO]);
-    assert!(!outcome.structured_replies);
+    assert_eq!(outcome.mode, TransmissionMode::Simple);
     // DF means nothing without them.
     assert_eq!(outcome.export.expect("an export").flags, TransmissionFlags(0x0d));
 }
@@ -220,7 +267,7 @@ fn a_server_that_refuses_the_context_is_used_without_it() {
 
 #[test]
 fn without_go_the_export_is_looked_up_and_asked_for_by_name() {
-    let plain = HandshakeOptions { structured_replies: false, ..options(Goal::Transmit) };
+    let plain = HandshakeOptions { mode_max: TransmissionMode::Simple, ..options(Goal::Transmit) };
     let no_go =
         |flags: u16| Script::greeting(flags).reply(OptionCode::GO, ReplyType::ERR_UNSUP, b"what?");
     let reply =
@@ -270,7 +317,7 @@ fn private_options_come_first_and_their_replies_are_kept() {
     let other = OptionCode(PRIVATE_OPTION_BASE + 2);
     let options = HandshakeOptions {
         private_options: vec![(PRIVATE, Bytes::from_static(b"token")), (other, Bytes::new())],
-        structured_replies: false,
+        mode_max: TransmissionMode::Simple,
         ..options(Goal::Transmit)
     };
     let script = Script::modern()
@@ -469,13 +516,16 @@ proptest! {
         tail in proptest::collection::vec(any::<u8>(), 0..200),
         goal in prop_oneof![Just(Goal::Transmit), Just(Goal::List), Just(Goal::Describe)],
         flags in 0u16..4,
+        mode_max in prop_oneof![Just(TransmissionMode::Structured), Just(TransmissionMode::Extended)],
         kind in prop_oneof![any::<u32>(), 1u32..5],
         len in 0u32..40,
     ) {
         let option = match goal {
             Goal::List => OptionCode::LIST,
+            _ if mode_max.is_extended() => OptionCode::EXTENDED_HEADERS,
             _ => OptionCode::STRUCTURED_REPLY,
         };
+        let options = |goal| HandshakeOptions { mode_max, ..options(goal) };
         let header = OptionReplyHeader { option, kind: ReplyType(kind), len };
         let script = Script::greeting(flags).bytes(&header.encode()).bytes(&tail);
         let whole = run(&options(goal), &script, usize::MAX);

@@ -16,7 +16,7 @@ use brep_nbd::client::{
     Client, ClientError, ConnectOptions, Connection, ReconnectPolicy, connect_private,
     describe_export, list_exports,
 };
-use brep_nbd::proto::wire::{PRIVATE_OPTION_BASE, TransmissionFlags};
+use brep_nbd::proto::wire::{PRIVATE_OPTION_BASE, TransmissionFlags, TransmissionMode};
 use brep_nbd::server::{
     Connection as ServerConnection, Export, ExportDescription, Exports, OptionError, PrivateReply,
     Server, ServerConfig, StaticExports,
@@ -55,7 +55,13 @@ async fn a_connection_to_our_own_server_is_a_block_device() {
 }
 
 #[tokio::test]
-async fn a_connection_without_structured_replies_is_a_block_device() {
+async fn a_connection_without_extended_headers_is_a_block_device() {
+    for mode_max in [TransmissionMode::Simple, TransmissionMode::Structured] {
+        conforms_in(mode_max).await;
+    }
+}
+
+async fn conforms_in(mode_max: TransmissionMode) {
     let exports = Arc::new(StaticExports::new());
     let (_server, endpoint) = serve(Arc::clone(&exports) as Arc<dyn Exports>).await;
     let count = std::cell::Cell::new(0);
@@ -64,12 +70,13 @@ async fn a_connection_without_structured_replies_is_a_block_device() {
         let name = format!("disk{}", count.get());
         exports.add(Export::new(&*name, Memory::new(&*name, size)));
         let options = ConnectOptions::new(endpoint.clone(), name);
-        let options = ConnectOptions { want_structured: false, ..options };
+        let options = ConnectOptions { mode_max, ..options };
         let disk = Connection::connect(&options).await.expect("connected");
-        assert!(!disk.has_block_status());
+        assert_eq!(disk.mode(), mode_max);
+        assert_eq!(disk.has_block_status(), mode_max.is_structured());
         disk
     };
-    conformance::run(make, Options::default()).await.expect("conforms");
+    conformance::run(make, Options::default().operations(100)).await.expect("conforms");
 }
 
 #[tokio::test]

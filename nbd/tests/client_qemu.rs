@@ -5,7 +5,7 @@ mod client_support;
 
 use brep_block::{BlockDevice, ErrorKind, FlushLevel, WriteFlags, ZeroFlags};
 use brep_nbd::client::{ClientError, Connection, describe_export, list_exports};
-use brep_nbd::proto::wire::TransmissionFlags;
+use brep_nbd::proto::wire::{TransmissionFlags, TransmissionMode};
 use bytes::Bytes;
 use client_support::{QemuNbd, pattern};
 use futures_util::future::join_all;
@@ -103,6 +103,27 @@ async fn holes_zeroes_and_data_are_told_apart() {
 }
 
 #[tokio::test]
+async fn more_than_four_gib_are_zeroed_trimmed_and_described_in_one_request() {
+    const GIB: u64 = 1 << 30;
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = image(&directory, &[]);
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(16 * GIB).unwrap();
+    let nbd = QemuNbd::start(directory.path(), &path, &[]);
+    let disk = Connection::connect(&nbd.options("")).await.expect("connected");
+    assert_eq!(disk.mode(), TransmissionMode::Extended);
+    let data = Bytes::from_static(&[7; 4096]);
+    for offset in [GIB, 9 * GIB] {
+        disk.write(offset, data.clone(), WriteFlags::default()).await.expect("written");
+    }
+    let zero = ZeroFlags { may_unmap: true, ..ZeroFlags::default() };
+    disk.write_zeroes(512, 8 * GIB, zero).await.expect("zeroed");
+    disk.discard(10 * GIB, 6 * GIB).await.expect("trimmed");
+    let status = disk.block_status(0, 16 * GIB).await.expect("a state");
+    assert!(status.flags.zero && status.len == 9 * GIB, "{status:?}");
+    assert_eq!(disk.read(9 * GIB, 4096).await.expect("read"), data);
+}
+
+#[tokio::test]
 async fn requests_beyond_the_end_fail_without_being_sent() {
     let directory = tempfile::tempdir().expect("a directory");
     let server = QemuNbd::start(directory.path(), &image(&directory, &[1; 4096]), &[]);
@@ -162,7 +183,7 @@ async fn exports_can_be_listed_and_described() {
     assert_eq!(info.canonical_name.as_deref(), Some("vda"));
     assert_eq!(info.description.as_deref(), Some("a disk"));
     assert!(info.flags.contains(TransmissionFlags::SEND_FUA));
-    assert!(outcome.structured_replies && outcome.contexts == ["base:allocation"]);
+    assert!(outcome.mode.is_extended() && outcome.contexts == ["base:allocation"]);
 
     let wrong = Connection::connect(&server.options("vdb")).await.expect_err("no such export");
     assert!(wrong.to_string().contains("ERR_UNKNOWN"), "{wrong}");

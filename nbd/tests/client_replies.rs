@@ -5,24 +5,26 @@ use std::collections::HashMap;
 
 use brep_nbd::proto::client::{Answer, Completion, Refusal, ReplyError, Request, Transmission};
 use brep_nbd::proto::wire::{
-    ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, Errno, SimpleReply,
+    ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, Errno, ExtendedChunkHeader,
+    SimpleReply,
+    TransmissionMode::{self, Extended, Simple, Structured},
 };
 use bytes::{BufMut, Bytes};
 use proptest::prelude::*;
 
 const CONTEXT: u32 = 5;
 
-fn request(command: Command, offset: u64, len: u32) -> Request {
+fn request(command: Command, offset: u64, len: u64) -> Request {
     Request { command, flags: CommandFlags::NONE, offset, len }
 }
 
-fn read(offset: u64, len: u32) -> Request {
+fn read(offset: u64, len: u64) -> Request {
     request(Command::READ, offset, len)
 }
 
 /// A client that has sent some requests, and what its server answers.
 struct Exchange {
-    structured: bool,
+    mode: TransmissionMode,
     requests: Vec<Request>,
     /// The cookie of each request; the same in every run.
     cookies: Vec<u64>,
@@ -30,9 +32,9 @@ struct Exchange {
 }
 
 impl Exchange {
-    fn new(structured: bool, requests: &[Request]) -> Self {
+    fn new(mode: TransmissionMode, requests: &[Request]) -> Self {
         let mut exchange = Exchange {
-            structured,
+            mode,
             requests: requests.to_vec(),
             cookies: Vec::new(),
             replies: Vec::new(),
@@ -42,10 +44,10 @@ impl Exchange {
     }
 
     fn start(&self) -> (Transmission, Vec<u64>) {
-        let mut transmission = Transmission::new(self.structured, Some(CONTEXT));
+        let mut transmission = Transmission::new(self.mode, Some(CONTEXT));
         let cookies = self.requests.iter().zip(0..).map(|(request, tag)| {
             let header = transmission.start(*request, tag);
-            assert_eq!((header.offset, header.len), (request.offset, request.len.into()));
+            assert_eq!((header.offset, header.len), (request.offset, request.len));
             header.cookie
         });
         let cookies = cookies.collect();
@@ -60,13 +62,16 @@ impl Exchange {
     }
 
     fn chunk(mut self, index: usize, kind: ChunkType, done: bool, payload: &[u8]) -> Self {
-        let header = ChunkHeader {
-            flags: ChunkFlags::NONE.with_if(done, ChunkFlags::DONE),
-            kind,
-            cookie: self.cookies[index],
-            len: payload.len() as u32,
-        };
-        self.replies.put_slice(&header.encode());
+        let flags = ChunkFlags::NONE.with_if(done, ChunkFlags::DONE);
+        let (cookie, offset) = (self.cookies[index], self.requests[index].offset);
+        if self.mode == Extended {
+            let len = payload.len() as u64;
+            let header = ExtendedChunkHeader { flags, kind, cookie, offset, len };
+            self.replies.put_slice(&header.encode());
+        } else {
+            let header = ChunkHeader { flags, kind, cookie, len: payload.len() as u32 };
+            self.replies.put_slice(&header.encode());
+        }
         self.replies.put_slice(payload);
         self
     }
@@ -97,6 +102,16 @@ impl Exchange {
             payload.put_u32(*flags);
         });
         self.chunk(index, ChunkType::BLOCK_STATUS, done, &payload)
+    }
+
+    fn long_status(self, index: usize, done: bool, id: u32, extents: &[(u64, u64)]) -> Self {
+        let mut payload = id.to_be_bytes().to_vec();
+        payload.put_u32(extents.len() as u32);
+        extents.iter().for_each(|(len, flags)| {
+            payload.put_u64(*len);
+            payload.put_u64(*flags);
+        });
+        self.chunk(index, ChunkType::BLOCK_STATUS_EXT, done, &payload)
     }
 
     /// Decodes it all, in pieces of `piece` bytes; `direct`: read data without a copy where that
@@ -164,7 +179,7 @@ fn bytes(data: &[u8]) -> Result<Answer, Refusal> {
 fn simple_replies_in_any_order() {
     let requests =
         [read(0, 4), request(Command::WRITE, 8, 4), read(100, 3), request(Command::FLUSH, 0, 0)];
-    let results = Exchange::new(false, &requests)
+    let results = Exchange::new(Simple, &requests)
         .simple(2, 0, b"xyz")
         .simple(1, 28, b"")
         .simple(3, 0, b"")
@@ -178,29 +193,33 @@ fn simple_replies_in_any_order() {
 
 #[test]
 fn chunks_of_several_reads_may_be_interleaved_and_come_in_any_order() {
-    let results = Exchange::new(true, &[read(1000, 10), read(0, 6)])
-        .data(0, false, 1004, b"efgh")
-        .data(1, false, 0, b"uv")
-        .hole(0, false, 1008, 2)
-        .data(1, true, 2, b"wxyz")
-        .data(0, false, 1000, b"abcd")
-        .done(0)
-        .results();
-    assert_eq!(results[&0], bytes(b"abcdefgh\0\0"));
-    assert_eq!(results[&1], bytes(b"uvwxyz"));
+    for mode in [Structured, Extended] {
+        let results = Exchange::new(mode, &[read(1000, 10), read(0, 6)])
+            .data(0, false, 1004, b"efgh")
+            .data(1, false, 0, b"uv")
+            .hole(0, false, 1008, 2)
+            .data(1, true, 2, b"wxyz")
+            .data(0, false, 1000, b"abcd")
+            .done(0)
+            .results();
+        assert_eq!(results[&0], bytes(b"abcdefgh\0\0"));
+        assert_eq!(results[&1], bytes(b"uvwxyz"));
+    }
 }
 
 #[test]
 fn a_read_of_holes_only_is_zeroes() {
-    let results =
-        Exchange::new(true, &[read(8, 8)]).hole(0, false, 12, 4).hole(0, true, 8, 4).results();
+    let results = Exchange::new(Structured, &[read(8, 8)])
+        .hole(0, false, 12, 4)
+        .hole(0, true, 8, 4)
+        .results();
     assert_eq!(results[&0], bytes(&[0; 8]));
 }
 
 #[test]
 fn simple_replies_stay_possible_for_all_but_reads() {
     let results =
-        Exchange::new(true, &[request(Command::WRITE, 0, 4), request(Command::TRIM, 0, 4)])
+        Exchange::new(Structured, &[request(Command::WRITE, 0, 4), request(Command::TRIM, 0, 4)])
             .simple(0, 0, b"")
             .done(1)
             .results();
@@ -212,32 +231,34 @@ fn errors_of_every_kind_end_their_request_and_no_other() {
     let requests = [read(0, 8); 7];
     let with_offset = [&error_payload(5, 3, b"bad")[..], &4u64.to_be_bytes()].concat();
     let unknown = [&error_payload(28, 2, b"hm")[..], b"more to say"].concat();
-    let results = Exchange::new(true, &requests)
-        .error(0, true, 5, b"broken")
-        .error(1, false, 12, b"")
-        .chunk(2, ChunkType::ERROR_OFFSET, true, &with_offset)
-        .chunk(3, ChunkType(0x8123), true, &unknown)
-        .error(4, true, 4711, b"")
-        .data(1, false, 0, b"half")
-        .data(5, false, 0, b"half")
-        .error(5, false, 5, b"first")
-        .error(5, true, 1, b"second")
-        .error(6, true, 5, &[b'x'; 65_535])
-        .done(1)
-        .results();
-    assert_eq!(results[&0], refusal(Errno::EIO, "broken"));
-    assert_eq!(results[&1], refusal(Errno::ENOMEM, ""));
-    assert_eq!(results[&2], refusal(Errno::EIO, "bad"));
-    assert_eq!(results[&3], refusal(Errno::ENOSPC, "hm"));
-    assert_eq!(results[&4], refusal(Errno::EINVAL, ""));
-    assert_eq!(results[&5], refusal(Errno::EIO, "first"));
-    assert!(matches!(&results[&6], Err(refusal) if refusal.message.len() == 1024));
+    for mode in [Structured, Extended] {
+        let results = Exchange::new(mode, &requests)
+            .error(0, true, 5, b"broken")
+            .error(1, false, 12, b"")
+            .chunk(2, ChunkType::ERROR_OFFSET, true, &with_offset)
+            .chunk(3, ChunkType(0x8123), true, &unknown)
+            .error(4, true, 4711, b"")
+            .data(1, false, 0, b"half")
+            .data(5, false, 0, b"half")
+            .error(5, false, 5, b"first")
+            .error(5, true, 1, b"second")
+            .error(6, true, 5, &[b'x'; 65_535])
+            .done(1)
+            .results();
+        assert_eq!(results[&0], refusal(Errno::EIO, "broken"));
+        assert_eq!(results[&1], refusal(Errno::ENOMEM, ""));
+        assert_eq!(results[&2], refusal(Errno::EIO, "bad"));
+        assert_eq!(results[&3], refusal(Errno::ENOSPC, "hm"));
+        assert_eq!(results[&4], refusal(Errno::EINVAL, ""));
+        assert_eq!(results[&5], refusal(Errno::EIO, "first"));
+        assert!(matches!(&results[&6], Err(refusal) if refusal.message.len() == 1024));
+    }
 }
 
 #[test]
 fn the_first_extent_is_told() {
     let status = request(Command::BLOCK_STATUS, 0, 4096);
-    let results = Exchange::new(true, &[status; 3])
+    let results = Exchange::new(Structured, &[status; 3])
         .status(0, true, CONTEXT, &[(4096, 3)])
         .status(1, false, CONTEXT, &[(512, 1), (512, 2), (9999, 0)])
         .done(1)
@@ -249,12 +270,95 @@ fn the_first_extent_is_told() {
 }
 
 #[test]
+fn extended_replies_tell_extents_of_any_length() {
+    let long = 5 << 40;
+    let status = request(Command::BLOCK_STATUS, 1 << 40, long);
+    let trim = request(Command::TRIM, 7, long);
+    let results = Exchange::new(Extended, &[status, status, trim])
+        .long_status(0, true, CONTEXT, &[(long, 3)])
+        .done(2)
+        .long_status(1, true, CONTEXT, &[(1 << 33, 1 << 63), (512, 2), (u64::MAX, 0)])
+        .results();
+    assert_eq!(results[&0], Ok(Answer::Extent { len: long, flags: 3 }));
+    assert_eq!(results[&1], Ok(Answer::Extent { len: 1 << 33, flags: 1 << 63 }));
+    assert_eq!(results[&2], Ok(Answer::Done));
+}
+
+#[test]
+fn only_writes_carry_the_flag_of_a_payload_and_only_in_extended_headers() {
+    for mode in [Simple, Structured, Extended] {
+        for command in [Command::WRITE, Command::READ, Command::WRITE_ZEROES] {
+            let header = Transmission::new(mode, None).start(request(command, 0, 8), 0);
+            let expected = mode == Extended && command == Command::WRITE;
+            assert_eq!(header.flags.contains(CommandFlags::PAYLOAD_LEN), expected, "{command}");
+        }
+    }
+}
+
+#[test]
+fn every_violation_of_extended_replies_is_named() {
+    use ReplyError as E;
+    let status = request(Command::BLOCK_STATUS, 0, 4096);
+    let extended = |request| Exchange::new(Extended, &[request]);
+    let structured = |request| Exchange::new(Structured, &[request]);
+    let len = |kind, len| E::ChunkLength { kind, len };
+    let kind = ChunkType::BLOCK_STATUS_EXT;
+    let of_other_mode = |mode, other| {
+        let mut exchange = Exchange::new(mode, &[read(0, 8)]);
+        exchange.mode = other;
+        let sent = exchange.data(0, true, 0, &[0; 8]);
+        Exchange { mode, ..sent }
+    };
+    let mut elsewhere = extended(read(8, 8));
+    elsewhere.requests[0].offset = 0;
+    let mut elsewhere = elsewhere.data(0, true, 8, &[0; 8]);
+    elsewhere.requests[0].offset = 8;
+    let mut endless = extended(read(0, 8));
+    let header = ExtendedChunkHeader {
+        flags: ChunkFlags::DONE,
+        kind: ChunkType::OFFSET_DATA,
+        cookie: endless.cookies[0],
+        offset: 0,
+        len: (1 << 32) + 16,
+    };
+    endless.replies.put_slice(&header.encode());
+    let count = |count: u32| [&CONTEXT.to_be_bytes()[..], &count.to_be_bytes(), &[1; 32]].concat();
+    let table = [
+        (extended(read(0, 8)).simple(0, 0, &[0; 8]), E::Mode(0x6744_6698)),
+        (extended(status).simple(0, 22, b""), E::Mode(0x6744_6698)),
+        (of_other_mode(Extended, Structured), E::Mode(0x668e_33ef)),
+        (of_other_mode(Structured, Extended), E::Mode(0x6e8a_278c)),
+        (of_other_mode(Simple, Extended), E::Mode(0x6e8a_278c)),
+        (elsewhere, E::Offset(0)),
+        (endless, len(ChunkType::OFFSET_DATA, (1 << 32) + 16)),
+        (
+            structured(status).long_status(0, true, CONTEXT, &[(512, 0)]),
+            E::Chunk { kind, command: Command::BLOCK_STATUS },
+        ),
+        (extended(status).chunk(0, kind, true, &count(1)), E::ExtentCount),
+        (extended(status).chunk(0, kind, true, &count(3)), E::ExtentCount),
+        (extended(status).chunk(0, kind, true, &count(u32::MAX)), E::ExtentCount),
+        (extended(status).chunk(0, kind, true, &count(2)[..39]), len(kind, 39)),
+        (extended(status).long_status(0, true, CONTEXT, &[]), len(kind, 8)),
+        (extended(status).long_status(0, true, CONTEXT, &[(512, 0), (0, 0)]), E::EmptyExtent),
+        (extended(status).long_status(0, true, 6, &[(512, 0)]), E::Context(6)),
+        (extended(status).done(0), E::NoExtent),
+        (extended(read(8, 8)).data(0, true, 7, &[0; 8]), E::OutsideRequest),
+        (extended(read(8, 8)).hole(0, true, 12, 5), E::OutsideRequest),
+        (extended(read(0, 8)).data(0, true, 0, &[0; 7]), E::Incomplete),
+    ];
+    for (exchange, expected) in table {
+        assert_eq!(exchange.violation(), expected);
+    }
+}
+
+#[test]
 fn every_violation_is_named() {
     use ReplyError as E;
     let write = request(Command::WRITE, 0, 8);
     let status = request(Command::BLOCK_STATUS, 0, 4096);
-    let structured = |request| Exchange::new(true, &[request]);
-    let plain = |request| Exchange::new(false, &[request]);
+    let structured = |request| Exchange::new(Structured, &[request]);
+    let plain = |request| Exchange::new(Simple, &[request]);
     let mut wrong_magic = structured(read(0, 8));
     wrong_magic.replies.put_u64(0x6744_6699_0000_0000);
     let mut wrong_cookie = structured(write).simple(0, 0, b"");
@@ -278,7 +382,7 @@ fn every_violation_is_named() {
         (structured(read(0, 8)).simple(0, 0, &[0; 8]), E::Simple(Command::READ)),
         (structured(read(0, 8)).simple(0, 5, &[]), E::Simple(Command::READ)),
         (structured(write).error(0, false, 5, b"").simple(0, 0, b""), E::Simple(Command::WRITE)),
-        (plain(read(0, 8)).data(0, true, 0, &[0; 8]), E::NotStructured),
+        (plain(read(0, 8)).data(0, true, 0, &[0; 8]), E::Mode(0x668e_33ef)),
         (
             structured(write).data(0, true, 0, &[0; 8]),
             E::Chunk { kind: ChunkType::OFFSET_DATA, command: Command::WRITE },
@@ -352,7 +456,7 @@ fn every_violation_is_named() {
 
 #[test]
 fn a_chunk_that_announces_more_than_any_error_needs_is_refused_before_it_comes() {
-    let mut exchange = Exchange::new(true, &[read(0, 8)]);
+    let mut exchange = Exchange::new(Structured, &[read(0, 8)]);
     let header = ChunkHeader {
         flags: ChunkFlags::DONE,
         kind: ChunkType::ERROR,
@@ -360,13 +464,13 @@ fn a_chunk_that_announces_more_than_any_error_needs_is_refused_before_it_comes()
         len: u32::MAX,
     };
     exchange.replies.put_slice(&header.encode());
-    let expected = ReplyError::ChunkLength { kind: ChunkType::ERROR, len: u32::MAX };
+    let expected = ReplyError::ChunkLength { kind: ChunkType::ERROR, len: u32::MAX.into() };
     assert_eq!(exchange.violation(), expected);
 }
 
 #[test]
 fn a_read_in_too_many_pieces_is_refused() {
-    let mut exchange = Exchange::new(true, &[read(0, 20_000)]);
+    let mut exchange = Exchange::new(Structured, &[read(0, 20_000)]);
     for index in 0..5000u64 {
         exchange = exchange.data(0, false, 2 + 2 * index, b"x");
     }
@@ -375,7 +479,8 @@ fn a_read_in_too_many_pieces_is_refused() {
 
 #[test]
 fn what_came_whole_before_a_violation_is_still_told() {
-    let mut exchange = Exchange::new(true, &[request(Command::WRITE, 0, 8); 2]).simple(0, 0, b"");
+    let mut exchange =
+        Exchange::new(Structured, &[request(Command::WRITE, 0, 8); 2]).simple(0, 0, b"");
     exchange.replies.put_u32(0);
     let (completions, error) = exchange.run(usize::MAX, false);
     assert_eq!(error, Some(ReplyError::Magic(0)));
@@ -390,13 +495,14 @@ proptest! {
         hole in 0usize..14,
         piece in 1usize..300,
         direct in any::<bool>(),
+        mode in prop_oneof![Just(Structured), Just(Extended)],
     ) {
         let mut content: Vec<u8> = (0..200u32).map(|i| (i * 7 + 1) as u8).collect();
         let bounds: Vec<u32> = [0].into_iter().chain(cuts).chain([200]).collect();
         let mut parts: Vec<(usize, u32, u32)> =
             bounds.windows(2).enumerate().map(|(i, pair)| (i, pair[0], pair[1])).collect();
         parts.sort_by_key(|part| (part.0 as u64 + 1).wrapping_mul(order | 1));
-        let mut exchange = Exchange::new(true, &[read(5000, 200)]);
+        let mut exchange = Exchange::new(mode, &[read(5000, 200)]);
         for (index, start, end) in parts {
             let offset = 5000 + u64::from(start);
             let range = start as usize..end as usize;
@@ -419,11 +525,12 @@ proptest! {
         done in any::<bool>(),
         payload in proptest::collection::vec(any::<u8>(), 0..64),
         tail in proptest::collection::vec(any::<u8>(), 0..64),
+        mode in prop_oneof![Just(Structured), Just(Extended)],
     ) {
         let requests =
             [read(0, 64), request(Command::WRITE, 0, 64), request(Command::BLOCK_STATUS, 0, 64)];
         let mut exchange =
-            Exchange::new(true, &requests).chunk(index, ChunkType(kind), done, &payload);
+            Exchange::new(mode, &requests).chunk(index, ChunkType(kind), done, &payload);
         exchange.replies.extend_from_slice(&tail);
         let whole = exchange.run(usize::MAX, false);
         prop_assert_eq!(&whole, &exchange.run(1, false));

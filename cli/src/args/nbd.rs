@@ -3,8 +3,7 @@ use std::time::Duration;
 
 use brep_block::CacheMode;
 use brep_nbd::NbdUri;
-use brep_nbd::proto::client::BASE_ALLOCATION;
-use brep_nbd::proto::wire::STRING_LEN_MAX;
+use brep_nbd::proto::wire::{BASE_ALLOCATION, STRING_LEN_MAX};
 use brep_nbd::tls::TlsClient;
 use brep_replication::config::DiskFormat;
 use clap::{Args, Subcommand};

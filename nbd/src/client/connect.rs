@@ -8,10 +8,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{ClientError, ConnectOptions};
 use crate::proto::client::{
-    BASE_ALLOCATION, ExportInfo, Goal, Handshake, HandshakeError, HandshakeOptions, ListedExport,
-    Outcome, Progress,
+    ExportInfo, Goal, Handshake, HandshakeError, HandshakeOptions, ListedExport, Outcome, Progress,
 };
-use crate::proto::wire::OptionCode;
+use crate::proto::wire::{BASE_ALLOCATION, OptionCode, TransmissionMode};
 use crate::tls::TlsClient;
 use crate::{Endpoint, Stream};
 
@@ -78,14 +77,14 @@ fn without_export(goal: Goal) -> HandshakeOptions {
         goal,
         export: String::new(),
         private_options: Vec::new(),
-        structured_replies: false,
+        mode_max: TransmissionMode::Simple,
         context: BASE_ALLOCATION.to_owned(),
         tls: false,
     }
 }
 
 /// What a server says of one of its exports, without opening it: size, flags, block sizes,
-/// whether structured replies are there, and which meta contexts.
+/// in which mode it would be used, and which meta contexts there are.
 ///
 /// # Errors
 /// As for [`list_exports`].
@@ -97,7 +96,7 @@ pub async fn describe_export(
 ) -> Result<(ExportInfo, Outcome), ClientError> {
     let options = HandshakeOptions {
         export: export.to_owned(),
-        structured_replies: true,
+        mode_max: TransmissionMode::Extended,
         ..without_export(Goal::Describe)
     };
     let mut outcome = negotiate(endpoint, tls, options, timeout).await?.outcome;
@@ -115,7 +114,7 @@ pub(super) async fn open(options: &ConnectOptions) -> Result<Negotiated, ClientE
     let handshake = HandshakeOptions {
         export: options.export.clone(),
         private_options,
-        structured_replies: options.want_structured,
+        mode_max: options.mode_max,
         context: options.context.clone(),
         ..without_export(Goal::Transmit)
     };

@@ -13,9 +13,10 @@ use super::driver::{Driver, DriverOptions};
 use super::operation::{Call, CallSpec, Extent, FromCall, Payload};
 use super::queue::{Queue, Submitted};
 use super::{ClientError, ConnectOptions};
-use crate::proto::client::{BASE_ALLOCATION, ExportInfo, HandshakeError, Transmission};
+use crate::proto::client::{ExportInfo, HandshakeError, Transmission};
 use crate::proto::wire::{
-    AllocationFlags, Command, CommandFlags, PAYLOAD_LEN_MAX, TransmissionFlags,
+    AllocationFlags, BASE_ALLOCATION, Command, CommandFlags, PAYLOAD_LEN_MAX, TransmissionFlags,
+    TransmissionMode,
 };
 use crate::tls::TlsPeer;
 
@@ -45,6 +46,7 @@ pub struct Connection {
     limits: Limits,
     /// Longest payload of one request, in bytes: a multiple of the block.
     payload_len_max: u32,
+    mode: TransmissionMode,
     /// The server has the context that was asked for.
     has_context: bool,
     context_is_allocation: bool,
@@ -69,7 +71,7 @@ impl Connection {
             let reason = "it does not allow several connections".to_owned();
             return Err(ClientError::Incompatible { server, reason });
         }
-        let transmission = Transmission::new(outcome.structured_replies, outcome.context);
+        let transmission = Transmission::new(outcome.mode, outcome.context);
         let queue = Arc::new(Queue::new(
             options.name.clone(),
             options.queued_max,
@@ -87,6 +89,7 @@ impl Connection {
             queue,
             limits: limits(&export),
             payload_len_max: whole_blocks(export.block_sizes.max.min(PAYLOAD_LEN_MAX), &export),
+            mode: outcome.mode,
             has_context: outcome.context.is_some(),
             context_is_allocation: options.context == BASE_ALLOCATION,
             private_replies: outcome.private_replies,
@@ -99,6 +102,12 @@ impl Connection {
     #[must_use]
     pub fn export(&self) -> &ExportInfo {
         &self.export
+    }
+
+    /// How requests and replies are laid out.
+    #[must_use]
+    pub fn mode(&self) -> TransmissionMode {
+        self.mode
     }
 
     /// The server tells where the export has holes and zeroes.
@@ -217,14 +226,20 @@ impl Connection {
             offset,
             len,
             payload: Payload::None,
-            piece_len_max: self.payload_len_max,
+            piece_len_max: self.payload_len_max.into(),
         }
     }
 
     /// For commands that move no data: as long as a length can be.
     fn effect(&self, operation: Operation, command: Command, offset: u64, len: u64) -> CallSpec {
-        let piece_len_max = u32::MAX - u32::MAX % self.limits.block_size.max(512);
+        let piece_len_max = self.effect_len_max();
         CallSpec { piece_len_max, ..self.transfer(operation, command, offset, len) }
+    }
+
+    /// What a length can be at most, in whole blocks.
+    fn effect_len_max(&self) -> u64 {
+        let max = if self.mode.is_extended() { u64::MAX } else { u32::MAX.into() };
+        max - max % u64::from(self.limits.block_size.max(512))
     }
 
     /// Submits, and lets a flush follow if `fua` is wanted of a server that does not have it.
@@ -296,7 +311,7 @@ impl Connection {
         } else {
             spec.command = Command::WRITE;
             spec.payload = Payload::Zeroes;
-            spec.piece_len_max = self.payload_len_max;
+            spec.piece_len_max = self.payload_len_max.into();
         }
         self.submit_durably(spec, flags.fua)
     }
@@ -340,7 +355,7 @@ impl Connection {
     /// # Errors
     /// [`ErrorKind::Unsupported`] if the server does not have the context; else as for
     /// [`BlockDevice::block_status`].
-    pub fn start_context_status(&self, offset: u64, len: u64) -> Io<'static, (u64, u32)> {
+    pub fn start_context_status(&self, offset: u64, len: u64) -> Io<'static, (u64, u64)> {
         let spec = match self.status_spec(offset, len) {
             Ok(spec) => spec,
             Err(error) => return Io::err(error),
@@ -357,7 +372,7 @@ impl Connection {
             Ok(submitted) => Io::future(async move {
                 let Extent(extent) = submitted.await?;
                 let (len, flags) = extent.unwrap_or_default();
-                Ok((u64::from(len).clamp(1, asked), flags))
+                Ok((len.clamp(1, asked), flags))
             }),
             Err(error) => Io::err(error),
         }
@@ -366,7 +381,7 @@ impl Connection {
     /// Asks for one extent; how far it reaches is only a hint, so what lies beyond the longest
     /// length is asked for next.
     fn status_spec(&self, offset: u64, len: u64) -> Result<CallSpec> {
-        let asked = len.min(u64::from(u32::MAX - u32::MAX % self.limits.block_size.max(512)));
+        let asked = len.min(self.effect_len_max());
         let mut spec = self.effect(Operation::BlockStatus, Command::BLOCK_STATUS, offset, asked);
         spec.flags = CommandFlags::REQ_ONE;
         self.check(&CallSpec { len, ..spec_range(&spec) })?;
@@ -471,8 +486,9 @@ fn status(extent: Extent, asked: u64, block: u64) -> BlockStatus {
     let Extent(Some((len, flags))) = extent else {
         return BlockStatus { len: asked, flags: data };
     };
-    let len = u64::from(len).min(asked);
-    let flags = AllocationFlags(flags);
+    let len = len.min(asked);
+    // Its flags are in the lower half.
+    let flags = AllocationFlags(flags as u32);
     let flags = StatusFlags {
         data: !flags.contains(AllocationFlags::HOLE),
         zero: flags.contains(AllocationFlags::ZERO),

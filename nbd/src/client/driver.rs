@@ -54,7 +54,11 @@ pub(super) struct DriverOptions {
 
 /// Something to be sent; what has been sent of it is cut off.
 enum Segment {
-    Header { bytes: [u8; RequestHeader::SIZE], sent: usize },
+    /// A compact one stands at the end.
+    Header {
+        bytes: [u8; RequestHeader::EXTENDED_SIZE],
+        sent: usize,
+    },
     Payload(Bytes),
 }
 
@@ -167,7 +171,15 @@ impl Driver {
     }
 
     fn push(&mut self, header: RequestHeader) {
-        self.output.push_back(Segment::Header { bytes: header.encode(), sent: 0 });
+        let segment = if self.transmission.mode().is_extended() {
+            Segment::Header { bytes: header.encode_extended(), sent: 0 }
+        } else {
+            let mut bytes = [0; RequestHeader::EXTENDED_SIZE];
+            let sent = bytes.len() - RequestHeader::SIZE;
+            bytes[sent..].copy_from_slice(&header.encode());
+            Segment::Header { bytes, sent }
+        };
+        self.output.push_back(segment);
     }
 
     /// Sends until all is sent, or the socket takes no more.
@@ -259,7 +271,7 @@ impl Driver {
         while let Some(completion) = self.transmission.pop() {
             let request = &completion.request;
             if matches!(request.command, Command::READ | Command::WRITE) {
-                self.in_flight_bytes = self.in_flight_bytes.saturating_sub(request.len.into());
+                self.in_flight_bytes = self.in_flight_bytes.saturating_sub(request.len);
             }
             self.queue.complete(completion, &mut self.wakers);
         }

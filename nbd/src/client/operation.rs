@@ -9,7 +9,7 @@ use crate::proto::wire::{Command, CommandFlags};
 
 /// Length of the zeroes that stand in for `WRITE_ZEROES` where a server does not have it, in
 /// bytes.
-const ZEROES_LEN: u32 = 256 << 10;
+const ZEROES_LEN: u64 = 256 << 10;
 
 /// One call of the device, and how far it has come. It becomes one request, or several if it is
 /// longer than the server takes at a time.
@@ -21,7 +21,7 @@ pub(super) struct Call {
     pub(super) offset: u64,
     pub(super) len: u64,
     payload: Payload,
-    piece_len_max: u32,
+    piece_len_max: u64,
     pub(super) submitted: Instant,
 
     /// How much of the range has been made into requests, in bytes.
@@ -30,7 +30,7 @@ pub(super) struct Call {
     outstanding: u32,
     error: Option<Error>,
     data: Vec<(u64, Bytes)>,
-    extent: Option<(u32, u32)>,
+    extent: Option<(u64, u64)>,
 
     pub(super) waker: Option<Waker>,
     /// Nobody waits for the result any more.
@@ -54,7 +54,7 @@ pub(super) struct CallSpec {
     pub(super) len: u64,
     pub(super) payload: Payload,
     /// Longest request that this may become, in bytes: a multiple of the minimum block.
-    pub(super) piece_len_max: u32,
+    pub(super) piece_len_max: u64,
 }
 
 impl Call {
@@ -100,7 +100,7 @@ impl Call {
     }
 
     fn next_len(&self) -> u64 {
-        (self.len - self.sent).min(u64::from(self.piece_len_max))
+        (self.len - self.sent).min(self.piece_len_max)
     }
 
     pub(super) fn all_sent(&self) -> bool {
@@ -118,7 +118,7 @@ impl Call {
             command: self.command,
             flags: self.flags,
             offset: self.offset + self.sent,
-            len: len as u32,
+            len,
         };
         let payload = match &mut self.payload {
             Payload::None => None,
@@ -194,7 +194,7 @@ impl FromCall for Bytes {
 }
 
 /// Length and flags of the first extent.
-pub(super) struct Extent(pub(super) Option<(u32, u32)>);
+pub(super) struct Extent(pub(super) Option<(u64, u64)>);
 
 impl FromCall for Extent {
     fn from_call(call: Call) -> Self {

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::proto::client::BASE_ALLOCATION;
+use crate::proto::wire::{BASE_ALLOCATION, TransmissionMode};
 use crate::tls::{TlsClient, TlsError};
 use crate::{Endpoint, NbdUri};
 
@@ -35,8 +35,9 @@ pub struct ConnectOptions {
     pub queued_max: usize,
     /// Most bytes of payload waiting to be sent; a write beyond it fails at once.
     pub queued_bytes_max: u64,
-    /// Ask for structured replies, and with them for the state of ranges.
-    pub want_structured: bool,
+    /// The best mode to ask for; a server that does not have it is asked for the next one. Only
+    /// structured replies and extended headers come with the state of ranges.
+    pub mode_max: TransmissionMode,
     /// The meta context in which [`Connection::start_context_status`] asks; with any other than
     /// `base:allocation` every range counts as data for
     /// [`block_status`](brep_block::BlockDevice::block_status).
@@ -68,7 +69,7 @@ impl ConnectOptions {
             in_flight_bytes_max: 64 << 20,
             queued_max: 16_384,
             queued_bytes_max: 256 << 20,
-            want_structured: true,
+            mode_max: TransmissionMode::Extended,
             context: BASE_ALLOCATION.to_owned(),
             needs_multi_conn: false,
             tls: None,

@@ -171,7 +171,7 @@ impl Queue {
                 *unsent_bytes = unsent_bytes.saturating_sub(call.unsent_payload());
                 let error = server_error(&self.name, call.operation, &refusal);
                 let Request { offset, len, .. } = completion.request;
-                call.refused(error.at(offset, u64::from(len)));
+                call.refused(error.at(offset, len));
             }
         }
         if !call.is_finished() {

@@ -13,7 +13,7 @@ mod read_buffer;
 mod slab;
 mod transmission;
 
-pub use handshake::{BASE_ALLOCATION, Goal, Handshake, HandshakeOptions, Outcome, Progress};
+pub use handshake::{Goal, Handshake, HandshakeOptions, Outcome, Progress};
 pub use info::{BlockSizes, ExportInfo, ListedExport};
 pub use option_reply::HandshakeError;
 pub(crate) use slab::Slab;

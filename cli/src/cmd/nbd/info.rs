@@ -2,7 +2,7 @@
 use anyhow::Context;
 use brep_nbd::client::{ConnectOptions, Connection, describe_export, list_exports};
 use brep_nbd::proto::client::{ExportInfo, Outcome as Handshake};
-use brep_nbd::proto::wire::TransmissionFlags;
+use brep_nbd::proto::wire::{TransmissionFlags, TransmissionMode};
 use brep_nbd::tls::TlsClient;
 use brep_nbd::{NbdUri, TlsParameters};
 use serde_json::{Value, json};
@@ -76,10 +76,10 @@ async fn show(args: &NbdInfoArgs, tls: Option<&TlsClient>) -> Result<(), Failure
         names.truncate(EXPORTS_MAX);
     }
     let mut exports = Vec::new();
-    let mut structured = None;
+    let mut mode = None;
     for name in names {
         let (info, handshake) = describe(args, tls, &name).await?;
-        structured = Some(handshake.structured_replies);
+        mode = Some(handshake.mode);
         let export = NbdUri {
             endpoint: uri.endpoint.clone(),
             export: name,
@@ -92,7 +92,8 @@ async fn show(args: &NbdInfoArgs, tls: Option<&TlsClient>) -> Result<(), Failure
         "server": uri.endpoint.to_string(),
         "protocol": "newstyle-fixed",
         "tls": tls.is_some(),
-        "structured-replies": structured,
+        "structured-replies": mode.map(TransmissionMode::is_structured),
+        "extended-headers": mode.map(TransmissionMode::is_extended),
         "exports": exports,
     });
     if args.json {
@@ -135,10 +136,12 @@ fn export_json(uri: &NbdUri, info: &ExportInfo, handshake: &Handshake) -> Value 
 
 fn server_text(server: &Value) -> String {
     let tls = if server["tls"] == true { "TLS" } else { "no TLS" };
-    let replies = match server["structured-replies"].as_bool() {
-        Some(true) => ", structured replies",
-        Some(false) => ", simple replies",
-        None => "; it lists no exports",
+    let has = |key: &str| server[key].as_bool();
+    let replies = match (has("structured-replies"), has("extended-headers")) {
+        (_, Some(true)) => ", extended headers",
+        (Some(true), _) => ", structured replies",
+        (Some(false), _) => ", simple replies",
+        (None, _) => "; it lists no exports",
     };
     let (name, protocol) = (&server["server"], &server["protocol"]);
     let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();

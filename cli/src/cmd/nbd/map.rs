@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 
 use brep_block::BlockDevice;
 use brep_nbd::client::Connection;
-use brep_nbd::proto::client::BASE_ALLOCATION;
+use brep_nbd::proto::wire::BASE_ALLOCATION;
 use serde_json::{Value, json};
 
 use crate::exit::Failure;
@@ -14,7 +14,7 @@ use crate::output;
 struct Run {
     offset: u64,
     len: u64,
-    state: u32,
+    state: u64,
 }
 
 /// Prints the runs of an export in the meta context that it was connected with, or what they add
@@ -25,7 +25,7 @@ pub(super) async fn show(
     totals: bool,
     json: bool,
 ) -> Result<(), Failure> {
-    let mut sums: BTreeMap<u32, u64> = BTreeMap::new();
+    let mut sums: BTreeMap<u64, u64> = BTreeMap::new();
     let mut printer = Printer { context, json, begun: false };
     let mut open: Option<Run> = None;
     let mut offset = 0;
@@ -71,7 +71,7 @@ impl Printer<'_> {
         output::line(format!("{offset:>16} {len:>16} {state:>4}  {said}").trim_end())
     }
 
-    fn total(&mut self, state: u32, len: u64, size: u64) -> Result<(), Failure> {
+    fn total(&mut self, state: u64, len: u64, size: u64) -> Result<(), Failure> {
         let said = describe(self.context, state);
         let percent = len as f64 * 100.0 / size as f64;
         if self.json {
@@ -97,7 +97,7 @@ impl Printer<'_> {
 }
 
 /// What a state means, for the contexts that have a meaning known to all; else nothing.
-fn describe(context: &str, state: u32) -> String {
+fn describe(context: &str, state: u64) -> String {
     let said = match (context, state) {
         (BASE_ALLOCATION, 0) => "data",
         (BASE_ALLOCATION, 1) => "hole",

@@ -8,14 +8,11 @@ use super::{ExportInfo, HandshakeError, ListedExport};
 use crate::proto::wire::{
     ClientFlags, EXPORT_NAME_PADDING, HandshakeFlags, INIT_MAGIC, InfoType, OLDSTYLE_MAGIC,
     OPTION_MAGIC, OptionCode, OptionHeader, PRIVATE_REPLY, Reader, ReplyType, STRING_LEN_MAX,
-    TransmissionFlags,
+    TransmissionFlags, TransmissionMode,
 };
 
 /// Most replies that one option may have.
 const REPLIES_MAX: usize = 10_000;
-
-/// The meta context that says where a disk has holes and zeroes.
-pub const BASE_ALLOCATION: &str = "base:allocation";
 
 /// What a handshake is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,10 +37,11 @@ pub struct HandshakeOptions {
     /// Options outside the protocol, with their data, sent first and in this order. A server that
     /// refuses one ends the handshake.
     pub private_options: Vec<(OptionCode, Bytes)>,
-    /// Ask for structured replies and for the state of ranges. Without them, reads cannot have
-    /// holes and every range counts as data.
-    pub structured_replies: bool,
-    /// The meta context in which the state of ranges is asked for; usually [`BASE_ALLOCATION`].
+    /// The best mode to ask for; a server that does not have it is asked for the next one. With
+    /// simple replies, reads cannot have holes and every range counts as data.
+    pub mode_max: TransmissionMode,
+    /// The meta context in which the state of ranges is asked for; usually
+    /// [`BASE_ALLOCATION`](crate::proto::wire::BASE_ALLOCATION).
     pub context: String,
     /// Begin TLS before anything else, and end if that is not possible.
     pub tls: bool,
@@ -55,8 +53,8 @@ pub struct HandshakeOptions {
 pub struct Outcome {
     /// The export: set by [`Goal::Transmit`] and [`Goal::Describe`].
     pub export: Option<ExportInfo>,
-    /// Structured replies were agreed on.
-    pub structured_replies: bool,
+    /// How requests and replies are laid out.
+    pub mode: TransmissionMode,
     /// The id of the meta context that was asked for, if the server has it: set by
     /// [`Goal::Transmit`].
     pub context: Option<u32>,
@@ -113,6 +111,7 @@ enum Step {
     StartTls,
     /// Index into the private options.
     Private(usize),
+    ExtendedHeaders,
     StructuredReplies,
     SelectContext,
     ListContexts,
@@ -130,7 +129,11 @@ impl Handshake {
     pub fn new(options: HandshakeOptions) -> Self {
         let mut plan: VecDeque<Step> = options.tls.then_some(Step::StartTls).into_iter().collect();
         plan.extend((0..options.private_options.len()).map(Step::Private));
-        if options.structured_replies && matches!(options.goal, Goal::Transmit | Goal::Describe) {
+        let opens = matches!(options.goal, Goal::Transmit | Goal::Describe);
+        if opens && options.mode_max.is_extended() {
+            plan.push_back(Step::ExtendedHeaders);
+        }
+        if opens && options.mode_max.is_structured() {
             plan.push_back(Step::StructuredReplies);
             let selects = options.goal == Goal::Transmit;
             plan.push_back(if selects { Step::SelectContext } else { Step::ListContexts });
@@ -287,6 +290,7 @@ impl Handshake {
             Step::Private(index) => {
                 self.options.private_options.get(index).map_or(OptionCode::ABORT, |o| o.0)
             }
+            Step::ExtendedHeaders => OptionCode::EXTENDED_HEADERS,
             Step::StructuredReplies => OptionCode::STRUCTURED_REPLY,
             Step::SelectContext => OptionCode::SET_META_CONTEXT,
             Step::ListContexts => OptionCode::LIST_META_CONTEXT,
@@ -309,7 +313,11 @@ impl Handshake {
                 let option = self.options.private_options.get(index);
                 return option.map(|option| option.1.clone()).unwrap_or_default();
             }
-            Step::StartTls | Step::StructuredReplies | Step::List | Step::Lookup => {}
+            Step::StartTls
+            | Step::ExtendedHeaders
+            | Step::StructuredReplies
+            | Step::List
+            | Step::Lookup => {}
             Step::SelectContext => {
                 put_string(&mut data, name);
                 data.put_u32(1);
@@ -368,7 +376,11 @@ impl Handshake {
                     self.outcome.private_replies.push(Bytes::new());
                 }
             }
-            Step::StructuredReplies => self.outcome.structured_replies = true,
+            Step::ExtendedHeaders => {
+                self.outcome.mode = TransmissionMode::Extended;
+                self.plan.retain(|step| *step != Step::StructuredReplies);
+            }
+            Step::StructuredReplies => self.outcome.mode = TransmissionMode::Structured,
             Step::Go | Step::Describe => self.export_known()?,
             Step::Lookup => {
                 let exports = std::mem::take(&mut self.outcome.exports);
@@ -390,13 +402,15 @@ impl Handshake {
         match step {
             Step::StartTls => return Err(reply.tls_refused()),
             // What we can do without.
+            Step::ExtendedHeaders if !fatal => {}
             Step::StructuredReplies if !fatal => {
                 self.plan.retain(|step| !matches!(step, Step::SelectContext | Step::ListContexts));
             }
             Step::SelectContext if !fatal => self.outcome.context = None,
             Step::ListContexts if !fatal => self.outcome.contexts.clear(),
             Step::Lookup if !fatal => self.outcome.exports.clear(),
-            Step::Go if reply.kind == ReplyType::ERR_UNSUP => {
+            // After extended headers an export cannot be chosen in another way.
+            Step::Go if reply.kind == ReplyType::ERR_UNSUP && !self.outcome.mode.is_extended() => {
                 self.info = InfoCollector::default();
                 self.plan.extend([Step::Lookup, Step::ExportName]);
             }
@@ -432,7 +446,7 @@ impl Handshake {
 
     fn export_known(&mut self) -> Result<(), HandshakeError> {
         let mut export = std::mem::take(&mut self.info).finish()?;
-        if !self.outcome.structured_replies {
+        if !self.outcome.mode.is_structured() {
             export.flags = export.flags.without(TransmissionFlags::SEND_DF);
         }
         self.outcome.export = Some(export);

@@ -27,6 +27,11 @@ impl ReadBuffer {
         ReadBuffer { len, ..Self::default() }
     }
 
+    /// Length of the whole read, in bytes.
+    pub(super) fn len(&self) -> u32 {
+        self.len
+    }
+
     /// A chunk is about to bring `len` bytes for `start`, relative to the read. Allocates.
     pub(super) fn begin(&mut self, start: u64, len: u32) -> Result<(), ReplyError> {
         let start = u32::try_from(start).map_err(|_| ReplyError::OutsideRequest)?;

@@ -6,8 +6,9 @@ use super::Slab;
 use super::option_reply::message;
 use super::read_buffer::ReadBuffer;
 use crate::proto::wire::{
-    BadMagic, ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, Errno, Reader,
-    RequestHeader, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, SimpleReply,
+    BadMagic, ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, EXTENDED_REPLY_MAGIC,
+    Errno, ExtendedChunkHeader, Reader, RequestHeader, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
+    SimpleReply, TransmissionMode,
 };
 
 /// How much of an error text is kept, in bytes.
@@ -28,12 +29,14 @@ pub enum ReplyError {
     Cookie(u64),
     #[error("a simple reply to a {0}")]
     Simple(Command),
-    #[error("a structured reply, which was not agreed on")]
-    NotStructured,
+    #[error("a reply of a kind that was not agreed on (magic number {0:#010x})")]
+    Mode(u32),
+    #[error("a reply to offset {0}, at which nothing was asked for")]
+    Offset(u64),
     #[error("a chunk of type {kind} in the reply to a {command}")]
     Chunk { kind: ChunkType, command: Command },
     #[error("a chunk of type {kind} with {len} bytes")]
-    ChunkLength { kind: ChunkType, len: u32 },
+    ChunkLength { kind: ChunkType, len: u64 },
     #[error("an empty chunk that is not the last one")]
     EmptyNotDone,
     #[error("data outside the range that was asked for")]
@@ -46,6 +49,8 @@ pub enum ReplyError {
     TooManyChunks,
     #[error("a read that is reported as successful, but not all of whose data came")]
     Incomplete,
+    #[error("a list of extents that is not as long as it says")]
+    ExtentCount,
     #[error("an extent without length")]
     EmptyExtent,
     #[error("the state of a range in context {0}, which was not agreed on")]
@@ -71,8 +76,8 @@ pub struct Request {
     pub flags: CommandFlags,
     /// First byte of the range, in bytes.
     pub offset: u64,
-    /// Length of the range, in bytes.
-    pub len: u32,
+    /// Length of the range, in bytes; below 4 GiB unless headers are extended.
+    pub len: u64,
 }
 
 /// The end of a request.
@@ -96,9 +101,10 @@ pub enum Answer {
     /// The first extent of a range, in the context `base:allocation`.
     Extent {
         /// Its length in bytes: not 0, otherwise as the server sent it.
-        len: u32,
+        len: u64,
+        /// What they mean is up to the context; for `base:allocation`,
         /// [`AllocationFlags`](crate::proto::wire::AllocationFlags).
-        flags: u32,
+        flags: u64,
     },
 }
 
@@ -127,7 +133,7 @@ pub struct DirectRead<'a> {
 /// answer is a [`ReplyError`]. Memory is bounded by the requests outstanding.
 #[derive(Debug)]
 pub struct Transmission {
-    structured: bool,
+    mode: TransmissionMode,
     allocation_context: Option<u32>,
     outstanding: Slab<Outstanding>,
     state: State,
@@ -146,7 +152,7 @@ struct Outstanding {
     /// How many error chunks have begun.
     texts: u32,
     read: ReadBuffer,
-    extent: Option<(u32, u32)>,
+    extent: Option<(u64, u64)>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -171,8 +177,14 @@ enum Body {
     Hole,
     Context,
     Extents,
+    /// As the two before, in 64 bits, and with a count.
+    LongContext,
+    LongExtents,
     ErrorHead(ChunkType),
-    ErrorText { len: u32, with_offset: bool },
+    ErrorText {
+        len: u32,
+        with_offset: bool,
+    },
     ErrorOffset,
     Skip,
 }
@@ -180,14 +192,20 @@ enum Body {
 impl Transmission {
     /// No request is outstanding. Both arguments as the handshake has agreed.
     #[must_use]
-    pub fn new(structured_replies: bool, allocation_context: Option<u32>) -> Self {
+    pub fn new(mode: TransmissionMode, allocation_context: Option<u32>) -> Self {
         Transmission {
-            structured: structured_replies,
+            mode,
             allocation_context,
             outstanding: Slab::default(),
             state: State::Header,
             completed: VecDeque::new(),
         }
+    }
+
+    /// How requests and replies are laid out.
+    #[must_use]
+    pub fn mode(&self) -> TransmissionMode {
+        self.mode
     }
 
     /// How many requests have no complete reply yet.
@@ -198,8 +216,12 @@ impl Transmission {
 
     /// Registers a request; the header is to be sent now, and then the payload of a write. `tag`
     /// comes back with the completion.
+    ///
+    /// # Panics
+    /// If a read is longer than 4 GiB.
     pub fn start(&mut self, request: Request, tag: u64) -> RequestHeader {
         let read_len = if request.command == Command::READ { request.len } else { 0 };
+        let read_len = u32::try_from(read_len).expect("a read has a payload's length");
         let cookie = self.outstanding.insert(Outstanding {
             tag,
             request,
@@ -211,7 +233,9 @@ impl Transmission {
             extent: None,
         });
         let Request { command, flags, offset, len } = request;
-        RequestHeader { flags, command, cookie, offset, len: len.into() }
+        let has_payload = self.mode.is_extended() && command == Command::WRITE;
+        let flags = flags.with_if(has_payload, CommandFlags::PAYLOAD_LEN);
+        RequestHeader { flags, command, cookie, offset, len }
     }
 
     /// The next request that has ended.
@@ -262,23 +286,33 @@ impl Transmission {
     /// `Ok(false)`: there is not enough yet.
     fn header(&mut self, rest: &mut &[u8]) -> Result<bool, ReplyError> {
         let Some(magic) = rest.first_chunk() else { return Ok(false) };
-        match u32::from_be_bytes(*magic) {
-            SIMPLE_REPLY_MAGIC => match take(rest) {
-                Some(head) => self.simple(SimpleReply::decode(head).map_err(wrong_magic)?)?,
-                None => return Ok(false),
-            },
-            STRUCTURED_REPLY_MAGIC if self.structured => match take(rest) {
+        match (u32::from_be_bytes(*magic), self.mode) {
+            (SIMPLE_REPLY_MAGIC, TransmissionMode::Simple | TransmissionMode::Structured) => {
+                match take(rest) {
+                    Some(head) => self.simple(SimpleReply::decode(head).map_err(wrong_magic)?)?,
+                    None => return Ok(false),
+                }
+            }
+            (STRUCTURED_REPLY_MAGIC, TransmissionMode::Structured) => match take(rest) {
                 Some(head) => self.chunk(ChunkHeader::decode(head).map_err(wrong_magic)?)?,
                 None => return Ok(false),
             },
-            STRUCTURED_REPLY_MAGIC => return Err(ReplyError::NotStructured),
-            magic => return Err(ReplyError::Magic(magic)),
+            (EXTENDED_REPLY_MAGIC, TransmissionMode::Extended) => match take(rest) {
+                Some(head) => {
+                    self.extended(ExtendedChunkHeader::decode(head).map_err(wrong_magic)?)?;
+                }
+                None => return Ok(false),
+            },
+            (magic @ (SIMPLE_REPLY_MAGIC | STRUCTURED_REPLY_MAGIC | EXTENDED_REPLY_MAGIC), _) => {
+                return Err(ReplyError::Mode(magic));
+            }
+            (magic, _) => return Err(ReplyError::Magic(magic)),
         }
         Ok(true)
     }
 
     fn simple(&mut self, reply: SimpleReply) -> Result<(), ReplyError> {
-        let structured = self.structured;
+        let structured = self.mode.is_structured();
         let cookie = reply.cookie;
         let slot = self.outstanding.get_mut(cookie).ok_or(ReplyError::Cookie(cookie))?;
         let command = slot.request.command;
@@ -289,7 +323,7 @@ impl Transmission {
             slot.refusal = Some(Refusal { errno: known(reply.error), message: String::new() });
             return self.complete(cookie);
         }
-        let len = slot.request.len;
+        let len = slot.read.len();
         if command == Command::READ && len > 0 {
             slot.begun = true;
             slot.read.begin(0, len)?;
@@ -299,14 +333,27 @@ impl Transmission {
         self.complete(cookie)
     }
 
+    /// What extended chunks have more than structured ones.
+    fn extended(&mut self, header: ExtendedChunkHeader) -> Result<(), ReplyError> {
+        let ExtendedChunkHeader { flags, kind, cookie, offset, len } = header;
+        let slot = self.outstanding.get_mut(cookie).ok_or(ReplyError::Cookie(cookie))?;
+        if slot.request.offset != offset {
+            return Err(ReplyError::Offset(offset));
+        }
+        let len = u32::try_from(len).map_err(|_| ReplyError::ChunkLength { kind, len })?;
+        self.chunk(ChunkHeader { flags, kind, cookie, len })
+    }
+
     fn chunk(&mut self, header: ChunkHeader) -> Result<(), ReplyError> {
         let ChunkHeader { kind, cookie, len, .. } = header;
         let done = header.flags.contains(ChunkFlags::DONE);
+        let extended = self.mode.is_extended();
         let slot = self.outstanding.get_mut(cookie).ok_or(ReplyError::Cookie(cookie))?;
         slot.begun = true;
         let command = slot.request.command;
         let fits = |condition| {
-            if condition { Ok(()) } else { Err(ReplyError::ChunkLength { kind, len }) }
+            let violation = ReplyError::ChunkLength { kind, len: len.into() };
+            if condition { Ok(()) } else { Err(violation) }
         };
         let body = match (kind, command) {
             (ChunkType::NONE, _) => {
@@ -324,6 +371,10 @@ impl Transmission {
             (ChunkType::BLOCK_STATUS, Command::BLOCK_STATUS) => {
                 fits(len >= 12 && len % 8 == 4)?;
                 Body::Context
+            }
+            (ChunkType::BLOCK_STATUS_EXT, Command::BLOCK_STATUS) if extended => {
+                fits(len >= 24 && len % 16 == 8)?;
+                Body::LongContext
             }
             (kind, _) if kind.is_error() => {
                 fits((6..=ERROR_LEN_MAX).contains(&len))?;
@@ -364,8 +415,25 @@ impl Transmission {
             }
             Body::Extents => {
                 let Some(extent) = take::<8>(rest) else { return Ok(false) };
-                slot.extent(extent)?;
+                let mut reader = Reader::new(extent);
+                slot.extent(reader.u32().map(u64::from), reader.u32().map(u64::from))?;
                 chunk.len -= 8;
+            }
+            Body::LongContext => {
+                let Some(head) = take::<8>(rest) else { return Ok(false) };
+                let mut reader = Reader::new(head);
+                slot.context(reader.u32().unwrap_or_default(), self.allocation_context)?;
+                chunk.len -= 8;
+                if reader.u32() != Some(chunk.len / 16) {
+                    return Err(ReplyError::ExtentCount);
+                }
+                chunk.body = Body::LongExtents;
+            }
+            Body::LongExtents => {
+                let Some(extent) = take::<16>(rest) else { return Ok(false) };
+                let mut reader = Reader::new(extent);
+                slot.extent(reader.u64(), reader.u64())?;
+                chunk.len -= 16;
             }
             Body::ErrorHead(kind) => {
                 let Some(head) = take::<6>(rest) else { return Ok(false) };
@@ -450,13 +518,10 @@ impl Outstanding {
     }
 
     /// Only the first extent is kept: we always ask for one.
-    fn extent(&mut self, body: &[u8; 8]) -> Result<(), ReplyError> {
-        let mut reader = Reader::new(body);
-        let len = reader.u32().unwrap_or_default();
-        let flags = reader.u32().unwrap_or_default();
-        if len == 0 {
+    fn extent(&mut self, len: Option<u64>, flags: Option<u64>) -> Result<(), ReplyError> {
+        let (Some(len @ 1..), Some(flags)) = (len, flags) else {
             return Err(ReplyError::EmptyExtent);
-        }
+        };
         self.extent.get_or_insert((len, flags));
         Ok(())
     }
@@ -491,7 +556,7 @@ impl Outstanding {
     }
 
     fn error_offset(&self, offset: u64) -> Result<(), ReplyError> {
-        let len = u64::from(self.request.len);
+        let len = self.request.len;
         match offset.checked_sub(self.request.offset) {
             Some(relative) if relative < len || len == 0 => Ok(()),
             _ => Err(ReplyError::ErrorOffset),
