@@ -1,8 +1,9 @@
-//! Tasks of the brep workspace: `cargo xtask test`, `iotest`, `simulate`, `bench`, `deps`.
+//! Tasks of the brep workspace: `cargo xtask test`, `iotest`, `simulate`, `fuzz`, `bench`, `deps`.
 
 mod backports;
 mod bench;
 mod deps;
+mod fuzz;
 mod guest;
 mod iotest;
 mod process;
@@ -33,6 +34,8 @@ enum Task {
     Iotest(iotest::Args),
     /// Live through histories of a pair over simulated disks, links and time
     Simulate(simulate::Args),
+    /// Look for bytes that break what strangers talk to
+    Fuzz(fuzz::Args),
     /// Compare speeds with a pair of QEMUs, qemu-nbd and nbdkit
     Bench(bench::Args),
     /// Read at random over NBD with simple replies: a load of the bench
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::main(&args),
         Task::Iotest(args) => iotest::main(&args),
         Task::Simulate(args) => simulate::main(&args),
+        Task::Fuzz(args) => fuzz::main(&args),
         Task::Bench(args) => bench::main(&args),
         Task::ReadLoad(args) => bench::read_load::main(&args),
         Task::Deps(args) => deps::main(&args),

@@ -4,6 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
+use crate::fuzz;
 use crate::process;
 use crate::workspace::Workspace;
 
@@ -32,15 +33,16 @@ pub(crate) fn command(workspace: &Workspace) -> Command {
     cargo
 }
 
-/// The tests of the simulator itself.
+/// The tests of the simulator itself, and of what else needs its doors.
 pub(crate) fn tests(workspace: &Workspace) -> Command {
     let mut cargo = repeatable(workspace);
-    cargo.args(["test", "--quiet", "--profile", PROFILE, "--package", PACKAGE]);
+    cargo.args(["test", "--quiet", "--profile", PROFILE]);
+    cargo.args(["--package", PACKAGE, "--package", fuzz::PACKAGE]);
     cargo
 }
 
 /// cargo, for a build in which tokio's own choices follow from a seed.
-fn repeatable(workspace: &Workspace) -> Command {
+pub(crate) fn repeatable(workspace: &Workspace) -> Command {
     let mut cargo = workspace.cargo();
     let flags = std::env::var("RUSTFLAGS").unwrap_or_default();
     cargo.env("RUSTFLAGS", format!("{flags} --cfg tokio_unstable"));

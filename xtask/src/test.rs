@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
+use crate::fuzz;
 use crate::iotest;
 use crate::process;
 use crate::programs;
@@ -44,7 +45,7 @@ enum Stage {
     Unit,
     /// The examples in the documentation
     Doctests,
-    /// Histories of a pair over simulated disks, links and time
+    /// Histories of a pair over simulated disks, links and time; the corpus of the fuzzer
     Simulate,
     /// End-to-end tests against the real binary
     Iotests,
@@ -150,7 +151,7 @@ impl Stage {
 }
 
 /// A build together with the simulator would give the product doors for it.
-const PRODUCT: [&str; 2] = ["--exclude", simulate::PACKAGE];
+const PRODUCT: [&str; 4] = ["--exclude", simulate::PACKAGE, "--exclude", fuzz::PACKAGE];
 
 /// Histories that a test run lives through.
 fn histories() -> &'static str {
