@@ -1,6 +1,6 @@
 //! Meta contexts: what a client asks for, and what there is (§7).
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 
 use bytes::Bytes;
 
@@ -65,7 +65,7 @@ impl MetaOption {
         }
     }
 
-    fn queries(&self) -> HashSet<&[u8]> {
+    fn queries(&self) -> BTreeSet<&[u8]> {
         let mut reader = Reader::new(&self.queries);
         std::iter::from_fn(|| reader.bytes_u32()).collect()
     }
