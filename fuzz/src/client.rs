@@ -10,6 +10,7 @@ use bytes::Bytes;
 
 use crate::pipe::{self, Other, Pace};
 use crate::program;
+use crate::server;
 
 /// Until everything that can be sent has been.
 const A_MOMENT: Duration = Duration::from_millis(1);
@@ -48,7 +49,7 @@ pub fn nbd_client_transmission(data: &[u8]) {
 
 fn options(choice: u8) -> ConnectOptions {
     let mut options = ConnectOptions::new(pipe::endpoint(), "disk");
-    options.want_structured = choice & 1 != 0;
+    options.mode_max = server::mode(choice);
     options
 }
 

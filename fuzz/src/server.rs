@@ -35,16 +35,21 @@ pub fn nbd_server_handshake(data: &[u8]) {
 /// was agreed on.
 pub fn nbd_server_transmission(data: &[u8]) {
     let Some((&choice, requests)) = data.split_first() else { return };
-    let mode = match choice & 3 {
-        0 => TransmissionMode::Simple,
-        1 => TransmissionMode::Structured,
-        _ => TransmissionMode::Extended,
-    };
+    let mode = mode(choice);
     let prefix = handshake(mode, choice & 4 != 0);
     let greeting = converse(&prefix);
     let answer = converse(&[&prefix, requests].concat());
     let replies = answer.strip_prefix(&greeting[..]).expect("the handshake is the same");
     Conversation::of_requests(mode, requests).check(replies);
+}
+
+/// The mode that an input's first byte chooses.
+pub(crate) fn mode(choice: u8) -> TransmissionMode {
+    match choice & 3 {
+        0 => TransmissionMode::Simple,
+        1 => TransmissionMode::Structured,
+        _ => TransmissionMode::Extended,
+    }
 }
 
 /// What the server answers, which must not depend on the pieces.
