@@ -37,24 +37,7 @@ impl Handle {
 
     /// Whether an operation of this process happens at all, and whether the disk refuses it.
     pub(crate) fn operate(&self, kind: u64) -> io::Result<()> {
-        if !self.world.operate(self.life, kind) {
-            return Err(Self::dead());
-        }
-        self.refuse(kind)
-    }
-
-    fn refuse(&self, kind: u64) -> io::Result<()> {
-        let mut world = self.world.lock();
-        let crate::world::Inner { rng, machines, .. } = &mut *world;
-        let faults = &machines[self.life.side].faults;
-        let concerned = faults.only.is_none_or(|part| self.name.contains(part));
-        if faults.failing > 0 && concerned && rng.chance(faults.failing) {
-            world.note(format!("{} operation {kind} on {} fails", self.life, self.name));
-            drop(world);
-            self.world.saw(Seen::IoError);
-            return Err(io::Error::from_raw_os_error(5));
-        }
-        Ok(())
+        operate(&self.world, self.life, &self.name, kind)
     }
 
     /// Whether the file may grow.
@@ -68,6 +51,23 @@ impl Handle {
         }
         Ok(())
     }
+}
+
+fn operate(world: &World, life: Life, name: &str, kind: u64) -> io::Result<()> {
+    if !world.operate(life, kind) {
+        return Err(Handle::dead());
+    }
+    let mut inner = world.lock();
+    let crate::world::Inner { rng, machines, .. } = &mut *inner;
+    let faults = &machines[life.side].faults;
+    let concerned = faults.only.is_none_or(|part| name.contains(part));
+    if faults.failing > 0 && concerned && rng.chance(faults.failing) {
+        inner.note(format!("{life} operation {kind} on {name} fails"));
+        drop(inner);
+        world.saw(Seen::IoError);
+        return Err(io::Error::from_raw_os_error(5));
+    }
+    Ok(())
 }
 
 impl Drop for Handle {
@@ -116,8 +116,8 @@ impl Files {
         self.0.lock().machines[life.side].names.sync(folder);
     }
 
-    fn alive(&self, life: Life, kind: u64) -> io::Result<()> {
-        if self.0.operate(life, kind) { Ok(()) } else { Err(Handle::dead()) }
+    fn operate(&self, life: Life, name: &str, kind: u64) -> io::Result<()> {
+        operate(&self.0, life, name, kind)
     }
 
     fn create(&self, life: Life, name: &str) -> io::Result<File> {
@@ -150,7 +150,7 @@ impl Storage for Files {
         };
         let open = || {
             let (life, name) = Self::place(path)?;
-            self.alive(life, 10)?;
+            self.operate(life, &name, 10)?;
             let file = match (self.find(life.side, &name), options.create) {
                 (Some(_), _) if options.create_new => {
                     return Err(io::ErrorKind::AlreadyExists.into());
@@ -172,7 +172,7 @@ impl Storage for Files {
 
     fn open_file(&self, path: &Path) -> io::Result<Arc<dyn PlainFile>> {
         let (life, name) = Self::place(path)?;
-        self.alive(life, 11)?;
+        self.operate(life, &name, 11)?;
         let file = match self.find(life.side, &name) {
             Some(file) => file,
             None => {
@@ -190,14 +190,14 @@ impl Storage for Files {
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         let (life, folder) = Self::place(path)?;
-        self.alive(life, 15)?;
+        self.operate(life, &folder, 15)?;
         self.0.lock().machines[life.side].names.sync(&folder);
         Ok(())
     }
 
     fn list(&self, directory: &Path) -> io::Result<Vec<OsString>> {
         let (life, folder) = Self::place(directory)?;
-        self.alive(life, 12)?;
+        self.operate(life, &folder, 12)?;
         let world = self.0.lock();
         let names = world.machines[life.side].names.in_folder(&folder);
         Ok(names.map(OsString::from).collect())
@@ -211,14 +211,14 @@ impl Storage for Files {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let (life, from) = Self::place(from)?;
         let (_, to) = Self::place(to)?;
-        self.alive(life, 13)?;
+        self.operate(life, &from, 13)?;
         let renamed = self.0.lock().machines[life.side].names.rename(&from, &to);
         renamed.then_some(()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let (life, name) = Self::place(path)?;
-        self.alive(life, 14)?;
+        self.operate(life, &name, 14)?;
         let removed = self.0.lock().machines[life.side].names.remove(&name);
         removed.then_some(()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
@@ -262,7 +262,7 @@ impl PlainFile for Handle {
 impl MapStorage for Files {
     fn create(&self, path: &Path, contents: Vec<u8>) -> io::Result<()> {
         let (life, name) = Self::place(path)?;
-        self.alive(life, 30)?;
+        self.operate(life, &name, 30)?;
         if self.find(life.side, &name).is_some() {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
@@ -277,12 +277,11 @@ impl MapStorage for Files {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        Storage::rename(self, from, to)?;
-        let (life, to) = Self::place(to)?;
-        // Its process may end between the two.
-        self.alive(life, 32)?;
-        self.sync_folder_of(life, &to);
-        Ok(())
+        Storage::rename(self, from, to)
+    }
+
+    fn sync_directory(&self, directory: &Path) -> io::Result<()> {
+        self.sync_dir(directory)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
@@ -291,7 +290,7 @@ impl MapStorage for Files {
 
     fn open(&self, path: &Path) -> io::Result<Arc<dyn MapMemory>> {
         let (life, name) = Self::place(path)?;
-        self.alive(life, 31)?;
+        self.operate(life, &name, 31)?;
         let file = self.find(life.side, &name).ok_or(io::ErrorKind::NotFound)?;
         Ok(Arc::new(self.handle(life, name, file)?))
     }

@@ -163,6 +163,11 @@ pub(super) fn sync_directory(path: &Path) -> Result<()> {
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
+    #[cfg(feature = "simulation")]
+    if let Some(storage) = super::stand_in::installed() {
+        let synced = storage.sync_directory(directory);
+        return synced.map_err(Error::io(directory, "flush the directory"));
+    }
     File::open(directory)
         .and_then(|directory| directory.sync_all())
         .map_err(Error::io(directory, "flush the directory"))

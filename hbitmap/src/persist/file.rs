@@ -188,7 +188,8 @@ impl MapFile {
 
     pub(super) fn flusher(&self) -> MapFlush {
         let words = Arc::clone(&self.words);
-        MapFlush { path: self.path.clone(), words, len: self.layout.file_len() }
+        let failed = self.flush_failed;
+        MapFlush { path: self.path.clone(), words, len: self.layout.file_len(), failed }
     }
 
     /// Gives every chunk that has been written to its checksum again.
@@ -251,6 +252,7 @@ pub struct MapFlush {
     path: PathBuf,
     words: Arc<Words>,
     len: u64,
+    failed: bool,
 }
 
 impl MapFlush {
@@ -259,7 +261,11 @@ impl MapFlush {
     ///
     /// # Errors
     /// [`Error::Io`]: then it is unknown what is there, and a later call that succeeds says nothing.
+    /// [`Error::Sticky`]: something failed before.
     pub fn run(&self) -> Result<()> {
+        if self.failed {
+            return Err(Error::Sticky { path: self.path.clone() });
+        }
         self.words.flush(0..self.len).map_err(Error::io(&self.path, "flush"))
     }
 }

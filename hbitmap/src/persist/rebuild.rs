@@ -33,6 +33,9 @@ pub(super) fn rebuild(old: &mut MapFile, size: u64, granularity_log2: u32) -> Re
         fill(old, &mut new)?;
         new.sync(0..new.layout.file_len())?;
         rename(&next, &old.path)?;
+        // The old file has no name any more: what is set from now on belongs into this one,
+        // whatever a loss of power would leave.
+        new.flush_failed |= sync_directory(&old.path).is_err();
         new.path.clone_from(&old.path);
         new.in_flight = std::mem::take(&mut old.in_flight);
         Ok(new)
@@ -98,6 +101,5 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
     if let Some(storage) = super::stand_in::installed() {
         return storage.rename(from, to).map_err(Error::io(to, "replace"));
     }
-    fs::rename(from, to).map_err(Error::io(to, "replace"))?;
-    sync_directory(to)
+    fs::rename(from, to).map_err(Error::io(to, "replace"))
 }

@@ -22,13 +22,22 @@ pub trait MapStorage {
     /// [`io::ErrorKind::NotFound`], or [`io::ErrorKind::WouldBlock`] if somebody else has it.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn MapMemory>>;
 
-    /// Gives a file another name, in the place of whatever had it, on stable storage.
+    /// Gives a file another name, in the place of whatever had it.
     ///
     /// # Errors
     /// There is no such file.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let _ = (from, to);
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Puts the names in a directory on stable storage.
+    ///
+    /// # Errors
+    /// It failed, and it is unknown which are there.
+    fn sync_directory(&self, directory: &Path) -> io::Result<()> {
+        let _ = directory;
+        Ok(())
     }
 
     /// Removes a file.
