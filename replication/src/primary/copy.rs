@@ -85,7 +85,7 @@ impl Piece {
     async fn at(group: &Group, part: &Arc<DiskPart>, range: Range<u64>) -> Self {
         let (part, device) = (Arc::clone(part), &part.device);
         // An error shows again when the range is read.
-        match device.block_status(range.start, device.size() - range.start).await {
+        match device.block_status(range.start, part.size() - range.start).await {
             Ok(status) if status.flags.zero && status.len >= range.end - range.start => {
                 let range = group.extend_range(part.number, &range, status.len.min(ZERO_RUN_BYTES));
                 Piece { part, range, zero: true }

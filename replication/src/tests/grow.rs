@@ -158,6 +158,28 @@ async fn a_disk_neither_shrinks_nor_grows_by_halves() {
     secondary.stop().await;
 }
 
+#[tokio::test]
+async fn a_disk_whose_maps_do_not_grow_stays_as_it_was() {
+    let scratch = Scratch::new();
+    pair_of_files(&scratch);
+    let (primary, secondary) = start(&scratch).await;
+    let in_the_way = scratch.path("p.state/vda.maps.next");
+    std::fs::create_dir_all(in_the_way.join("x")).unwrap();
+    let error = resize(&primary, 4 * MIB).await.unwrap_err();
+    assert!(error.contains("maps of disk vda"), "{error}");
+    assert_eq!(primary.status().await["disks"][0]["size"], 2 * MIB);
+    assert_eq!(file(&scratch.path("p.raw")).len() as u64, 2 * MIB);
+    std::fs::remove_dir_all(in_the_way).unwrap();
+    resize(&primary, 4 * MIB).await.unwrap();
+    let in_sync = |s: &Value| has_size(4 * MIB)(s) && s["disks"][0]["state"] == "in-sync";
+    primary.wait("in sync again", in_sync).await;
+    secondary.wait("grown", has_size(4 * MIB)).await;
+    primary.checkpoint().await;
+    primary.stop().await;
+    secondary.stop().await;
+    assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")));
+}
+
 /// The new size may not be had: the disk is still what it was, and so are its buffers.
 #[tokio::test]
 async fn a_disk_that_cannot_grow_can_be_promoted_as_it_is() {

@@ -2,16 +2,26 @@
 
 use std::sync::atomic::Ordering;
 
-use super::Group;
+use super::{DiskPart, Group};
 use crate::{Error, Result};
+
+/// The image is as large as it was: nobody knows of its new end, and a start would take it for one
+/// that has grown.
+async fn undo_growth(disk: &DiskPart, image_size: u64) {
+    if disk.device.size() > image_size
+        && let Err(error) = disk.device.truncate(image_size).await
+    {
+        tracing::warn!(disk = disk.name, %error, "the image stays larger than its disk");
+    }
+}
 
 impl Group {
     /// Makes a disk larger: here now, on the secondary with the next session, which begins at once.
     /// Guests learn the new size when they connect again.
     ///
     /// # Errors
-    /// There is no such disk, it cannot have this size, or its file does not grow; nothing was
-    /// changed. Or its maps do not grow: then it is served as it was.
+    /// There is no such disk, it cannot have this size, or its file or its maps do not grow; it is
+    /// as it was then, but for an image that cannot be made smaller again.
     pub(crate) async fn resize(&self, name: &str, size: u64) -> Result<()> {
         self.check_final()?;
         let _one = self.changing_disks.lock().await;
@@ -24,7 +34,8 @@ impl Group {
                  bytes; it has {old} now"
             )));
         }
-        if size > disk.device.size() {
+        let image_size = disk.device.size();
+        if size > image_size {
             disk.device.truncate(size).await?;
         }
         if size == old {
@@ -32,7 +43,10 @@ impl Group {
         }
         // Before anybody can write there. What is added differs until it has been looked at.
         let grown = self.core().grow_maps(disk.number, size);
-        grown.map_err(|e| Error::failed(format!("maps of disk {name}: {e}")))?;
+        if let Err(error) = grown {
+            undo_growth(&disk, image_size).await;
+            return Err(Error::failed(format!("maps of disk {name}: {error}")));
+        }
         disk.size.store(size, Ordering::Release);
         let saved = self.update_record(|record| {
             for (_, known) in record.primary.disks.iter_mut().filter(|(n, _)| n == name) {
