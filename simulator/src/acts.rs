@@ -347,7 +347,7 @@ impl History {
                 let delay = self.usual_delay_ms;
                 self.world.set_link(|link| link.delay_ms_max = delay);
             }
-            Lasting::Stalled(side) => self.world.set_link(|link| link.stalled[side] = false),
+            Lasting::Stalled(side) => self.world.end_stall(side),
             Lasting::Disk(side) => {
                 self.world.lock().machines[side].faults = self.usual_disk.clone();
             }

@@ -10,7 +10,7 @@ use crate::history::{History, millis};
 use crate::names::File;
 use crate::seen::Seen;
 use crate::side::file_name;
-use crate::world::{A, B, name};
+use crate::world::{A, B, Side, name};
 
 /// The time in which everything has to be in order again when nothing is wrong any more.
 pub(crate) const HEALED_WITHIN: Duration = Duration::from_secs(120);
@@ -26,6 +26,9 @@ impl History {
     pub(crate) async fn heal(&mut self) -> Result<(), String> {
         self.clear_faults().await;
         self.until_in_sync().await?;
+        if self.finish_growth().await {
+            self.until_in_sync().await?;
+        }
         if !self.guest.pause(PAUSED_WITHIN).await {
             return Err("I8: requests of the guest do not end although nothing is wrong".to_owned());
         }
@@ -125,6 +128,29 @@ impl History {
             let is_there = reason.contains(&format!("/{}.", name(secondary)));
             self.world.kill(if is_there { secondary } else { primary });
         }
+    }
+
+    /// An image may be larger than its disk after a `resize` that failed and could not be undone:
+    /// its operator repeats it.
+    async fn finish_growth(&mut self) -> bool {
+        let Some(status) = self.status(self.primary).await else { return false };
+        let mut grown = false;
+        for disk in 0..self.setup.disks {
+            let bytes = self.file_bytes(self.primary, disk);
+            if status["disks"][disk]["size"].as_u64() < bytes
+                && let Some(bytes) = bytes
+            {
+                self.world.count("operator: resize again");
+                self.resize(disk, bytes).await;
+                grown = true;
+            }
+        }
+        grown
+    }
+
+    fn file_bytes(&self, side: Side, disk: usize) -> Option<u64> {
+        let file = self.world.lock().machines[side].names.get(&file_name(disk)).cloned()?;
+        Some(file.lock().expect("one thread").data.len() as u64)
     }
 
     /// A secondary's disks have grown when it was the primary: this one's grow too. Those of a blank

@@ -10,10 +10,13 @@ use brep_nbd::simulation::{Acceptor, Network, Pending, Pipe};
 use brep_nbd::{Endpoint, Stream};
 use tokio::time::{Duration, Instant, Sleep};
 
-use crate::world::{Life, Side, World, name};
+use crate::world::{Inner, Life, Side, World, name};
 
 /// Bytes that are on their way at a time, at most.
 const BUFFER_BYTES: usize = 256 << 10;
+
+/// How long it takes at most until what was lost is sent again.
+const RETRY_MS_MAX: u64 = 1000;
 
 /// The port of the replica, and that of guests.
 pub(crate) const REPLICA_PORT: u16 = 1;
@@ -197,11 +200,19 @@ impl Direction {
         self.flow.lock().expect("one thread")
     }
 
-    /// One of its ends is no more.
-    pub(crate) fn close(&self) {
+    /// A machine's process is no more. What it had sent still arrives.
+    pub(crate) fn close(&self, side: Side) {
+        let is_there = |life: Option<Life>| life.is_some_and(|life| life.side == side);
         let mut flow = self.flow();
-        flow.ended = true;
-        flow.abandoned = true;
+        flow.ended |= is_there(self.from);
+        flow.abandoned |= is_there(self.to);
+    }
+
+    /// What was sent arrives then, or later.
+    fn hold_up(&self, until: Instant) {
+        for (arrival, _) in &mut self.flow().segments {
+            *arrival = until.max(*arrival);
+        }
     }
 
     pub(crate) fn reset(&self) {
@@ -428,6 +439,21 @@ impl World {
         for direction in &crossing {
             Direction::reset(direction);
             direction.wake();
+        }
+    }
+
+    /// What a side sends arrives again: at once over new connections, and over those that were there
+    /// when they try again.
+    pub(crate) fn end_stall(&self, side: Side) {
+        self.set_link(|link| link.stalled[side] = false);
+        let mut world = self.lock();
+        let Inner { rng, directions, .. } = &mut *world;
+        let crossing = directions.iter().filter(|direction| {
+            direction.crosses() && direction.from.is_some_and(|life| life.side == side)
+        });
+        for direction in crossing {
+            let late = Duration::from_millis(rng.range(0, RETRY_MS_MAX));
+            direction.hold_up(Instant::now() + late);
         }
     }
 

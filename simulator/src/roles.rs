@@ -123,6 +123,10 @@ impl History {
         } else {
             self.repair(1 - old);
         }
+        // One that is being stopped is no secondary yet.
+        if self.lasting.iter().any(|(_, what)| *what == Lasting::Stopping(1 - old)) {
+            self.world.kill(1 - old);
+        }
         self.restart_if_ended(1 - old).await;
         self.pass(millis(50)).await?;
         self.take_over(if latest { "latest" } else { "checkpoint" }, None).await

@@ -319,10 +319,8 @@ impl Inner {
         self.listeners.retain(|(owner, _), _| *owner != side);
         let mut woken = Vec::new();
         self.directions.retain(|direction| {
-            if direction.from.is_some_and(|life| life.side == side)
-                || direction.to.is_some_and(|life| life.side == side)
-            {
-                direction.close();
+            if [direction.from, direction.to].iter().flatten().any(|life| life.side == side) {
+                direction.close(side);
                 woken.append(&mut direction.take_wakers());
             }
             !direction.is_closed()
