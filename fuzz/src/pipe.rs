@@ -180,6 +180,7 @@ fn export() -> ExportInfo {
         description: String::new(),
         size: crate::server::DISK_LEN,
         read_only: false,
+        resizable: false,
         multi_conn: true,
         block_size: 1,
         preferred_size: 4096,

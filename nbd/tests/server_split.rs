@@ -39,6 +39,7 @@ fn export() -> ExportInfo {
         description: String::new(),
         size: 1 << 20,
         read_only: false,
+        resizable: false,
         multi_conn: true,
         block_size: 1,
         preferred_size: 4096,

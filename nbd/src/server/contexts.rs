@@ -60,3 +60,27 @@ impl MetaContext for Allocation {
         })
     }
 }
+
+/// `qemu:allocation-depth`: the layers from the top down.
+#[derive(Debug)]
+pub(super) struct AllocationDepth(pub(super) Vec<Arc<dyn BlockDevice>>);
+
+impl MetaContext for AllocationDepth {
+    fn status(&self, offset: u64, mut len: u64) -> Io<'_, ContextStatus> {
+        Io::future(async move {
+            for (layer, depth) in self.0.iter().zip(1..) {
+                // A layer may be shorter than the one above it.
+                let Some(inside) = layer.size().checked_sub(offset).filter(|inside| *inside > 0)
+                else {
+                    continue;
+                };
+                let status = layer.block_status(offset, len.min(inside)).await?;
+                len = status.len.clamp(1, len);
+                if status.flags.allocated {
+                    return Ok(ContextStatus { len, flags: depth });
+                }
+            }
+            Ok(ContextStatus { len, flags: 0 })
+        })
+    }
+}

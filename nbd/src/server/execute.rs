@@ -59,6 +59,10 @@ pub(super) async fn execute(
                 result => done(result),
             }
         }
+        Action::Resize { size, fua } => {
+            device.truncate(size).await.map_err(|error| failure(&error))?;
+            if fua { flush(device).await } else { Ok(Content::Done) }
+        }
         Action::BlockStatus { offset, len, one, contexts } => {
             let extents_max = if one { 1 } else { EXTENTS_MAX };
             let mut found = Vec::new();

@@ -8,10 +8,10 @@ use futures_util::future::BoxFuture;
 
 use super::Server;
 use super::connection::Connection;
-use super::contexts::MetaContext;
+use super::contexts::{AllocationDepth, MetaContext};
 use super::taken::TakenStream;
 use crate::proto::server::{ExportDescription, ExportInfo, OptionError, OptionErrorCode};
-use crate::proto::wire::{BASE_ALLOCATION, DIRTY_BITMAP_PREFIX, STRING_LEN_MAX};
+use crate::proto::wire::{ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP_PREFIX, STRING_LEN_MAX};
 
 /// What a server serves: the answers that only its user can give.
 ///
@@ -81,6 +81,9 @@ pub struct Export {
     pub device: Arc<dyn BlockDevice>,
     /// Refuse changes although the device takes them.
     pub read_only: bool,
+    /// Let clients change the size (`NBD_CMD_RESIZE`, which is experimental). Every connection
+    /// then goes by the size that the device has at the moment.
+    pub resizable: bool,
     /// Tell clients that a flush on one connection covers what has completed on all others, so
     /// that they may spread their requests. True of every device of this workspace that is served
     /// by one process alone.
@@ -105,6 +108,7 @@ impl Export {
         Export {
             device,
             read_only: false,
+            resizable: false,
             multi_conn: false,
             description: String::new(),
             canonical_name: canonical_name.into(),
@@ -118,6 +122,13 @@ impl Export {
     #[must_use]
     pub fn read_only(mut self, read_only: bool) -> Self {
         self.read_only = read_only;
+        self
+    }
+
+    /// Lets clients change the size.
+    #[must_use]
+    pub fn resizable(mut self, resizable: bool) -> Self {
+        self.resizable = resizable;
         self
     }
 
@@ -164,6 +175,14 @@ impl Export {
         self.context(format!("{DIRTY_BITMAP_PREFIX}{name}"), bitmap)
     }
 
+    /// Offers the meta context `qemu:allocation-depth`: in which of these layers, from the
+    /// device's own to the lowest, the content of a range lies. A layer says so itself
+    /// ([`StatusFlags::allocated`](brep_block::StatusFlags)).
+    #[must_use]
+    pub fn allocation_depth(self, layers: Vec<Arc<dyn BlockDevice>>) -> Self {
+        self.context(ALLOCATION_DEPTH, Arc::new(AllocationDepth(layers)))
+    }
+
     /// The export itself, if this client may have it.
     pub(super) fn admit(self, connection: &Connection) -> Result<Self, OptionError> {
         let refuse = |code, message: String| Err(OptionError::new(code, message));
@@ -201,6 +220,7 @@ impl Export {
             description: self.description.clone(),
             size: self.device.size(),
             read_only: self.read_only || limits.read_only,
+            resizable: self.resizable,
             multi_conn: self.multi_conn,
             block_size,
             preferred_size: preferred_size.max(block_size),

@@ -250,6 +250,9 @@ impl<'a> Session<'a> {
     fn start(&mut self, request: Request, cost: u64, stop: Stop) {
         count(&self.connection.requests, 1);
         let id = RequestId::from(&request.header);
+        if self.agreed.export.resizable {
+            self.agreed.export.size = self.target.device.size();
+        }
         let action = if stop == Stop::No {
             check(request, &self.agreed)
         } else {

@@ -22,6 +22,8 @@ pub struct ExportInfo {
     pub size: u64,
     /// Commands that change content are refused.
     pub read_only: bool,
+    /// Clients may change the size.
+    pub resizable: bool,
     /// A flush on one connection covers what completed on every other.
     pub multi_conn: bool,
     /// Every range has to be a multiple of this (a power of two up to 65536), in bytes.
@@ -46,6 +48,7 @@ impl ExportInfo {
             .with(TransmissionFlags::SEND_CACHE)
             .with_if(self.read_only, TransmissionFlags::READ_ONLY)
             .with_if(!self.read_only, writable)
+            .with_if(!self.read_only && self.resizable, TransmissionFlags::SEND_RESIZE)
             .with_if(self.multi_conn, TransmissionFlags::CAN_MULTI_CONN)
             .with_if(mode.is_structured(), TransmissionFlags::SEND_DF)
             .with_if(mode.is_extended() && contexts, TransmissionFlags::BLOCK_STATUS_PAYLOAD)

@@ -126,6 +126,11 @@ pub enum Action {
         may_unmap: bool,
         fast: bool,
     },
+    Resize {
+        /// In bytes.
+        size: u64,
+        fua: bool,
+    },
     BlockStatus {
         offset: u64,
         len: u64,
@@ -141,7 +146,8 @@ pub enum Action {
 ///
 /// # Errors
 /// As the protocol asks for: `EPERM` for changes to a read-only export, `ENOSPC` for writes beyond
-/// the end, `EINVAL` for everything else. The connection survives.
+/// the end (and for everything beyond an end that clients may move), `EINVAL` for everything else.
+/// The connection survives.
 pub fn check(mut request: Request, agreed: &Agreed) -> Result<Action, Failure> {
     check_flags(&request.header, agreed)?;
     let contexts = status_payload(&mut request, agreed)?;
@@ -170,6 +176,7 @@ pub fn check(mut request: Request, agreed: &Agreed) -> Result<Action, Failure> {
             let one = flags.contains(CommandFlags::REQ_ONE);
             Action::BlockStatus { offset, len, one, contexts }
         }
+        Command::RESIZE if agreed.export.resizable => Action::Resize { size: offset, fua },
         _ => return invalid("unknown command"),
     })
 }
@@ -222,7 +229,10 @@ fn status_payload(request: &mut Request, agreed: &Agreed) -> Result<Option<Vec<u
 
 fn check_range(header: &RequestHeader, agreed: &Agreed) -> Result<(), Failure> {
     let export = &agreed.export;
-    let changes = matches!(header.command, Command::WRITE | Command::TRIM | Command::WRITE_ZEROES);
+    let changes = matches!(
+        header.command,
+        Command::WRITE | Command::TRIM | Command::WRITE_ZEROES | Command::RESIZE
+    );
     if changes && export.read_only {
         return Err(Failure::new(Errno::EPERM, "the export is read-only"));
     }
@@ -231,7 +241,7 @@ fn check_range(header: &RequestHeader, agreed: &Agreed) -> Result<(), Failure> {
         Command::FLUSH if header.offset != 0 || header.len != 0 => {
             return invalid("a flush has no range");
         }
-        Command::FLUSH => return Ok(()),
+        Command::FLUSH | Command::RESIZE => return Ok(()),
         Command::READ if is_long => return invalid("longer than 32 MiB"),
         Command::CACHE if is_long && !agreed.mode.is_extended() => {
             return invalid("longer than 32 MiB");
@@ -246,6 +256,8 @@ fn check_range(header: &RequestHeader, agreed: &Agreed) -> Result<(), Failure> {
     if header.offset > export.size || header.len > export.size - header.offset {
         let errno = match header.command {
             Command::WRITE | Command::WRITE_ZEROES => Errno::ENOSPC,
+            // It may have been inside when it was sent.
+            _ if export.resizable => Errno::ENOSPC,
             _ => Errno::EINVAL,
         };
         return Err(Failure::new(errno, "beyond the end of the export"));
