@@ -18,7 +18,7 @@ pub mod storage;
 pub use buffer::{is_zero, zeroes};
 pub use copy::{CopyOptions, copy_device, copy_range};
 pub use decorator::{
-    Count, Counts, Fault, Hang, Power, PowerCut, PowerLoss, ReadOnly, Rule, Serialise, Times,
+    Count, Counts, Fault, Hang, Part, Power, PowerCut, PowerLoss, ReadOnly, Rule, Serialise, Times,
 };
 pub use detach::{detach, start};
 pub use device::{

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use brep_block::conformance::{self, Options};
 use brep_block::{
-    BlockDevice, CacheMode, Count, Error, ErrorKind, Fault, Memory, RawFile, RawFileOptions,
+    BlockDevice, CacheMode, Count, Error, ErrorKind, Fault, Memory, Part, RawFile, RawFileOptions,
     ReadOnly, Serialise,
 };
 use tempfile::TempDir;
@@ -107,4 +107,10 @@ async fn serialised_files() {
     let files = Files::new(RawFileOptions::default());
     let make = async |size| Serialise::new(files.make(size).unwrap());
     conformance::run(make, Options::default().can_truncate()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_part_of_a_device() {
+    let make = async |size| Part::new(Memory::new("memory", size + 9000), 4096, size).unwrap();
+    conformance::run(make, Options::default()).await.unwrap();
 }

@@ -7,7 +7,7 @@ use std::task::{Context, Waker};
 use std::time::Duration;
 
 use brep_block::{
-    BlockDevice, Count, Counts, ErrorKind, Fault, FlushLevel, Io, Memory, Operation, Rule,
+    BlockDevice, Count, Counts, ErrorKind, Fault, FlushLevel, Io, Memory, Operation, Part, Rule,
     Serialise, WriteFlags, ZeroFlags, copy_range, is_zero, zeroes,
 };
 use bytes::Bytes;
@@ -217,4 +217,21 @@ async fn a_copy_reports_the_failing_side() {
     assert_eq!((error.node(), error.kind()), ("other", ErrorKind::InvalidInput));
     let error = copy_range(&*other, &*fault, u64::MAX, 2, 4096).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
+}
+
+#[tokio::test]
+async fn a_part_reaches_nothing_beyond_itself() {
+    let whole = Memory::new("disk", 10_000);
+    whole.write(0, vec![7; 10_000].into(), WriteFlags::default()).await.unwrap();
+    let part = Part::new(Arc::clone(&whole) as _, 1000, 3000).unwrap();
+    part.write(0, vec![1; 3000].into(), WriteFlags::default()).await.unwrap();
+    let beyond = part.write(2999, vec![1; 2].into(), WriteFlags::default()).await.unwrap_err();
+    assert_eq!(beyond.kind(), ErrorKind::NoSpace);
+    assert!(part.read(u64::MAX, 2).await.is_err());
+    let data = whole.read(0, 10_000).await.unwrap();
+    assert!(data[..1000].iter().chain(&data[4000..]).all(|byte| *byte == 7));
+    assert!(data[1000..4000].iter().all(|byte| *byte == 1));
+    for (start, size) in [(0, 10_001), (10_001, 0), (u64::MAX, 1), (1, u64::MAX)] {
+        assert!(Part::new(Arc::clone(&whole) as _, start, size).is_err(), "{start} {size}");
+    }
 }
