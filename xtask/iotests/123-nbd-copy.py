@@ -22,6 +22,7 @@ def run(t):
     t.log("copies: good")
     options(t)
     streams(t)
+    interrupted(t)
     refusals(t)
 
 
@@ -118,6 +119,19 @@ def streams(t):
     sink.stop()
     t.equal(t.sha256("b.raw"), t.sha256("a.raw"), "through a pipe to an export")
     t.log("streams: good")
+
+
+def interrupted(t):
+    """Half a file that was made for a copy does not stay."""
+    t.run("mkfifo", "pipe")
+    copy = t.daemon("interrupted", "sh", "-c", f"exec {t.brep_path} nbd copy - half.raw < pipe")
+    with open("pipe", "wb") as pipe:
+        pipe.write(b"x" * (1 << 20))
+        pipe.flush()
+        t.wait_until(lambda: os.path.exists("half.raw") and os.path.getsize("half.raw") > 0,
+                     "the copy has begun")
+        copy.stop(code=1)
+    t.expect(not os.path.exists("half.raw"), "half a copy is removed")
 
 
 def refusals(t):

@@ -18,6 +18,7 @@ def run(t):
     last_client(t)
     limits(t)
     described(t)
+    part(t)
 
 
 def captive(t):
@@ -89,6 +90,15 @@ def nbd(t):
     client.settimeout(10)
     client.connect("s.sock")
     return client
+
+
+def part(t):
+    serve = ["nbd", "serve", "a.raw", "--offset", "1M", "--size", "64K"]
+    t.brep(*serve, "--run", f'test "$({t.brep_path} nbd info --size "$uri")" = 65536 && '
+           'qemu-io -f raw -c "write -P 9 0 64k" "$uri"')
+    t.qemu_io("a.raw", "read -P 9 1M 64k")
+    t.equal(t.sha256("a.raw", (1 << 20) + 65536), t.sha256("b.raw", (1 << 20) + 65536), "the rest")
+    t.log_brep(*serve[:3], "--offset", "5M", "--run", "true")
 
 
 def described(t):

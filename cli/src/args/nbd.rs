@@ -12,7 +12,7 @@ use super::copy::CopyArgs;
 use super::disk::{parse_cache, parse_format};
 use super::security::{TlsFlags, tls_failure};
 use crate::exit::Failure;
-use crate::units::parse_duration;
+use crate::units::{parse_duration, parse_size};
 
 /// Serve an image over NBD, ask a server what it has, copy disks
 #[derive(Debug, Args)]
@@ -59,6 +59,14 @@ pub(crate) struct ServeArgs {
     /// Accept no writes
     #[arg(short, long)]
     pub(crate) read_only: bool,
+
+    /// Serve only a part of the disk: from here on
+    #[arg(short, long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
+    pub(crate) offset: u64,
+
+    /// Length of the part [default: to the end]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
 
     /// Connections at a time; further ones wait. With 1 clients are not offered several
     #[arg(

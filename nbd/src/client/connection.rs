@@ -9,7 +9,7 @@ use brep_block::{
 use bytes::Bytes;
 
 use super::connect::{self, Negotiated};
-use super::driver::{Driver, DriverOptions};
+use super::driver::{Driver, DriverOptions, disconnect};
 use super::operation::{Call, CallSpec, Extent, FromCall, Payload};
 use super::queue::{Queue, Submitted};
 use super::{ClientError, ConnectOptions};
@@ -61,13 +61,14 @@ impl Connection {
     /// # Errors
     /// No connection, a refusal, a violation of the protocol, or no end of it within the timeout.
     pub async fn connect(options: &ConnectOptions) -> std::result::Result<Arc<Self>, ClientError> {
-        let Negotiated { stream, mut outcome, rest } = connect::open(options).await?;
+        let Negotiated { mut stream, mut outcome, rest } = connect::open(options).await?;
         let server = options.endpoint.to_string();
         let export = outcome.export.take().ok_or_else(|| ClientError::Handshake {
             server: server.clone(),
             source: HandshakeError::NoExportInfo,
         })?;
         if options.needs_multi_conn && !export.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
+            stream.say_goodbye(&disconnect().encode());
             let reason = "it does not allow several connections".to_owned();
             return Err(ClientError::Incompatible { server, reason });
         }

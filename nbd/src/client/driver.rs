@@ -78,6 +78,12 @@ impl Segment {
     }
 }
 
+/// What a client takes its leave with.
+pub(super) fn disconnect() -> RequestHeader {
+    let (flags, command) = (CommandFlags::NONE, Command::DISC);
+    RequestHeader { flags, command, cookie: 0, offset: 0, len: 0 }
+}
+
 impl Driver {
     pub(super) fn new(
         queue: Arc<Queue>,
@@ -156,13 +162,7 @@ impl Driver {
                 Next::Wait => break,
                 Next::Close => {
                     self.closing = true;
-                    self.push(RequestHeader {
-                        flags: CommandFlags::NONE,
-                        command: Command::DISC,
-                        cookie: 0,
-                        offset: 0,
-                        len: 0,
-                    });
+                    self.push(disconnect());
                 }
                 Next::End(reason) => return Some(reason),
             }

@@ -27,7 +27,7 @@ pub(super) async fn from_stdin(
     let mut writes = JoinSet::new();
     let mut at = 0;
     loop {
-        let mut buffer = vec![0; args.request_size as usize];
+        let mut buffer = vec![0; piece_len(args, device) as usize];
         let (file, read) = spawn_blocking(move || {
             let read = read_full(&mut stdin, &mut buffer).map(|len| {
                 buffer.truncate(len);
@@ -70,6 +70,12 @@ pub(super) async fn from_stdin(
     Ok(())
 }
 
+/// In bytes: whole blocks, which are powers of two as well.
+fn piece_len(args: &CopyArgs, device: &Arc<dyn BlockDevice>) -> u32 {
+    let limits = device.limits();
+    args.request_size.min(limits.transfer_max).max(limits.block_size)
+}
+
 fn ended(
     joined: Option<Result<brep_block::Result<()>, tokio::task::JoinError>>,
 ) -> Result<(), Failure> {
@@ -100,7 +106,7 @@ pub(super) async fn to_stdout(
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
     let mut stdout = File::from(io::stdout().as_fd().try_clone_to_owned().context("stdout")?);
-    let piece = u64::from(args.request_size.min(source.limits().transfer_max));
+    let piece = u64::from(piece_len(args, source));
     let mut reads: VecDeque<JoinHandle<brep_block::Result<Bytes>>> = VecDeque::new();
     let mut at = 0;
     loop {

@@ -8,6 +8,7 @@ use brep_replication::config::DiskFormat;
 
 use crate::args::CopyArgs;
 use crate::cmd::image::{Connecting, Source, failed, nbd_uri, refused, stated_format};
+use crate::cmd::runtime::end_on_signal;
 use crate::exit::Failure;
 
 /// qcow2 images consist of whole sectors.
@@ -52,6 +53,10 @@ impl Target {
             DiskFormat::Raw => make_raw(path, size).await,
             DiskFormat::Qcow2 => make_qcow2(path, size).await,
         };
+        if created {
+            let name = name.clone();
+            end_on_signal(move || remove_if(true, &name))?;
+        }
         match made {
             Ok(source) => Ok(Target { source, is_zero: true, created, name }),
             Err(failure) => {

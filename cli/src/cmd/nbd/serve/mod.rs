@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use brep_block::{BlockDevice, Part};
 use brep_nbd::server::{Export, Exports, Listener, Server, ServerConfig, StaticExports};
 use brep_nbd::{Endpoint, NbdUri, TlsParameters};
 use tokio_util::sync::CancellationToken;
@@ -93,7 +94,7 @@ async fn serve_until(
     }
     let required =
         tls.as_ref().is_some_and(|tls| listeners.iter().any(|l| tls.is_required_at(l.endpoint())));
-    let (exports, gone) = exports(&args, &source, tls.as_ref());
+    let (exports, gone) = exports(&args, part(&args, &source)?, tls.as_ref());
     let config = ServerConfig::default()
         .connections_max(args.max_connections)
         .tls(tls.map(|tls| tls.server), required);
@@ -130,15 +131,29 @@ async fn open(args: &ServeArgs) -> Result<Source, Failure> {
     Source::open_file(&args.file, args.format, args.read_only, args.cache).await
 }
 
+/// The disk, or the part of it that is wanted.
+fn part(args: &ServeArgs, source: &Source) -> Result<Arc<dyn BlockDevice>, Failure> {
+    let device = Arc::clone(&source.device);
+    if args.offset == 0 && args.size.is_none() {
+        return Ok(device);
+    }
+    let rest = device.size().saturating_sub(args.offset);
+    let size = args.size.unwrap_or(rest);
+    match Part::new(device, args.offset, size) {
+        Ok(part) => Ok(part),
+        Err(error) => Err(Failure::usage(format!("--offset, --size: {error}"))),
+    }
+}
+
 /// What is served, and a token that is cancelled when the last client has gone, if that matters.
 fn exports(
     args: &ServeArgs,
-    source: &Source,
+    device: Arc<dyn BlockDevice>,
     tls: Option<&ServerTls>,
 ) -> (Arc<dyn Exports>, CancellationToken) {
     let table = StaticExports::new();
     let allowed = tls.and_then(|tls| tls.allowed_clients.clone());
-    let export = Export::new(&args.export, Arc::clone(&source.device))
+    let export = Export::new(&args.export, device)
         .read_only(args.read_only)
         .description(args.description.clone())
         .multi_conn(args.max_connections > 1)
