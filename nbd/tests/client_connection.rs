@@ -72,6 +72,7 @@ async fn an_operation_that_was_dropped_is_carried_out_and_its_reply_consumed() {
 }
 
 /// CVE-2022-0485: a copying client that ignored the error of one of many reads.
+/// CVE-2022-0485: an error among many concurrent requests is never lost.
 #[tokio::test]
 async fn the_error_of_one_among_many_requests_reaches_its_caller_and_no_other() {
     for structured in [false, true] {

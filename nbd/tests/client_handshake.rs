@@ -423,6 +423,9 @@ fn every_violation_is_named() {
             E::Oldstyle,
         ),
         (Script::modern().bytes(&[9; 20]), E::BadMagic(0x0909_0909_0909_0909)),
+        // CVE-2023-5215: to an offset with a sign these are negative.
+        (at_go().info_export(1 << 63, 1).ack(go), E::SizeTooLarge(1 << 63)),
+        (at_go().info_export(u64::MAX, 1).ack(go), E::SizeTooLarge(u64::MAX)),
         (Script::modern().ack(go), E::WrongOption { expected: structured, got: go }),
         (
             Script::modern().bytes(&long.encode()),

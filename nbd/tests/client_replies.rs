@@ -352,6 +352,7 @@ fn every_violation_of_extended_replies_is_named() {
     }
 }
 
+/// Among them overruns of every kind: a chunk may not reach beyond its request.
 #[test]
 fn every_violation_is_named() {
     use ReplyError as E;

@@ -215,6 +215,61 @@ async fn removing_an_export_drains_its_connections_and_no_others() {
 }
 
 #[tokio::test]
+async fn an_export_that_is_handed_over_answers_what_it_has_begun_and_refuses_what_comes() {
+    let memory = Memory::new("memory", SIZE);
+    let fault = Fault::new(memory.clone());
+    let exports = Arc::new(StaticExports::new());
+    assert!(exports.add(Export::new("disk", fault.clone())));
+    assert!(exports.add(Export::new("other", Memory::new("other", SIZE))));
+    let fixture = Fixture::serve(exports.clone(), ServerConfig::default()).await;
+    let mut other = fixture.client().await;
+    other.go("other").await;
+    let mut idle = fixture.session(false).await;
+    let mut raw = fixture.session(false).await;
+    let hang = fault.hang(Rule::new(Operation::Write));
+    raw.send(&write(1, 0, b"late")).await;
+    within(hang.reached(1)).await;
+
+    let mut handed = Box::pin(exports.hand_over("disk", Duration::from_secs(60)));
+    assert!((&mut handed).now_or_never().is_none());
+    assert!(idle.is_closed().await);
+    raw.send(&write(2, 4, b"refused")).await;
+    assert_eq!(raw.simple().await, (Errno::ESHUTDOWN, 2));
+    assert!((&mut handed).now_or_never().is_none(), "a write still runs");
+    hang.release();
+    assert_eq!(raw.simple().await, (Errno::OK, 1));
+    assert!(raw.is_closed().await);
+    assert!(within(handed).await);
+    assert_eq!(content(&*memory, 6).await, b"late\0\0"[..]);
+    assert_eq!(other.read(0, 1).await, [0]);
+    assert!(!within(exports.hand_over("disk", Duration::ZERO)).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hand_over_does_not_wait_for_a_client_that_takes_no_answers() {
+    let exports = Arc::new(StaticExports::new());
+    assert!(exports.add(Export::new("disk", Memory::new("memory", 64 << 20))));
+    let fixture = Fixture::serve(exports.clone(), ServerConfig::default()).await;
+    let mut deaf = fixture.session(false).await;
+    deaf.send(&request_bytes(request(Command::READ, 1, 0, 32 << 20), &[])).await;
+    until(|| (fixture.server.bytes_in_flight() > 1 << 20).then_some(())).await;
+    let started = tokio::time::Instant::now();
+    assert!(within(exports.hand_over("disk", Duration::from_secs(5))).await);
+    assert!((5..7).contains(&started.elapsed().as_secs()), "{:?}", started.elapsed());
+    until(|| fixture.server.connections().is_empty().then_some(())).await;
+}
+
+#[tokio::test]
+async fn an_end_between_requests_closes_without_a_word() {
+    let fixture = Fixture::memory().await;
+    let mut raw = fixture.session(false).await;
+    assert_eq!(raw.read(0, 1).await, [0]);
+    tokio::io::AsyncWriteExt::shutdown(&mut raw.stream).await.expect("ended");
+    assert!(raw.is_closed().await);
+    until(|| fixture.server.connections().is_empty().then_some(())).await;
+}
+
+#[tokio::test]
 async fn replacing_an_export_ends_the_sessions_of_the_old_one() {
     let exports = Arc::new(StaticExports::new());
     exports.add(Export::new("disk", Memory::new("old", 1 << 20)));

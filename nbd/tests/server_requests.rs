@@ -67,6 +67,13 @@ fn refused_requests() -> Vec<(&'static str, RequestHeader, Errno)> {
         ("WRITE beyond the end", request(Command::WRITE, 1, end, 11), Errno::ENOSPC),
         ("WRITE_ZEROES beyond the end", request(Command::WRITE_ZEROES, 1, end, 11), Errno::ENOSPC),
         ("READ of an overflowing range", request(Command::READ, 1, huge, 10), Errno::EINVAL),
+        ("TRIM of an overflowing range", request(Command::TRIM, 1, huge, 10), Errno::EINVAL),
+        ("CACHE of an overflowing range", request(Command::CACHE, 1, huge, 10), Errno::EINVAL),
+        (
+            "BLOCK_STATUS of an overflowing range",
+            request(Command::BLOCK_STATUS, 1, huge, 10),
+            Errno::EINVAL,
+        ),
         ("WRITE to an overflowing range", request(Command::WRITE, 1, huge, 10), Errno::ENOSPC),
         (
             "WRITE_ZEROES of an overflowing range",

@@ -130,6 +130,13 @@ impl Connection {
         self.stop(Stop::Close);
     }
 
+    /// Ends the connection more gently: what has been started is finished and answered, what still
+    /// comes until then is refused with `ESHUTDOWN`, then the socket is closed. A client that does
+    /// not take its answers is waited for; [`close`](Self::close) ends that.
+    pub fn shut_down(&self) {
+        self.stop(Stop::ShutDown);
+    }
+
     /// Resolves when the connection has ended *and* every operation that it started on a device
     /// has completed: after that it changes nothing any more. A client that does not take its
     /// replies does not delay this.

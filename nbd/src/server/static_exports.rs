@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use super::connection::Connection;
 use super::exports::{Export, Exports};
@@ -62,6 +63,29 @@ impl StaticExports {
         }
     }
 
+    /// Removes an export so that another server can go on with its disk: requests in flight are
+    /// finished and answered, those that come meanwhile are refused with `ESHUTDOWN`, then each
+    /// connection is closed, after `grace` in any case. When this returns, nothing of theirs runs on
+    /// the device any more; an operation that hangs is waited for beyond `grace`. `false` if there
+    /// is none of this name.
+    pub async fn hand_over(&self, name: &str, grace: Duration) -> bool {
+        let old = self.table().remove(name);
+        let Some(old) = old else { return false };
+        let users = old.users();
+        let ended = async {
+            for connection in &users {
+                connection.shut_down();
+            }
+            for connection in &users {
+                connection.closed().await;
+            }
+        };
+        // Those that are left are closed below.
+        let _ = tokio::time::timeout(grace, ended).await;
+        old.drain().await;
+        true
+    }
+
     fn table(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
         // No code that can panic runs under this lock.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
@@ -69,11 +93,16 @@ impl StaticExports {
 }
 
 impl Entry {
-    async fn drain(self) {
-        let name = self.export.canonical_name;
+    /// Those that only asked about it and then chose another are none.
+    fn users(&self) -> Vec<Arc<Connection>> {
+        let name = &self.export.canonical_name;
         let mut users: Vec<_> = self.connections.iter().filter_map(Weak::upgrade).collect();
-        // Those that only asked about it and then chose another are no users.
         users.retain(|connection| connection.export_name().is_none_or(|used| used == name));
+        users
+    }
+
+    async fn drain(self) {
+        let users = self.users();
         for connection in &users {
             connection.close();
         }

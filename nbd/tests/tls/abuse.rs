@@ -134,6 +134,7 @@ async fn without_tls_every_option_is_refused_where_it_is_required() {
     assert_eq!(raw.rest().await, []);
 }
 
+/// CVE-2021-3716: what is injected before TLS must not count inside it.
 #[tokio::test]
 async fn what_comes_in_the_clear_after_starttls_ends_the_connection() {
     let pki = Pki::new();
@@ -237,6 +238,7 @@ fn reply(kind: ReplyType, data: &[u8]) -> Vec<u8> {
     [&OptionReplyHeader { option, kind, len }.encode()[..], data].concat()
 }
 
+/// CVE-2019-14842: no downgrade.
 #[tokio::test]
 async fn a_client_that_wants_tls_never_goes_on_without_it() {
     let pki = Pki::new();

@@ -90,6 +90,10 @@ impl InfoCollector {
         if !flags.contains(TransmissionFlags::HAS_FLAGS) {
             return Err(HandshakeError::NoFlags(flags.0));
         }
+        // Offsets of files are signed: to many this would be negative.
+        if i64::try_from(size).is_err() {
+            return Err(HandshakeError::SizeTooLarge(size));
+        }
         let block_sizes = self.block_sizes.unwrap_or_default();
         if !size.is_multiple_of(u64::from(block_sizes.min)) {
             return Err(HandshakeError::SizeNotMultiple { size, min: block_sizes.min });

@@ -57,6 +57,8 @@ pub enum HandshakeError {
         .0.min, .0.preferred, .0.max
     )]
     BlockSizes(BlockSizes),
+    #[error("protocol violation: a size of {0} bytes: no offset reaches its end")]
+    SizeTooLarge(u64),
     #[error("protocol violation: the size {size} is not a multiple of the minimum block {min}")]
     SizeNotMultiple { size: u64, min: u32 },
 }
@@ -86,6 +88,7 @@ impl HandshakeError {
             | E::NoExportInfo
             | E::NoFlags(_)
             | E::BlockSizes(_)
+            | E::SizeTooLarge(_)
             | E::SizeNotMultiple { .. } => true,
         }
     }
