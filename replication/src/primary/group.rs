@@ -19,7 +19,7 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use brep_block::{BlockDevice, Error as BlockError, RangeLock};
+use brep_block::{BlockDevice, Error as BlockError, FlushLevel, RangeLock};
 use brep_hbitmap::MapSet;
 use brep_nbd::client::Connection;
 use serde_json::json;
@@ -31,7 +31,7 @@ pub(crate) use self::attach::Terms;
 use self::disks::{check_known_disks, maps_of_new};
 use self::durable::PeerWrites;
 use self::hot::{HotExtents, HotTasks, begin_logs};
-pub(crate) use self::maps::{MapsOf, Since};
+pub(crate) use self::maps::{MapsOf, Since, distrust};
 pub(crate) use self::role::check_role;
 pub(crate) use self::stage::no_peer;
 use self::switchover::SteppingDown;
@@ -272,6 +272,13 @@ impl Group {
         })?;
         let open = |d: &Arc<DiskPart>| MapsOf::new(side, &d.name, d.size()).open();
         let maps = disks.iter().map(open).collect::<Result<Vec<_>>>()?;
+        if side.config.durability == Durability::Power {
+            // What a killed run without that promise has committed may be in the page cache only,
+            // and its maps have forgotten it.
+            for disk in &disks {
+                disk.device.flush(FlushLevel::Durable).await?;
+            }
+        }
         // Else a power loss could bring the clean stop before this run back.
         side.secure_start().await?;
         let door = Door::new(&side.config.name);

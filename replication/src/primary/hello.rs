@@ -312,7 +312,9 @@ fn how_much(me: &Side, answer: &HelloAnswer) -> Result<Plan, Refusal> {
 }
 
 /// An old primary returns: outside what either side wrote since they parted both disks are equal,
-/// if both know what they wrote.
+/// if both know what they wrote. Also after a loss of its power: what it had not flushed by then it
+/// wrote itself since its maps begin, or this side's maps have it; and maps that may miss something
+/// are not told.
 fn rejoin(me: &Side, answer: &HelloAnswer) -> Result<Plan, Refusal> {
     if me.maps.as_ref().is_some_and(|maps| maps.since.is_none()) {
         // A copy of everything has begun: this side's maps have all of it.
@@ -332,7 +334,7 @@ fn rejoin(me: &Side, answer: &HelloAnswer) -> Result<Plan, Refusal> {
         };
         maps.since.is_none_or(before)
     };
-    if reaches(me, &mine) && reaches(peer, &theirs) && !answer.power_lost {
+    if reaches(me, &mine) && reaches(peer, &theirs) {
         return Ok(Plan { copy: CopyMode::Changed, with_theirs: true });
     }
     Err(everything(format!(

@@ -30,7 +30,7 @@ use self::back_off::{BackOff, Tried};
 use self::commands::PrimaryCommands;
 pub(crate) use self::disk::PrimaryDisk;
 use self::establish::{Attempt, establish};
-pub(crate) use self::group::{Group, MapsOf, Since, check_role};
+pub(crate) use self::group::{Group, MapsOf, Since, check_role, distrust};
 use self::hello::Refusal;
 use self::session::CheckpointRequest;
 pub(crate) use self::session::RequestKind;

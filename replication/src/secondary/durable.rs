@@ -27,11 +27,14 @@ impl Group {
         self.side.record.secure().await
     }
 
-    /// If a flush has failed the next run is told: what it finds may not be what was written.
+    /// If a flush has failed the next run is told: what it finds may not be what was written. Nor
+    /// do maps that this side has from its time as a primary: what was lost may be older than they.
     pub(super) fn note_failed_flushes(&self) {
-        if self.disks().iter().any(|disk| disk.failed_flush().is_some())
-            && let Err(error) = self.update_record(|record| record.flush_failed = true)
-        {
+        if self.disks().iter().all(|disk| disk.failed_flush().is_none()) {
+            return;
+        }
+        self.core().own_maps.distrust();
+        if let Err(error) = self.update_record(|record| record.flush_failed = true) {
             tracing::error!(%error, "a failed flush was not recorded");
         }
     }

@@ -10,7 +10,7 @@ use super::disk::ReplicaDisk;
 use super::group::Group;
 use crate::config::SideConfig;
 use crate::link::{MapsInfo, Message, RANGES_MAX, RefusalKind};
-use crate::primary::MapsOf;
+use crate::primary::{MapsOf, distrust};
 use crate::state::{Record, RecordStore, Role};
 use crate::status::{Written, size_text};
 use crate::table::Disks;
@@ -107,6 +107,11 @@ impl OwnMaps {
 
     fn of(&self, disk: &str) -> Option<&MapSet> {
         self.0.iter().find(|(name, _)| name == disk).map(|(_, maps)| maps)
+    }
+
+    /// From now on nobody knows since when they count.
+    pub(super) fn distrust(&mut self) {
+        self.0.iter_mut().for_each(|(_, maps)| distrust(maps));
     }
 
     /// A disk has gone, and its maps with it.

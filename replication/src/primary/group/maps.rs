@@ -177,6 +177,11 @@ fn in_boot(options: Options, boot: Option<&str>) -> Options {
     }
 }
 
+/// From now on nobody knows since when they count.
+pub(crate) fn distrust(maps: &mut MapSet) {
+    maps.set_tag(Role::Differs, Since::Unknown.tag());
+}
+
 /// The operator says that the peer's disk is equal to this one: whatever differs is written later.
 /// Another peer's may differ anywhere.
 fn trust(maps: &mut MapSet, size: u64) {
@@ -286,7 +291,7 @@ impl Group {
     /// A flush of a disk has failed: it may have lost what the peer has, and nobody knows what.
     pub(crate) fn distrust_maps(&self, disk: usize) {
         if let Some(maps) = self.core().maps.get_mut(&disk) {
-            maps.set_tag(Role::Differs, Since::Unknown.tag());
+            distrust(maps);
         }
     }
 

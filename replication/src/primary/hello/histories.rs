@@ -85,6 +85,8 @@ impl Maps {
 struct Files {
     record: Record,
     disk: Disk,
+    /// What a loss of power leaves of it at least.
+    stable: Disk,
     /// What the buffers show: the disk at the last checkpoint, and what it had held until then.
     checkpoint: Option<(Disk, BTreeSet<u32>)>,
     maps: Option<Maps>,
@@ -107,6 +109,8 @@ struct Node {
     current: Epoch,
     /// It has begun the present line.
     has_own_line: bool,
+    /// The last run was ended by a loss of power.
+    power_lost: bool,
     copies: Vec<Files>,
     /// The primary's refusal allows the operator to give up what is here.
     may_discard: bool,
@@ -148,6 +152,8 @@ enum Op {
     LoseMaps(usize),
     KeepCopy(usize),
     PutBack(usize, usize),
+    /// Of what was not flushed these granules are lost. It is started as what it was, or as this.
+    LosePower(usize, u8, Option<Role>),
 }
 
 #[derive(Debug)]
@@ -168,6 +174,7 @@ impl Node {
         let files = Files {
             record,
             disk,
+            stable: disk,
             checkpoint: None,
             maps: primary.then(Maps::unknown),
             seen: BTreeSet::from(disk),
@@ -178,6 +185,7 @@ impl Node {
             run,
             current: Epoch(0),
             has_own_line: false,
+            power_lost: false,
             copies: vec![],
             may_discard: false,
         }
@@ -218,7 +226,7 @@ impl Node {
             side: self.side(),
             guest: false,
             inconsistent: secondary.inconsistent,
-            power_lost: false,
+            power_lost: secondary.power_lost,
             outdated: secondary.outdated,
             discard_local: secondary.discard_local,
         }
@@ -270,7 +278,10 @@ impl Node {
                 }
             }
         }
-        let record = &self.files.record;
+        let record = &mut self.files.record;
+        if std::mem::take(&mut self.power_lost) && record.role == Role::Secondary {
+            record.secondary.power_lost = true;
+        }
         self.may_discard = false;
         self.current = record.epoch;
         self.has_own_line = false;
@@ -283,6 +294,21 @@ impl Node {
         if record.is_primary() || record.secondary.outdated {
             self.files.maps.get_or_insert_with(Maps::unknown);
         }
+    }
+
+    /// Of what was not on stable storage these granules are lost. The maps have all of it, because a
+    /// log says which bits they may have lost; but not since when it is in which.
+    fn lose_power(&mut self, lost: u8) {
+        let files = &mut self.files;
+        for cell in (0..CELLS).filter(|cell| lost & (1 << cell) != 0) {
+            files.disk[cell] = files.stable[cell];
+        }
+        files.stable = files.disk;
+        if let Some(maps) = &mut files.maps {
+            maps.void_pending();
+            maps.differs.0.append(&mut maps.open.0);
+        }
+        self.power_lost = true;
     }
 
     fn failover(&mut self) {
@@ -305,6 +331,7 @@ impl Node {
         let com = record.com.expect("a checkpoint");
         self.files.maps = Some(Maps::new(Since::Commit(com)));
         (self.files.disk, self.files.seen) = self.files.checkpoint.take().expect("a checkpoint");
+        self.files.stable = self.files.disk;
         self.current = self.files.record.epoch;
         self.run = Run::Primary { serving: true };
     }
@@ -412,6 +439,12 @@ impl World {
                 }
             }),
             Op::Restart(node) => self.restart(node, |_| ()),
+            Op::LosePower(node, lost, role) => {
+                self.stop(node);
+                let node = &mut self.nodes[node];
+                node.lose_power(lost);
+                node.start(role.unwrap_or(node.files.record.role), false);
+            }
         }
     }
 
@@ -500,6 +533,7 @@ impl World {
         }
         let token = crate::random::uuid();
         theirs.session = Some(token);
+        theirs.secondary.power_lost = false;
         theirs.secondary.inconsistent = !keep;
         if !keep {
             peer.files.checkpoint = None;
@@ -542,6 +576,8 @@ impl World {
         if until <= Until::Cut {
             return self.lose_link();
         }
+        // Both flush before either says that it has this epoch.
+        (me.files.stable, peer.files.stable) = (me.files.disk, peer.files.disk);
         let record = &mut peer.files.record;
         record.com = Some(com);
         record.epoch = record.epoch.max(epoch.next());

@@ -410,7 +410,7 @@ fn a_whole_copy_that_was_interrupted_goes_on_or_begins_anew_whatever_the_seconda
     lost_commit.only_on_command();
     let mut returned = Pair::returned();
     returned.answer.discard_local = true;
-    returned.answer.power_lost = true;
+    returned.answer.side.maps = None;
     returned.only_on_command();
     for mut pair in [lost_commit, returned] {
         let maps = pair.me.maps.as_mut().unwrap();
@@ -531,10 +531,15 @@ fn a_return_that_was_interrupted_goes_on() {
 }
 
 #[test]
-fn a_power_loss_makes_a_return_a_whole_copy() {
+fn after_a_power_loss_a_return_copies_what_either_side_wrote_if_both_know_it() {
     let mut pair = Pair::returned();
     pair.answer.discard_local = true;
     pair.same_session();
+    assert_eq!(pair.decide(), copy(CopyMode::Missing));
+    // What it had acknowledged is not there any more.
     pair.answer.power_lost = true;
+    assert_eq!(pair.decide(), UNION);
+    // It kept no log of what its maps may miss.
+    pair.answer.side.maps = None;
     pair.only_on_command();
 }

@@ -25,13 +25,15 @@ fn accident() -> impl Strategy<Value = Op> {
         4 => until().prop_map(|until| Op::Hello { resync: false, until }),
         2 => until().prop_map(Op::Checkpoint),
         1 => Just(Op::LoseLink),
-        2 => node.prop_map(Op::Restart),
+        2 => node.clone().prop_map(Op::Restart),
+        1 => (node, any::<u8>()).prop_map(|(n, lost)| Op::LosePower(n, lost, None)),
     ]
 }
 
 fn op() -> impl Strategy<Value = Op> {
     let (node, cell) = (0..2_usize, 0..CELLS);
     let role = prop_oneof![Just(Role::Primary), Just(Role::Secondary)];
+    let other = prop::option::of(role.clone());
     prop_oneof![
         4 => (node.clone(), cell.clone()).prop_map(|(n, c)| Op::Write(n, c)),
         1 => cell.prop_map(Op::LastWrite),
@@ -47,7 +49,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => node.clone().prop_map(Op::ForceLonely),
         1 => node.clone().prop_map(Op::LoseMaps),
         2 => node.clone().prop_map(Op::KeepCopy),
-        2 => (node, 0..3_usize).prop_map(|(n, c)| Op::PutBack(n, c)),
+        2 => (node.clone(), 0..3_usize).prop_map(|(n, c)| Op::PutBack(n, c)),
+        2 => (node, any::<u8>(), other).prop_map(|(n, lost, r)| Op::LosePower(n, lost, r)),
     ]
 }
 
