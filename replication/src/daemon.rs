@@ -46,6 +46,44 @@ pub(crate) fn check_disks(disks: &[DiskConfig]) -> Result<()> {
     Ok(())
 }
 
+/// Whether no image lies where the side keeps a file of its own, which it makes and removes as it
+/// needs it.
+///
+/// # Errors
+/// Usage, with the image's name.
+pub(crate) fn check_images(state_dir: &Path, disks: &[DiskConfig]) -> Result<()> {
+    let folder = |path: &Path| {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        path.canonicalize().unwrap_or_else(|_| path.to_owned())
+    };
+    let own = folder(state_dir);
+    for disk in disks {
+        let name = disk.path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let there = disk.path.parent().is_some_and(|parent| folder(parent) == own);
+        if there && is_own_file(name, disks) {
+            return Err(Error::usage(format!(
+                "disk {}: {} has the name of a file that is kept there for other ends, and would be \
+                 removed as one: give the image another name, or put it elsewhere",
+                disk.name,
+                disk.path.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a file of the state directory is called so.
+fn is_own_file(name: &str, disks: &[DiskConfig]) -> bool {
+    let of_disk = |disk: &DiskConfig| {
+        let rest = name.strip_prefix(disk.name.as_str()).and_then(|rest| rest.strip_prefix('.'));
+        rest.is_some_and(|rest| match rest.split_once('.') {
+            None => matches!(rest, "maps" | "log"),
+            Some((number, _)) => number.parse::<u32>().is_ok(),
+        })
+    };
+    matches!(name, "state" | "reserve") || disks.iter().any(of_disk)
+}
+
 /// What disks and their views may be called: a part of a file's and of an export's name.
 ///
 /// # Errors

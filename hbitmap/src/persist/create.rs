@@ -60,6 +60,15 @@ pub(super) fn create(path: &Path, options: &Options, maps: usize, tag: Tag) -> R
     made
 }
 
+/// Bytes that such a file takes.
+pub(super) fn file_len(options: &Options, maps: usize) -> Result<u64> {
+    let bits = HBitmap::new(options.size, options.granularity_log2)?.bits();
+    let (boot, tag) = ([0; 16], Tag::default());
+    let header =
+        Header::new(options.identity, options.size, options.granularity_log2, boot, maps, tag);
+    Ok(Layout::new(bits, maps, header.in_flight).file_len())
+}
+
 fn partial_name(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".new");

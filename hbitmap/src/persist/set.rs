@@ -68,6 +68,14 @@ impl MapSet {
         Ok(MapSet { file: open::open(path.as_ref(), options, 3)? })
     }
 
+    /// Bytes that a file with these options takes: all of them from its creation on.
+    ///
+    /// # Errors
+    /// [`Error::Impossible`], as [`create`](MapSet::create).
+    pub fn file_len(options: &Options) -> Result<u64> {
+        create::file_len(options, 3)
+    }
+
     /// One of the maps, for all queries. Pending is empty while no cut is outstanding.
     pub fn map(&self, role: Role) -> &HBitmap {
         &self.file.maps[role.index()]

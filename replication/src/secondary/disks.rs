@@ -111,7 +111,9 @@ impl Group {
                 ))),
             };
         }
-        daemon::check_disks(&[configs.as_slice(), std::slice::from_ref(&config)].concat())?;
+        let all = [configs.as_slice(), std::slice::from_ref(&config)].concat();
+        daemon::check_disks(&all)?;
+        daemon::check_images(&self.config.state_dir, &all)?;
         self.check_change()?;
         let record = self.record();
         let known = joining(&config, &record);

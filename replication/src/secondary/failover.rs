@@ -91,7 +91,13 @@ impl Group {
         if let Some(session) = &session {
             session.conclude_promotion(self.what_became());
         }
-        let (differing_bytes, left_out) = promoted.map_err(|error| self.explain(error))?;
+        let (differing_bytes, left_out) = match promoted {
+            Ok(promoted) => promoted,
+            Err(error) => {
+                self.reserve_room().await;
+                return Err(self.explain(error));
+            }
+        };
         let report = Report {
             target: wanted.target,
             epoch: self.record().com.map(|c| c.epoch),
@@ -284,6 +290,7 @@ impl Group {
         // checkpoint.
         let merged =
             !hold && (target == Target::Latest || self.disks().iter().all(|d| !d.has_buffers()));
+        self.release_room();
         let mut tops: Vec<Option<Buffer>> = Vec::new();
         let mut maps = Vec::new();
         for disk in self.disks() {

@@ -83,6 +83,8 @@ pub(crate) struct Core {
     pub(crate) link_error: Option<String>,
     /// There was no room for what a write would have overwritten, or for the write itself.
     pub(super) full: Option<String>,
+    /// No room is kept for a failover.
+    pub(super) unreserved: bool,
     /// When buffers were opened again last.
     pub(super) reopened: Option<Instant>,
     pub(super) test: Option<Test>,
@@ -181,6 +183,7 @@ impl Group {
             copying: false,
             link_error: None,
             full: None,
+            unreserved: false,
             reopened: None,
             test: None,
             session: None,

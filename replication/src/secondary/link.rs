@@ -132,7 +132,10 @@ impl Group {
         let pause = heartbeat_pause(limit, hello.timeout_ms);
         let (session, outbox) = Session::new(sync, pause, disks);
         let begun = match self.grow_disks(&hello.side.disks).await {
-            Ok(()) => self.begin_session(&terms, &session).await,
+            Ok(()) => {
+                self.reserve_room().await;
+                self.begin_session(&terms, &session).await
+            }
             Err(error) => Err(error),
         };
         if let Err(error) = begun {

@@ -19,6 +19,7 @@ mod plain;
 #[cfg(feature = "simulation")]
 mod planted;
 mod rejoin;
+mod reserve;
 mod room;
 mod scratch;
 mod session;
@@ -64,6 +65,7 @@ pub(crate) async fn run(side: &Arc<Side>) -> Result<()> {
     let exposure = side.config.exposure();
     let service = Service::new(exports, allowed.clone(), exposure.clone(), side.events.clone());
     group.serve_with(&service);
+    group.reserve_room().await;
     side.commands(Some(Arc::new(SecondaryCommands::new(&group, &service))));
     // Before a guest can connect: its writes are to be counted.
     group.resume_promotion().await?;

@@ -17,7 +17,7 @@ const LOOK_PAUSE: Duration = Duration::from_millis(200);
 pub(super) const SPACE_LOW_BYTES: u64 = 64 << 20;
 
 /// With less free space than this replication does not begin again after it has run out.
-const SPACE_MIN_BYTES: u64 = 16 << 20;
+pub(super) const SPACE_MIN_BYTES: u64 = 16 << 20;
 
 /// An early checkpoint has to be worth it.
 const EARLY_MIN_BYTES: u64 = 4 << 20;

@@ -109,6 +109,7 @@ impl Side {
         let peer = peer::at_start(&config, &record.get())?;
         let disks = record.get().disks_at_start(&config.disks);
         daemon::check_disks(&disks)?;
+        daemon::check_images(&config.state_dir, &disks)?;
         let leaving = stopping.child_token();
         Ok(Arc::new(Side {
             config,

@@ -33,3 +33,24 @@ async fn a_session_that_cannot_take_its_buffers_has_put_its_set_into_the_record_
     primary.stop().await;
     secondary.stop().await;
 }
+
+/// What the side makes and removes as it needs it is never somebody's disk.
+#[tokio::test]
+async fn an_image_with_the_name_of_a_file_of_the_side_is_refused() {
+    for name in ["vda.3.qcow2", "vda.3.qcow2.new", "vda.maps", "vda.log", "reserve", "state"] {
+        let scratch = Scratch::new();
+        let file = format!("s.state/{name}");
+        let config = scratch.secondary(vec![scratch.disk("vda", &file)]);
+        let error = Side::run(config).ended().await.unwrap_err().to_string();
+        assert!(error.contains("another name") && error.contains(name), "{error}");
+    }
+    // As it is called elsewhere is nobody's affair, nor is another name there.
+    for file in ["vda.3.qcow2", "s.state/other.3.raw"] {
+        let scratch = Scratch::new();
+        std::fs::create_dir_all(scratch.path("s.state")).unwrap();
+        scratch.raw(file, MIB, 1);
+        let side = Side::run(scratch.secondary(vec![scratch.disk("vda", file)]));
+        side.wait("up", |s| s["role"] == "secondary").await;
+        side.stop().await;
+    }
+}

@@ -102,3 +102,23 @@ async fn i11_a_promotion_that_fails_after_its_record_is_told_as_one() {
     secondary.wait("promoted", |s| s["role"] == "promoted").await;
     secondary.stop().await;
 }
+
+/// A file system that others have filled has room for it then.
+#[tokio::test]
+async fn room_is_kept_for_a_failover_which_gives_it_back() {
+    let Pair { scratch, primary, secondary, .. } = Pair::new().await;
+    let reserve = scratch.path("s.state/reserve");
+    let kept = std::fs::metadata(&reserve).unwrap();
+    let maps = std::fs::metadata(scratch.path("p.state/vda.maps")).unwrap().len();
+    assert!(kept.len() > maps + (64 << 10), "the maps, and clusters of a top layer");
+    assert!(std::os::unix::fs::MetadataExt::blocks(&kept) * 512 >= kept.len(), "with its blocks");
+    // One that is refused gives nothing back.
+    primary.checkpoint().await;
+    primary.command("replication-stop", json!({})).await.unwrap();
+    secondary.wait("disconnected", |s| s["link"] == "disconnected").await;
+    assert!(reserve.exists());
+    secondary.command("failover", json!({})).await.unwrap();
+    assert!(!reserve.exists());
+    primary.ended_by_stop().await.unwrap();
+    secondary.stop().await;
+}

@@ -135,6 +135,14 @@ impl<'a> MapsOf<'a> {
         Ok(maps)
     }
 
+    /// Bytes that the file takes.
+    ///
+    /// # Errors
+    /// There are no maps for such a disk.
+    pub(crate) fn file_len(&self) -> Result<u64> {
+        MapSet::file_len(&self.options()).map_err(|e| self.failed(&e))
+    }
+
     /// Makes empty ones that count from there, such as those of a disk that is promoted. A file that
     /// is there already is replaced.
     ///
