@@ -79,10 +79,12 @@ impl Group {
     }
 
     /// The disks that the next checkpoint does not hold any more: none while a view of the last one is
-    /// open, which has them all.
+    /// open, which has them all. One that was removed here by command has gone; another one may have
+    /// its name.
     pub(super) fn leaving_disks(&self, session: &Session) -> Disks<ReplicaDisk> {
-        let is_tested = self.has_open_test();
-        session.disks.leaving.only(|_| !is_tested)
+        let (is_tested, there) = (self.has_open_test(), self.disks());
+        let is_there = |disk: &ReplicaDisk| there.iter().any(|d| std::ptr::eq(&**d, disk));
+        session.disks.leaving.only(|disk| !is_tested && is_there(disk))
     }
 
     /// Disks that a session has nothing to do with: they are being added here, or stay a while.

@@ -73,6 +73,52 @@ fn record(dir: &Path) -> Value {
     newest.unwrap().1
 }
 
+/// A checkpoint that takes a disk out means the one that was there when its session began.
+#[tokio::test]
+async fn a_disk_that_was_removed_and_added_again_does_not_leave_with_the_old_one() {
+    let scratch = scratch(&["vda", "vdb"]);
+    let mut config = there(&scratch, &["vda"]);
+    config.durability = Durability::Power;
+    let secondary = Side::run(config.clone());
+    let primary = Side::run(here(&scratch, &["vda"]));
+    primary.wait_state("in-sync").await;
+
+    // No session gets to its first commit.
+    let disk = faults::of(&scratch.path("s-vda.raw"));
+    let hang = disk.upper.hang(Rule::new(Operation::Flush).forever());
+    secondary.command("disk-add", added(&scratch, "vdb", "s-vdb.raw")).await.unwrap();
+    primary.command("disk-add", added(&scratch, "vdb", "p-vdb.raw")).await.unwrap();
+    hang.reached(1).await;
+    primary.command("disk-remove", json!({ "name": "vdb" })).await.unwrap();
+    // The session without it; on a slow machine one more with it may have come before.
+    hang.reached(2).await;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    while let Err(error) = secondary.command("disk-remove", json!({ "name": "vdb" })).await {
+        assert!(tokio::time::Instant::now() < deadline, "{error}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    scratch.raw("new.raw", MIB, 77);
+    secondary.command("disk-add", added(&scratch, "vdb", "new.raw")).await.unwrap();
+    hang.release();
+    drop(disk);
+    primary.checkpoint().await;
+    let files = |s: &Value| {
+        let disks = s["disks"].as_array().unwrap().iter();
+        disks.map(|d| d["file"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let wanted = ["s-vda.raw", "new.raw"].map(|f| scratch.path(f).display().to_string());
+    assert_eq!(files(&secondary.status().await), wanted);
+    primary.checkpoint().await;
+    primary.stop().await;
+    secondary.stop().await;
+    let record = record(&scratch.path("s.state"));
+    assert_eq!(record["removed"].as_array().unwrap().len(), 0, "{record:#}");
+
+    let secondary = Side::run(config);
+    assert_eq!(files(&secondary.wait("up", |_| true).await), wanted);
+    secondary.stop().await;
+}
+
 /// A start after a kill follows the record: it must not be told that a disk is there, and gone.
 #[tokio::test]
 async fn no_record_of_a_checkpoint_has_a_disk_that_is_being_removed() {
