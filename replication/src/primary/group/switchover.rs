@@ -44,21 +44,34 @@ impl Group {
         // Else a power loss could bring a second primary back.
         if let Err(error) = self.record.sync().await {
             self.core().stepping_down = None;
-            return Err(self.change_role(|record| *record = before).err().unwrap_or(error));
+            return Err(self.restore_role(before).err().unwrap_or(error));
         }
         Ok(())
     }
 
-    /// Changes the record to that of the other role, or back.
+    /// Changes the record to that of the other role.
     ///
     /// # Errors
     /// It could not be saved. A restart may find a secondary, which knows of no writes of its own:
     /// nothing more may be acknowledged.
-    fn change_role(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
-        self.update_record(change).inspect_err(|error| {
-            let reason = format!("this side may be no primary any more: {error}");
-            self.core().fatal.get_or_insert(reason);
-        })
+    pub(crate) fn change_role(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        self.update_record(change).inspect_err(|error| self.role_is_unknown(error))
+    }
+
+    /// Changes the record back to what it was in this role, on stable storage if that is promised:
+    /// the guest may go on then.
+    ///
+    /// # Errors
+    /// As [`change_role`](Self::change_role).
+    pub(crate) fn restore_role(&self, before: Record) -> Result<()> {
+        let restored = self.update_record(|record| *record = before);
+        let secured = restored.and_then(|()| self.record.secure_now());
+        secured.inspect_err(|error| self.role_is_unknown(error))
+    }
+
+    fn role_is_unknown(&self, error: &Error) {
+        let reason = format!("this side may be no primary any more: {error}");
+        self.core().fatal.get_or_insert(reason);
     }
 
     /// Who is to be told what becomes of it.
@@ -71,8 +84,7 @@ impl Group {
     /// The other side has said that it does not take over: this one is the primary as before.
     pub(crate) fn take_role_back(&self) {
         let Some(down) = self.core().stepping_down.take() else { return };
-        let before = down.before;
-        let told = match self.change_role(|record| *record = before) {
+        let told = match self.restore_role(down.before) {
             Ok(()) => Error::refused("the secondary has not taken over; nothing was changed"),
             Err(error) => error,
         };
@@ -101,5 +113,39 @@ impl Group {
         }
         tracing::info!("this side becomes a secondary");
         self.leaving().cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use brep_block::CacheMode;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::config::{DiskConfig, DiskFormat, Durability, Role, SideConfig};
+    use crate::side::Side;
+    use crate::state::faults::{Faulty, Kind};
+
+    /// A power loss must not bring the secondary back that this side was for a moment.
+    #[tokio::test]
+    async fn i01_a_role_that_is_taken_back_is_on_stable_storage_before_the_guest_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let (state, path) = (dir.path().join("state"), dir.path().join("p.raw"));
+        std::fs::write(&path, [0; 65536]).unwrap();
+        let (format, cache) = (DiskFormat::Raw, CacheMode::Writeback);
+        let disk = DiskConfig { name: "vda".to_owned(), path, format, cache, buffers: None };
+        let config = SideConfig {
+            durability: Durability::Power,
+            ..SideConfig::new(Role::Primary, "p", state.clone(), vec![disk])
+        };
+        let side = Side::open(config, CancellationToken::new()).unwrap();
+        let group = Group::open(&side).await.unwrap();
+        group.step_down(Epoch(1)).await.unwrap();
+        group.take_role_back();
+        assert_eq!(group.core().fatal(), None);
+        group.step_down(Epoch(2)).await.unwrap();
+        let _faulty = Faulty::failing(&state, Kind::Sync);
+        group.take_role_back();
+        assert!(group.core().fatal().is_some(), "writes are acknowledged that may be lost");
     }
 }
