@@ -92,6 +92,11 @@ impl Primary {
         Primary { group: Arc::clone(group), replicating }
     }
 
+    /// Its disks.
+    pub(crate) fn group(&self) -> &Arc<Group> {
+        &self.group
+    }
+
     /// What hello tells of this side.
     pub(crate) fn introduce(&self) -> Introduction {
         self.group.introduce()

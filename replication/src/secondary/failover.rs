@@ -25,7 +25,7 @@ use crate::{Epoch, Error, Generation, Result, primary};
 const MERGE_RETRY: Duration = Duration::from_secs(5);
 
 /// Recorded, and not carried out.
-const UNSERVED: &str = "this side is promoted, and does not serve: start it again";
+pub(super) const UNSERVED: &str = "this side is promoted, and does not serve: start it again";
 
 /// What a failover is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

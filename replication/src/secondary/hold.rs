@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::failover::UNSERVED;
 use super::group::Group;
 use super::rejoin::Discard;
 use crate::errors::now_s;
+use crate::primary::Primary;
 use crate::state::Record;
 use crate::status::HeldStatus;
 use crate::{Error, Result};
@@ -75,12 +77,15 @@ impl Group {
                  was changed"
             )));
         }
-        let before = Record::clone(&self.record());
-        self.update_record(Record::roll_back)?;
-        if let Err(error) = self.sync_record().await {
-            self.update_record(|record| *record = before)?;
-            return Err(error);
-        }
+        let primary = self.primary().as_ref().map(Primary::group).cloned();
+        // Promoted, and no guest is served that could be told what became of its writes.
+        let primary = primary.ok_or_else(|| Error::failed(UNSERVED))?;
+        primary.leave_role(Record::roll_back).await.map_err(|error| {
+            match self.side.record.failure() {
+                Some(_) => error.context("it is not known whether the failover is undone"),
+                None => error,
+            }
+        })?;
         self.events.emit("BREP_ROLLED_BACK", json!({ "bytes": bytes }));
         tracing::warn!(bytes, "the failover is undone: this side is a secondary again");
         Ok(discard)

@@ -121,3 +121,24 @@ async fn a_flush_of_the_record_that_nobody_waits_for_is_known_to_have_failed() {
     record.update(line).unwrap_err();
     record.check().unwrap_err();
 }
+
+/// A restart may find the secondary that there was, which knows of no write since.
+#[tokio::test]
+async fn i16_a_rollback_whose_record_cannot_be_flushed_acknowledges_nothing_any_more() {
+    let scratch = scratch();
+    let there = secondary(&scratch);
+    let here = Side::run(primary(&scratch));
+    here.wait_state("in-sync").await;
+    here.stop().await;
+    there.command("failover", json!({ "hold": true })).await.unwrap();
+    let guest = connect(scratch.endpoint("s.sock"), "vda").await;
+    write(&guest, 0, 0x11).await.unwrap().unwrap();
+    let faulty = Faulty::failing(&scratch.path("s.state"), Kind::Sync);
+    let rollback = json!({ "discard-local": true });
+    let error = there.command("failover-rollback", rollback).await.unwrap_err().to_string();
+    assert!(error.contains("not known whether the failover is undone"), "{error}");
+    drop(faulty);
+    write(&guest, 4096, 0x22).await.unwrap().unwrap_err();
+    guest.close();
+    let _ = there.ended_by_stop().await;
+}

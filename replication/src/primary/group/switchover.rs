@@ -54,8 +54,21 @@ impl Group {
     /// # Errors
     /// It could not be saved. A restart may find a secondary, which knows of no writes of its own:
     /// nothing more may be acknowledged.
-    pub(crate) fn change_role(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+    fn change_role(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
         self.update_record(change).inspect_err(|error| self.role_is_unknown(error))
+    }
+
+    /// As [`change_role`](Self::change_role), and on stable storage when this returns. The guest is held.
+    ///
+    /// # Errors
+    /// The record is what it was; or that is not known, and nothing more may be acknowledged.
+    pub(crate) async fn leave_role(&self, change: impl FnOnce(&mut Record)) -> Result<()> {
+        let before = Record::clone(&self.record());
+        self.change_role(change)?;
+        match self.record.sync().await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.restore_role(before).err().unwrap_or(error)),
+        }
     }
 
     /// Changes the record back to what it was in this role, on stable storage if that is promised:
@@ -63,7 +76,7 @@ impl Group {
     ///
     /// # Errors
     /// As [`change_role`](Self::change_role).
-    pub(crate) fn restore_role(&self, before: Record) -> Result<()> {
+    fn restore_role(&self, before: Record) -> Result<()> {
         let restored = self.update_record(|record| *record = before);
         let secured = restored.and_then(|()| self.record.secure_now());
         secured.inspect_err(|error| self.role_is_unknown(error))
