@@ -248,8 +248,8 @@ pub(super) struct LeftOut {
 }
 
 impl LeftOut {
-    pub(super) fn names(&self) -> Vec<String> {
-        self.disks.iter().map(|disk| disk.name.clone()).collect()
+    pub(super) fn configs(&self) -> Vec<DiskConfig> {
+        self.disks.iter().map(|disk| disk.config.clone()).collect()
     }
 
     /// The record does not name them any more.

@@ -13,7 +13,7 @@ use super::group::Group;
 use super::plain::Claim;
 use super::session::{Promoted, Session};
 use crate::commands::{Job, JobKind};
-use crate::config::Durability;
+use crate::config::{DiskConfig, Durability};
 use crate::errors::now_s;
 use crate::link::StopReason;
 use crate::primary::{MapsOf, Primary, PrimaryDisk, Since};
@@ -193,10 +193,10 @@ impl Group {
         // may have written.
         self.check_failover(wanted)?;
         let left_out = self.leave_out_joining();
-        let names = left_out.names();
-        let differing_bytes = self.promote(wanted, &names).await?;
+        let configs = left_out.configs();
+        let differing_bytes = self.promote(wanted, &configs).await?;
         left_out.gone().await;
-        Ok((differing_bytes, names))
+        Ok((differing_bytes, configs.into_iter().map(|disk| disk.name).collect()))
     }
 
     /// Where guests have no address of their own, they are served where the primary was: also if
@@ -281,7 +281,7 @@ impl Group {
     }
 
     /// Writes the record first, then serves. Returns the bytes that differ.
-    async fn promote(self: &Arc<Self>, wanted: Wanted, left_out: &[String]) -> Result<u64> {
+    async fn promote(self: &Arc<Self>, wanted: Wanted, left_out: &[DiskConfig]) -> Result<u64> {
         let Wanted { target, hold } = wanted;
         let record = self.record();
         let set = record.set.ok_or_else(|| Error::failed("no set"))?;
@@ -315,13 +315,13 @@ impl Group {
         }
         let references: Vec<_> = tops.iter().map(|t| t.as_ref().map(Buffer::reference)).collect();
         self.update_record(|record| {
-            let held = hold.then(|| record.before_failover(now_s()));
+            let held = hold.then(|| record.before_failover(now_s(), left_out));
             record.begin_line_at_checkpoint(Generation::random());
             let mut references = references.iter();
             self.record_disks(record, |disk| {
                 promoted_record(disk.record(), references.next().copied().flatten())
             });
-            left_out.iter().for_each(|disk| record.remove_disk(disk));
+            left_out.iter().for_each(|disk| record.remove_disk(&disk.name));
             record.role = Role::Primary;
             record.session = None;
             let disks = self.disks().iter().map(|d| (d.name.clone(), d.size())).collect();

@@ -10,7 +10,7 @@ use super::group::Group;
 use super::rejoin::Discard;
 use crate::errors::now_s;
 use crate::primary::Primary;
-use crate::state::Record;
+use crate::state::{AddedDisk, Record};
 use crate::status::HeldStatus;
 use crate::{Error, Result};
 
@@ -77,6 +77,13 @@ impl Group {
                  was changed"
             )));
         }
+        let left_out: Vec<_> = self
+            .record()
+            .held()
+            .iter()
+            .flat_map(|held| &held.left_out)
+            .map(AddedDisk::config)
+            .collect();
         let primary = self.primary().as_ref().map(Primary::group).cloned();
         // Promoted, and no guest is served that could be told what became of its writes.
         let primary = primary.ok_or_else(|| Error::failed(UNSERVED))?;
@@ -86,6 +93,8 @@ impl Group {
                 None => error,
             }
         })?;
+        // As the next start would: they are copied from the beginning.
+        left_out.iter().for_each(|disk| self.side.note_added(disk));
         self.events.emit("BREP_ROLLED_BACK", json!({ "bytes": bytes }));
         tracing::warn!(bytes, "the failover is undone: this side is a secondary again");
         Ok(discard)

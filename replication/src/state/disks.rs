@@ -35,7 +35,7 @@ pub struct RemovedDisk {
 }
 
 impl AddedDisk {
-    fn of(disk: &DiskConfig) -> Self {
+    pub(super) fn of(disk: &DiskConfig) -> Self {
         AddedDisk {
             name: disk.name.clone(),
             file: disk.path.clone(),
@@ -44,7 +44,7 @@ impl AddedDisk {
         }
     }
 
-    fn config(&self) -> DiskConfig {
+    pub(crate) fn config(&self) -> DiskConfig {
         DiskConfig {
             name: self.name.clone(),
             path: self.file.clone(),
@@ -61,9 +61,13 @@ impl Record {
 
     /// A disk is added by command.
     pub fn add_disk(&mut self, disk: &DiskConfig) {
+        self.add(AddedDisk::of(disk));
+    }
+
+    pub(super) fn add(&mut self, disk: AddedDisk) {
         self.added.retain(|added| added.name != disk.name);
-        self.added.push(AddedDisk::of(disk));
         self.removed.retain(|removed| removed.name != disk.name);
+        self.added.push(disk);
     }
 
     /// A disk is not part of the group any more, whatever a command line says.

@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{AddedDisk, RemovedDisk};
-use crate::config::Durability;
+use crate::config::{DiskConfig, Durability};
 use crate::{Commit, Epoch, Generation, SetId};
 
 /// What a side remembers between two runs. One per group of disks; a change is one atomic write.
@@ -165,6 +165,8 @@ pub struct Held {
     pub epoch: Epoch,
     /// [`SecondaryRecord::made_room`] before.
     pub made_room: bool,
+    /// Disks that were just being added, and have no part in it.
+    pub left_out: Vec<AddedDisk>,
 }
 
 /// What a failover makes of the disks.
@@ -311,9 +313,10 @@ impl Record {
         self.secondary.discard_local = false;
     }
 
-    /// What a failover that begins now, in seconds since 1970, would have to be undone to.
+    /// What a failover that begins now, in seconds since 1970, and leaves disks out, would have to be
+    /// undone to.
     #[must_use]
-    pub fn before_failover(&self, now_s: u64) -> Held {
+    pub fn before_failover(&self, now_s: u64, left_out: &[DiskConfig]) -> Held {
         Held {
             since_s: now_s,
             cur: self.cur,
@@ -321,6 +324,7 @@ impl Record {
             history: self.history.clone(),
             epoch: self.epoch,
             made_room: self.secondary.made_room,
+            left_out: left_out.iter().map(AddedDisk::of).collect(),
         }
     }
 
@@ -333,7 +337,8 @@ impl Record {
     }
 
     /// Undoes a failover that is held: what was written since is given up, and this side is the
-    /// secondary that it was. The line that it had begun is never used again.
+    /// secondary that it was, to which the disks are added again that were left out. The line that it
+    /// had begun is never used again.
     pub fn roll_back(&mut self) {
         let Some(held) = self.held().cloned() else { return };
         self.secondary.promotion = None;
@@ -346,6 +351,7 @@ impl Record {
         for disk in &mut self.secondary.disks {
             disk.top = None;
         }
+        held.left_out.into_iter().for_each(|disk| self.add(disk));
     }
 
     /// A primary whose disks are its last checkpoint makes room for the other side.
@@ -464,7 +470,7 @@ mod tests {
         let chain = vec![BufferRef { seq: 5 }];
         before.secondary.disks = vec![DiskRecord { chain, ..DiskRecord::new("vda", 4096) }];
         before.secondary.made_room = true;
-        let held = before.before_failover(1);
+        let held = before.before_failover(1, &[]);
         let mut record = before.clone();
         record.begin_line_at_checkpoint(Generation::random());
         record.role = Role::Primary;

@@ -218,3 +218,25 @@ async fn a_child_that_was_removed_is_added_again_after_another_disk_has_gone() {
     primary.stop().await;
     secondary.stop().await;
 }
+
+/// A failover that is undone leaves the secondary that there was, which a disk was being added to.
+#[tokio::test]
+async fn a_disk_that_a_failover_left_out_is_added_again_when_that_is_undone() {
+    let scratch = scratch(&["vda", "vdb"]);
+    let secondary = Side::run(there(&scratch, &["vda"]));
+    let primary = Side::run(here(&scratch, &["vda"]));
+    primary.wait_state("in-sync").await;
+    secondary.command("disk-add", added(&scratch, "vdb", "s-vdb.raw")).await.unwrap();
+    primary.stop().await;
+    let report = secondary.command("failover", json!({ "hold": true })).await.unwrap();
+    assert_eq!(report["left-out"], json!(["vdb"]));
+    secondary.command("failover-rollback", json!({})).await.unwrap();
+    let both = |s: &Value| s["role"] == "secondary" && s["disks"].as_array().unwrap().len() == 2;
+    secondary.wait("the secondary that it was", both).await;
+    let primary = Side::run(here(&scratch, &["vda", "vdb"]));
+    primary.wait("in sync", |s| s["disks"][1]["state"] == "in-sync").await;
+    primary.checkpoint().await;
+    primary.stop().await;
+    secondary.stop().await;
+    assert!(file(&scratch.path("p-vdb.raw")) == file(&scratch.path("s-vdb.raw")), "not copied");
+}
