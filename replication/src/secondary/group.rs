@@ -2,6 +2,7 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
+use brep_block::detach;
 use brep_nbd::tls::TlsPeer;
 use futures_util::future::join_all;
 use serde_json::json;
@@ -304,6 +305,7 @@ impl Group {
     pub(crate) async fn end_retired(&self, reason: StopReason) -> Result<()> {
         let Some(session) = self.core().closing.clone() else { return Ok(()) };
         session.close(reason).await?;
+        session.committed().await?;
         for disk in &*session.disks.taking_part {
             disk.settle().await?;
         }
@@ -407,13 +409,24 @@ impl Group {
     }
 
     /// Commits `epoch`: one record names the new chain, and the older buffers are given up.
-    pub(crate) async fn commit(self: &Arc<Self>, session: &Session, epoch: Epoch) -> Result<()> {
+    pub(crate) async fn commit(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        epoch: Epoch,
+    ) -> Result<()> {
         // The next epoch is being written meanwhile; that some of it is flushed too does no harm.
         for flushed in
             join_all(session.disks.taking_part.iter().map(|disk| disk.flush_image())).await
         {
             flushed.inspect_err(|_| self.note_failed_flushes())?;
         }
+        // A link does not wait whose session has ended meanwhile; nothing of this is left half done
+        // then, and no buffer is lost.
+        let (group, session) = (Arc::clone(self), Arc::clone(session));
+        detach(async move { group.commit_flushed(&session, epoch).await }).await
+    }
+
+    async fn commit_flushed(self: &Arc<Self>, session: &Session, epoch: Epoch) -> Result<()> {
         let retired = {
             let _held = match self.has_guest() {
                 true => Some(self.hold_guest().await?),
@@ -444,6 +457,8 @@ impl Group {
             return Err(Error::failed("no set: the session was never begun"));
         };
         let fresh = self.fresh(set, &session.disks.taking_part).await?;
+        // Whoever ends the session waits for what follows.
+        let _committing = session.committing.lock().await;
         let mut disks: Vec<_> = session
             .disks
             .taking_part

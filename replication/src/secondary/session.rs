@@ -58,6 +58,8 @@ pub(crate) struct Session {
     promoting: AtomicBool,
     /// The primary acknowledges nothing for the moment.
     held: CancellationToken,
+    /// Held from the look at whether this is still the present session to the end of a commit.
+    pub(super) committing: tokio::sync::Mutex<()>,
 }
 
 /// What a session does with this side's disks.
@@ -105,6 +107,7 @@ impl Session {
             request_id: AtomicU64::new(0),
             promoting: AtomicBool::new(false),
             held: CancellationToken::new(),
+            committing: tokio::sync::Mutex::new(()),
         };
         (Arc::new(session), messages)
     }
@@ -214,6 +217,20 @@ impl Session {
         }
         self.requests().clear();
         result
+    }
+
+    /// Waits for the end of a commit that has begun. No other one begins in a session that was ended.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub(crate) async fn committed(&self) -> Result<()> {
+        let ended = tokio::time::timeout(DRAIN_LIMIT, self.committing.lock()).await;
+        ended.map(drop).map_err(|_| {
+            Error::failed(format!(
+                "the last checkpoint has not been recorded for {DRAIN_LIMIT:?}; the file system of \
+                 the state directory may hang"
+            ))
+        })
     }
 
     /// Cuts the primary off, without waiting for anything; the end of the session follows.

@@ -86,6 +86,11 @@ impl SharedRecord {
         let (file, seq) = lock(&store).to_sync();
         detach(async move {
             let result = storage::sync(file).await;
+            #[cfg(test)]
+            {
+                let path = lock(&store).path();
+                super::faults::until_synced(&path).await;
+            }
             lock(&store).synced(seq, result).inspect_err(|_| failure.tell())
         })
         .await

@@ -182,6 +182,11 @@ impl RecordStore {
         (Arc::clone(&self.file), self.seq)
     }
 
+    #[cfg(test)]
+    pub(crate) fn path(&self) -> PathBuf {
+        self.path.clone()
+    }
+
     /// A sync that was begun when `seq` was the newest record has ended.
     ///
     /// # Errors
@@ -362,7 +367,12 @@ pub(crate) mod faults {
             Faulty(file, kind)
         }
 
-        /// Waits until a save hangs.
+        /// Flushes of a record hang that somebody waits for without holding the thread up.
+        pub(crate) fn stuck_sync(dir: &Path) -> Self {
+            Self::new(dir, Kind::Sync, Fault::Hang { reached: false })
+        }
+
+        /// Waits until it hangs.
         pub(crate) async fn reached(&self) {
             let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
             let key = (self.0.clone(), self.1);
@@ -379,6 +389,21 @@ pub(crate) mod faults {
             let key = (self.0.clone(), self.1);
             FAULTS.lock().unwrap().get_or_insert_default().remove(&key);
             CHANGED.notify_all();
+        }
+    }
+
+    /// Waits as long as flushes hang.
+    pub(crate) async fn until_synced(file: &Path) {
+        let key = (file.to_owned(), Kind::Sync);
+        let hangs = || match FAULTS.lock().unwrap().get_or_insert_default().get_mut(&key) {
+            Some(Fault::Hang { reached }) => {
+                *reached = true;
+                true
+            }
+            _ => false,
+        };
+        while hangs() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::common::{MIB, Scratch, Side, connect, file, fill};
 use crate::config::{Durability, SideConfig};
 use crate::image::faults;
-use crate::state::faults::watch;
+use crate::state::faults::{Faulty, watch};
 
 fn here(scratch: &Scratch, disks: &[&str]) -> SideConfig {
     scratch.primary(disks.iter().map(|d| scratch.disk(d, &format!("p-{d}.raw"))).collect())
@@ -239,4 +239,69 @@ async fn a_disk_that_a_failover_left_out_is_added_again_when_that_is_undone() {
     primary.stop().await;
     secondary.stop().await;
     assert!(file(&scratch.path("p-vdb.raw")) == file(&scratch.path("s-vdb.raw")), "not copied");
+}
+
+/// A commit that is being put on stable storage when its session ends is carried out all the same.
+#[tokio::test]
+async fn a_disk_that_leaves_is_gone_also_if_the_session_ends_meanwhile() {
+    let scratch = scratch(&["vda", "vdb"]);
+    let mut config = there(&scratch, &["vda", "vdb"]);
+    config.durability = Durability::Power;
+    let secondary = Side::run(config);
+    let primary = Side::run(here(&scratch, &["vda", "vdb"]));
+    primary.wait_state("in-sync").await;
+    let disk = faults::of(&scratch.path("s-vda.raw"));
+    let hang = disk.upper.hang(Rule::new(Operation::Flush));
+    primary.command("disk-remove", json!({ "name": "vdb" })).await.unwrap();
+    hang.reached(1).await;
+    let stuck = Faulty::stuck_sync(&scratch.path("s.state"));
+    hang.release();
+    stuck.reached().await;
+
+    // Another session is to begin.
+    primary.stop().await;
+    let primary = Side::run(here(&scratch, &["vda"]));
+    secondary.wait("ends the session", |s| s["link"] == "disconnected").await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    drop(stuck);
+    primary.wait_state("in-sync").await;
+    scratch.raw("new.raw", MIB, 77);
+    let added = secondary.command("disk-add", added(&scratch, "vdb", "new.raw")).await.unwrap();
+    assert_eq!(added["changed"], true);
+    drop(disk);
+    primary.stop().await;
+    secondary.stop().await;
+}
+
+/// What the promoted side writes is counted in maps that the end of the last commit must not remove.
+#[tokio::test]
+async fn a_promotion_waits_for_the_commit_that_has_begun() {
+    let scratch = scratch(&["vda"]);
+    let mut config = there(&scratch, &["vda"]);
+    config.durability = Durability::Power;
+    let secondary = Arc::new(Side::run(config));
+    let primary = Arc::new(Side::run(here(&scratch, &["vda"])));
+    primary.wait_state("in-sync").await;
+    let disk = faults::of(&scratch.path("s-vda.raw"));
+    let hang = disk.upper.hang(Rule::new(Operation::Flush));
+    let run = |side: &Arc<Side>, command: &'static str| {
+        let side = Arc::clone(side);
+        tokio::spawn(async move { side.command(command, json!({})).await })
+    };
+    let checkpoint = run(&primary, "checkpoint");
+    hang.reached(1).await;
+    let stuck = Faulty::stuck_sync(&scratch.path("s.state"));
+    hang.release();
+    stuck.reached().await;
+    let failover = run(&secondary, "failover");
+    secondary.wait("ends the session", |s| s["link"] == "disconnected").await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    drop(stuck);
+    failover.await.unwrap().unwrap();
+    drop(checkpoint.await.unwrap());
+    secondary.wait_state("promoted").await;
+    assert!(scratch.path("s.state").join("vda.maps").exists(), "no maps");
+    drop(disk);
+    drop(Arc::into_inner(primary).unwrap().ended_by_stop().await);
+    Arc::into_inner(secondary).unwrap().stop().await;
 }
