@@ -261,3 +261,18 @@ fn stranger() -> Hello {
     };
     Hello { version: LINK_VERSION, timeout_ms: 5000, side }
 }
+
+/// After a loss of power maps that name a size would be another disk's than one of the old size.
+#[tokio::test]
+async fn a_size_that_is_not_on_stable_storage_is_named_by_nobody() {
+    let scratch = Scratch::new();
+    pair_of_files(&scratch);
+    let (primary, secondary) = start(&scratch).await;
+    let here = faults::of(&scratch.path("p.raw"));
+    here.upper.fail(Rule::new(Operation::Flush));
+    resize(&primary, 4 * MIB).await.unwrap_err();
+    assert_eq!(primary.status().await["disks"][0]["size"], 2 * MIB);
+    drop(here);
+    primary.stop().await;
+    secondary.stop().await;
+}

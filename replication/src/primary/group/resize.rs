@@ -2,6 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
+use brep_block::FlushLevel;
+
 use super::{DiskPart, Group};
 use crate::{Error, Result};
 
@@ -41,11 +43,16 @@ impl Group {
         if size == old {
             return Ok(());
         }
-        // Before anybody can write there. What is added differs until it has been looked at.
-        let grown = self.core().grow_maps(disk.number, size);
-        if let Err(error) = grown {
+        let grown = async {
+            // Before maps and record name it: after a loss of power they would be another disk's.
+            self.flush_disk(&disk, FlushLevel::Durable).await?;
+            // Before anybody can write there. What is added differs until it has been looked at.
+            let grown = self.core().grow_maps(disk.number, size);
+            grown.map_err(|e| Error::failed(format!("maps of disk {name}: {e}")))
+        };
+        if let Err(error) = grown.await {
             undo_growth(&disk, image_size).await;
-            return Err(Error::failed(format!("maps of disk {name}: {error}")));
+            return Err(error);
         }
         disk.size.store(size, Ordering::Release);
         let saved = self.update_record(|record| {
