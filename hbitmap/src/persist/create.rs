@@ -177,6 +177,8 @@ pub(super) fn sync_directory(path: &Path) -> Result<()> {
         let synced = storage.sync_directory(directory);
         return synced.map_err(Error::io(directory, "flush the directory"));
     }
+    #[cfg(test)]
+    super::crash::directory_flush().map_err(Error::io(directory, "flush the directory"))?;
     File::open(directory)
         .and_then(|directory| directory.sync_all())
         .map_err(Error::io(directory, "flush the directory"))

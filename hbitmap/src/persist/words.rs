@@ -84,9 +84,23 @@ fn word(map: &MmapRaw, index: u64) -> &AtomicU64 {
 #[cfg(test)]
 pub(crate) mod crash {
     use std::cell::Cell;
+    use std::io;
 
     thread_local! {
         static STORES_LEFT: Cell<u64> = const { Cell::new(u64::MAX) };
+        static DIRECTORY_FLUSHES_LEFT: Cell<u64> = const { Cell::new(u64::MAX) };
+    }
+
+    /// Lets this thread flush so many directories; all later flushes of one fail.
+    pub(crate) fn fail_directory_flushes_after(flushes: u64) {
+        DIRECTORY_FLUSHES_LEFT.set(flushes);
+    }
+
+    pub(in crate::persist) fn directory_flush() -> io::Result<()> {
+        let left = DIRECTORY_FLUSHES_LEFT.get().checked_sub(1);
+        let left = left.ok_or_else(|| io::Error::other("no flush of a directory"))?;
+        DIRECTORY_FLUSHES_LEFT.set(left);
+        Ok(())
     }
 
     /// The panic's payload.

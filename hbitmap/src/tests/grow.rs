@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use super::history::{options, scratch, tag};
-use crate::persist::crash::{Killed, kill_after};
+use crate::persist::crash::{Killed, fail_directory_flushes_after, kill_after};
 use crate::{Error, Identity, LastStop, MapSet, Options, Role};
 
 const GROUP: u64 = 1 << super::history::GRANULARITY_LOG2;
@@ -131,4 +131,26 @@ fn the_granularity_follows_the_size_and_has_bounds() {
     assert_eq!([log2((4 << 40) + 1), log2(8 << 40)], [17; 2]);
     assert_eq!(log2(16 << 40), 18);
     assert_eq!(log2(i64::MAX as u64), 24, "beyond 1 PiB the maps grow");
+}
+
+/// What has the name of the file is the file: a kill must find what is in use.
+#[test]
+fn maps_that_have_grown_are_in_use_although_their_name_cannot_be_flushed() {
+    let directory = scratch();
+    let path = directory.path().join("maps");
+    let mut maps = with_all_roles(&path);
+    // That of the new file under its first name; then, under the old one's.
+    for flushes in [0, 1] {
+        fail_directory_flushes_after(flushes);
+        let grown = maps.grow(2 * SIZE);
+        fail_directory_flushes_after(u64::MAX);
+        assert_eq!(grown.is_ok(), flushes == 1, "{grown:?}");
+    }
+    check(&maps);
+    maps.set(Role::Open, 2 * SIZE - 1, 1);
+    assert!(matches!(maps.flush(), Err(Error::Sticky { .. })));
+    assert!(matches!(maps.flusher().run(), Err(Error::Sticky { .. })));
+    drop(maps);
+    let maps = MapSet::open(&path, &sized(2 * SIZE, 4)).unwrap();
+    assert!(maps.map(Role::Open).get(2 * SIZE - 1));
 }
