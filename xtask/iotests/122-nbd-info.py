@@ -1,6 +1,6 @@
 """What foreign servers offer is shown as nbdinfo shows it: sizes, flags, contexts, maps and totals.
 
-Seen to fail with: adjacent extents of one state not joined in a map.
+Seen to fail with: one capability left out.
 """
 
 import json

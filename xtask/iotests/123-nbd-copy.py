@@ -1,6 +1,6 @@
 """Disks are copied from any of raw file, qcow2 image and export to any other, whole and sparse.
 
-Seen to fail with: the scan of the source one block further than its extents.
+Seen to fail with: an extent of zeroes taken for one byte longer than it is.
 """
 
 import json

@@ -1,6 +1,6 @@
 """An error at the n-th of many requests in flight, read or write, is never lost: exit 1, told where.
 
-Seen to fail with: the result of a worker that is not the last one dropped.
+Seen to fail with: the error of a worker dropped unless it is the last one to end.
 """
 
 import os
