@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use brep_block::is_zero;
+
 use crate::rng::Rng;
 use crate::world::Life;
 
@@ -15,7 +17,15 @@ pub(crate) const PAGE: u64 = 4096;
 /// Versions of a sector that are remembered between two flushes, the newest among them.
 const VERSIONS_MAX: usize = 5;
 
-type Sector = [u8; SECTOR as usize];
+/// Contents of a sector; none: zeroes.
+type Sector = Option<Box<[u8; SECTOR as usize]>>;
+
+fn put(sector: &Sector, place: &mut [u8]) {
+    match sector {
+        Some(data) => place.copy_from_slice(&data[..place.len()]),
+        None => place.fill(0),
+    }
+}
 
 /// What of the changes since the last flush a loss of power leaves, in quarters: all, none, and what
 /// lies between.
@@ -42,8 +52,8 @@ pub(crate) struct FileData {
 /// with the number of flushes that had begun when it was made.
 #[derive(Debug)]
 struct Unstable {
-    stable: Box<Sector>,
-    since: Vec<(u64, Box<Sector>)>,
+    stable: Sector,
+    since: Vec<(u64, Sector)>,
 }
 
 /// A flush that has begun: it covers what was changed before.
@@ -61,12 +71,20 @@ pub(crate) enum Left {
 }
 
 impl FileData {
-    fn sector(&self, number: u64) -> Box<Sector> {
+    fn sector(&self, number: u64) -> Sector {
+        let data = &self.data[self.place(number)];
+        if is_zero(data) {
+            return None;
+        }
         let mut sector = Box::new([0; SECTOR as usize]);
+        sector[..data.len()].copy_from_slice(data);
+        Some(sector)
+    }
+
+    /// Where a sector lies, as far as the file reaches.
+    fn place(&self, number: u64) -> Range<usize> {
         let start = ((number * SECTOR) as usize).min(self.data.len());
-        let end = (start + SECTOR as usize).min(self.data.len());
-        sector[..end - start].copy_from_slice(&self.data[start..end]);
-        sector
+        start..(start + SECTOR as usize).min(self.data.len())
     }
 
     fn change(&mut self, range: Range<u64>, apply: impl FnOnce(&mut [u8])) {
@@ -158,14 +176,13 @@ impl FileData {
         let (mut kept, mut lost) = (0, 0);
         for (number, unstable) in &unstable {
             let sector = match rng.below(4) < keep {
-                true => unstable.since.last().map_or(&*unstable.stable, |(_, newest)| newest),
+                true => unstable.since.last().map_or(&unstable.stable, |(_, newest)| newest),
                 false => unstable.older(rng),
             };
-            let newest = unstable.since.last().is_some_and(|(_, newest)| **newest == *sector);
+            let newest = unstable.since.last().is_some_and(|(_, newest)| newest == sector);
             *(if newest { &mut kept } else { &mut lost }) += 1;
-            let start = ((number * SECTOR) as usize).min(self.data.len());
-            let end = (start + SECTOR as usize).min(self.data.len());
-            self.data[start..end].copy_from_slice(&sector[..end - start]);
+            let place = self.place(*number);
+            put(sector, &mut self.data[place]);
         }
         if let Some((_, newest)) = lens.last() {
             let len = match rng.below(4) < keep {
@@ -197,7 +214,7 @@ fn drop_one<T>(since: &mut Vec<(u64, T)>) {
 }
 
 impl Unstable {
-    fn push(&mut self, flushes: u64, sector: Box<Sector>) {
+    fn push(&mut self, flushes: u64, sector: Sector) {
         self.since.push((flushes, sector));
         if self.since.len() > VERSIONS_MAX {
             drop_one(&mut self.since);

@@ -16,6 +16,9 @@ use crate::names::File;
 use crate::seen::Seen;
 use crate::world::{Life, Side, World};
 
+/// How a directory is told from a file in it, by those who ask for its failures only.
+const DIRECTORY: &str = "/.";
+
 /// A file that a process has open.
 #[derive(Debug)]
 pub(crate) struct Handle {
@@ -190,7 +193,7 @@ impl Storage for Files {
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         let (life, folder) = Self::place(path)?;
-        self.operate(life, &folder, 15)?;
+        self.operate(life, &format!("{folder}{DIRECTORY}"), 15)?;
         self.0.lock().machines[life.side].names.sync(&folder);
         Ok(())
     }
@@ -331,5 +334,47 @@ impl MapMemory for Handle {
         let flush = file.begin_flush();
         file.end_flush(flush, pages);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::rc::Rc;
+
+    use brep_hbitmap::{Identity, MapSet, Options, Role, Tag};
+
+    use super::*;
+    use crate::side::next_life;
+    use crate::world::{A, DiskFaults};
+
+    fn maps_of(life: Life) -> PathBuf {
+        PathBuf::from(format!("/{life}/state/d0.maps"))
+    }
+
+    fn options(size: u64) -> Options {
+        Options::new(Identity([1; 16]), size, 12)
+    }
+
+    /// The old file has no name any more: what would be set there would be lost with the process.
+    #[test]
+    fn grown_maps_keep_what_is_set_although_their_name_may_be_lost() {
+        let world = World::new(1, 0);
+        brep_hbitmap::persist::install(Some(Rc::new(Files(Arc::clone(&world)))));
+        let life = next_life(&world, A);
+        let mut maps = MapSet::create(maps_of(life), &options(1 << 20), Tag::default()).unwrap();
+        world.lock().machines[A].faults =
+            DiskFaults { failing: 1000, only: Some(DIRECTORY), ..DiskFaults::default() };
+        maps.grow(2 << 20).unwrap();
+        maps.set(Role::Open, 5 << 12, 1);
+        maps.flush().unwrap_err();
+        maps.flusher().run().unwrap_err();
+        world.kill(A);
+        drop(maps);
+        world.lock().machines[A].faults = DiskFaults::default();
+        let life = next_life(&world, A);
+        let maps = MapSet::open(maps_of(life), &options(2 << 20)).unwrap();
+        assert!(maps.map(Role::Open).get(5 << 12));
+        brep_hbitmap::persist::install(None);
     }
 }

@@ -23,7 +23,7 @@ use crate::history::put_file;
 use crate::model::{fill, stamps};
 use crate::network::{GUEST_PORT, REPLICA_PORT, listen_at, reach};
 use crate::side::{Process, disk_name, disk_path, next_life};
-use crate::world::{A, B, End, Life, Side, World, name};
+use crate::world::{A, B, DiskFaults, End, Life, Side, World, name};
 
 const DISK_BYTES: u64 = 192 << 10;
 
@@ -137,6 +137,12 @@ impl Pair {
         if let Some(mut process) = self.processes[side].take() {
             let _ = process.ended().await;
         }
+    }
+
+    /// Every operation takes some time, in which others begin.
+    fn slow_disks(&self, side: Side) {
+        self.world.lock().machines[side].faults =
+            DiskFaults { slow: 1000, slow_ms_max: 4, ..DiskFaults::default() };
     }
 
     async fn command(&self, side: Side, command: &str, arguments: &[(&str, Value)]) -> Done<Value> {
