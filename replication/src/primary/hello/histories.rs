@@ -4,13 +4,15 @@
 //! Records and decisions are the real ones; disks, maps and links are models of a few lines.
 
 mod generated;
+mod maps;
 
 use std::collections::BTreeSet;
 
 use uuid::Uuid;
 
+use self::maps::Maps;
 use super::*;
-use crate::link::{DiskInfo, MapsInfo};
+use crate::link::DiskInfo;
 use crate::primary::Since;
 use crate::state::{Promotion, Record, Role, Target};
 use crate::{Epoch, Generation, SetId};
@@ -21,64 +23,6 @@ const CELLS: usize = 5;
 /// What a granule holds: the number of the write. 0 is what was there before.
 type Disk = [u32; CELLS];
 type Cells = BTreeSet<usize>;
-
-#[derive(Debug, Clone)]
-struct Maps {
-    open: (Cells, Since),
-    pending: Option<(Cells, Since)>,
-    differs: (Cells, Since),
-}
-
-impl Maps {
-    fn new(since: Since) -> Self {
-        let empty = (Cells::new(), since);
-        Maps { open: empty.clone(), pending: None, differs: empty }
-    }
-
-    fn unknown() -> Self {
-        let mut maps = Self::new(Since::Unknown);
-        maps.differs.0 = (0..CELLS).collect();
-        maps
-    }
-
-    fn void_pending(&mut self) {
-        if let Some((cells, since)) = self.pending.take() {
-            self.open.0.extend(cells);
-            self.open.1 = since;
-        }
-    }
-
-    fn begin_copy(&mut self, mode: CopyMode) {
-        self.void_pending();
-        match mode {
-            CopyMode::Full | CopyMode::Compare => {
-                self.differs = ((0..CELLS).collect(), Since::Ever);
-                self.open.1 = Since::Ever;
-            }
-            CopyMode::Changed => self.differs.0.append(&mut self.open.0),
-            CopyMode::Missing => {}
-        }
-    }
-
-    fn all(&self) -> Cells {
-        let pending = self.pending.iter().flat_map(|p| &p.0);
-        self.open.0.iter().chain(pending).chain(&self.differs.0).copied().collect()
-    }
-
-    fn info(&self) -> Option<MapsInfo> {
-        let oldest = self.pending.as_ref().map_or(self.open.1, |p| p.1);
-        let mut since: Option<Commit> = None;
-        for tag in [self.differs.1, oldest] {
-            match tag {
-                Since::Unknown => return None,
-                Since::Ever => {}
-                Since::Commit(c) if since.is_some_and(|s| s.epoch >= c.epoch) => {}
-                Since::Commit(c) => since = Some(c),
-            }
-        }
-        Some(MapsInfo { since, bytes: vec![self.all().len() as u64] })
-    }
-}
 
 /// What outlives a process, and can be put back from a copy.
 #[derive(Debug, Clone)]
