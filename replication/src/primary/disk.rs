@@ -13,6 +13,10 @@ use crate::change::Change;
 use crate::config::Ack;
 use crate::door::Door;
 
+/// Longest change in bytes that is tracked and sent as one. An activity log cannot have all of a much
+/// longer one at a time, so that it would never begin.
+const ZEROES_LEN_MAX: u64 = 1 << 30;
+
 /// The guest's disk: the local image, with every change forwarded to the secondary.
 ///
 /// Reads are the local disk's alone. A change goes to both at once; it is acknowledged when the
@@ -36,10 +40,24 @@ impl PrimaryDisk {
         if let Err(error) = me.check_range(change.operation(), offset, change.len()) {
             return Io::err(error);
         }
-        if change.len() == 0 {
-            return Io::ok(());
+        match change {
+            change if change.len() == 0 => Io::ok(()),
+            Change::Zeroes(len, flags) if len > ZEROES_LEN_MAX => {
+                Io::future(detach(self.clone().zero_in_pieces(offset, len, flags)))
+            }
+            change => Io::future(detach(self.clone().change(offset, change))),
         }
-        Io::future(detach(self.clone().change(offset, change)))
+    }
+
+    /// One after the other, as long as they succeed: each is a request of its own to the peer.
+    async fn zero_in_pieces(self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let piece = ZEROES_LEN_MAX.min(len - done);
+            self.clone().change(offset + done, Change::Zeroes(piece, flags)).await?;
+            done += piece;
+        }
+        Ok(())
     }
 
     /// A request that is the local disk's alone.

@@ -23,6 +23,7 @@ mod slots;
 mod stall;
 mod stepped_down;
 mod switchover;
+mod zeroes;
 
 use std::sync::Arc;
 use std::time::Duration;
