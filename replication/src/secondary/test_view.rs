@@ -263,7 +263,13 @@ impl Group {
             let over = self.core().test.as_ref().and_then(|test| test.over.clone());
             let over = match over {
                 Some(over) => Some(over),
-                None => self.keep_test_small(&ended).await.err().map(|error| error.to_string()),
+                // What is kept grows while it is joined, and somebody may want its room at once.
+                None => tokio::select! {
+                    biased;
+                    () = ended.cancelled() => return,
+                    over = self.test_outgrown() => Some(over),
+                    small = self.keep_test_small() => small.err().map(|error| error.to_string()),
+                },
             };
             if let Some(reason) = over.filter(|_| !ended.is_cancelled()) {
                 self.drop_test(&reason);
@@ -271,17 +277,27 @@ impl Group {
         }
     }
 
-    async fn keep_test_small(&self, ended: &CancellationToken) -> Result<()> {
+    async fn keep_test_small(&self) -> Result<()> {
         for disk in self.disks() {
-            // Once it has ended another one may be open, and is kept small by somebody else.
-            while !ended.is_cancelled() && disk.join_retired().await? {}
-            if disk.test_depth() > DEPTH_MAX {
-                return Err(Error::failed(
-                    "checkpoints come faster than a test view can keep them",
-                ));
-            }
+            while disk.join_retired().await? {}
         }
         self.check_test_room(0).await
+    }
+
+    /// Ends when the view has to, with the reason.
+    async fn test_outgrown(&self) -> String {
+        loop {
+            tokio::time::sleep(LOOK_PAUSE).await;
+            if let Some(over) = self.core().test.as_ref().and_then(|test| test.over.clone()) {
+                return over;
+            }
+            if self.disks().iter().any(|disk| disk.test_depth() > DEPTH_MAX) {
+                return "checkpoints come faster than a test view can keep them".to_owned();
+            }
+            if let Err(error) = self.check_test_room(0).await {
+                return error.to_string();
+            }
+        }
     }
 
     fn test_report(&self, test: &Test) -> TestReport {

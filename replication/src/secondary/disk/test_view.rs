@@ -173,9 +173,15 @@ impl ReplicaDisk {
             test.retired.remove(position);
             test.follow(&state.chain);
         }
-        // Whoever reads in it began before this.
-        device.unused().await;
-        self.pool.recycle(newer).await?;
+        let pool = Arc::clone(&self.pool);
+        // Beside this, which may be given up.
+        tokio::spawn(async move {
+            // Whoever reads in it began before this.
+            device.unused().await;
+            if let Err(error) = pool.recycle(newer).await {
+                tracing::warn!(%error, "a hidden disk of a test view was not emptied");
+            }
+        });
         Ok(true)
     }
 
