@@ -137,7 +137,13 @@ impl Group {
         if record.is_primary() || !record.has_checkpoint() {
             return Some("the other side has no checkpoint yet".to_owned());
         }
-        None
+        let session = self.session().filter(|_| self.has_open_test())?;
+        let shown = session.disks.leaving.iter().find(|disk| self.disks().has(disk))?;
+        Some(format!(
+            "a test view on the other side still shows disk {}, which has been removed: end it \
+             first, with brep failover --test-end there",
+            shown.name
+        ))
     }
 
     /// The primary has made room, with a checkpoint that holds everything.

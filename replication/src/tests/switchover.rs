@@ -50,3 +50,15 @@ async fn a_switchover_that_nobody_waits_for_any_more_is_not_made() {
 async fn nor_is_one_that_was_asked_for_on_the_secondary() {
     nobody_waits_for_it_any_more(true).await;
 }
+
+/// Whoever reconnects there afterwards would write to what the next checkpoint drops.
+#[tokio::test]
+async fn a_side_that_serves_a_second_guest_as_a_secondary_does_not_become_one_under_its_guest() {
+    let Pair { scratch: _scratch, primary, secondary, .. } = Pair::with_guest().await;
+    secondary.command("failover", json!({})).await.unwrap();
+    secondary.wait_state("promoted").await;
+    let error = secondary.command("switchover", json!({})).await.unwrap_err();
+    assert!(error.to_string().contains("a guest of its own"), "{error}");
+    primary.stop().await;
+    secondary.stop().await;
+}

@@ -55,6 +55,13 @@ impl Group {
             ));
         }
         self.check_final()?;
+        if self.has_second_guest() {
+            return Err(Error::refused(
+                "this side serves a guest of its own while it is a secondary: one that only connects \
+                 again after the switchover would write to what the next checkpoint drops. Start it \
+                 without --guest-listen; or let its manager stop the guest, and brep failover there",
+            ));
+        }
         if !self.record().is_merged() {
             return Err(Error::refused(
                 "the merge of the last failover has not ended (see brep status): try again then",
