@@ -79,7 +79,7 @@ impl PrimaryCommands {
                 self.checkpoint(false, arguments.checkpoint_limit()).await.map(|_| json!({}))
             }
             "failover" => {
-                group.check_is_disk()?;
+                group.check_is_disk().await?;
                 let last = group.promoted.as_ref().and_then(|s| s.last_contact_ms());
                 let report = secondary::repeated(&group.record(), arguments.wanted(), last);
                 Ok(json!(report.unwrap_or_else(|| {

@@ -3,6 +3,7 @@ use std::sync::atomic::Ordering;
 use tokio::time::Instant;
 
 use super::group::{Core, Group};
+use super::hello::Refusal;
 use super::plain::LAPSED;
 use crate::config::{Ack, PeerKind};
 use crate::link::RefusalKind;
@@ -153,6 +154,10 @@ impl Group {
                 Some("there is no peer: writes are not replicated".to_owned()),
                 Some("brep peer set URI, when a secondary listens there".to_owned()),
             ),
+            LinkState::Disconnected if self.is_superseded() => {
+                let Refusal { reason, advice, .. } = Refusal::superseded();
+                (Some(reason), advice)
+            }
             LinkState::Disconnected if !self.guest_allowed.is_cancelled() => (
                 Some(format!(
                     "the guest is not served: this side was connected when it stopped, and the \

@@ -132,11 +132,15 @@ impl Group {
         }
     }
 
-    /// Whether this side is still the disk, for a command that says that it is.
+    /// Whether this side is still the disk, for a command that says that it is. While the other side
+    /// may be taking over, its word is waited for.
     ///
     /// # Errors
     /// The other side has been promoted, with what to do about that.
-    pub(crate) fn check_is_disk(&self) -> Result<()> {
+    pub(crate) async fn check_is_disk(&self) -> Result<()> {
+        let mut takeover = self.takeover.subscribe();
+        // The sender lives as long as this.
+        let _ = takeover.wait_for(|t| !matches!(t, Takeover::Pending(_))).await;
         if !self.is_superseded() {
             return Ok(());
         }
