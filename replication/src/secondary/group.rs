@@ -166,10 +166,17 @@ impl Group {
         let own_maps = OwnMaps::open(&store.get(), &config.state_dir, &sizes)?;
         // Else a power loss could bring the clean stop before this run back.
         side.secure_start().await?;
-        let reason = (lost && !record.is_primary() && !secondary.outdated).then(|| {
-            let what = match store.get().secondary.inconsistent {
-                true => "the checkpoint cannot be trusted",
-                false => "the checkpoint is whole, and what came after it is not",
+        // What a promotion is made of was not flushed by a run that does not promise it.
+        let mixture = record.needs_buffers() && record.durability == Durability::Process;
+        let told = if record.is_primary() { mixture } else { !secondary.outdated };
+        let reason = (lost && told).then(|| {
+            let what = match (record.is_primary(), store.get().secondary.inconsistent) {
+                (true, _) => {
+                    "this side is promoted and was not merged, and what it serves may be a mixture of \
+                     several moments: check it, or bring the other side's disks back"
+                }
+                (false, true) => "the checkpoint cannot be trusted",
+                (false, false) => "the checkpoint is whole, and what came after it is not",
             };
             let reason = format!(
                 "power was lost under the last run, and what was not on stable storage with it: {what}"

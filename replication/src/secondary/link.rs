@@ -144,7 +144,12 @@ impl Group {
             self.core().reason = Some(reason.clone());
             return refuse(writer, limit, reason, None).await;
         }
-        writer.send(&Message::Started { token: session.token }, limit).await?;
+        let started = Message::Started { token: session.token };
+        if let Err(error) = writer.send(&started, limit).await {
+            // It has begun here, and nobody is there who would end it.
+            self.end_session(StopReason::Shutdown).await?;
+            return Err(error);
+        }
         {
             let mut core = self.core();
             core.link = LinkState::Connected;
@@ -153,6 +158,10 @@ impl Group {
             core.peer_durability = Some(hello.side.durability);
             core.link_error = None;
             core.last_contact = Some(Instant::now());
+        }
+        if hello.side.name == self.config.name {
+            let name = &self.config.name;
+            tracing::warn!(name, "both sides have one name: give one of them another, with --name");
         }
         tracing::info!(peer = hello.side.name, epoch = %terms.epoch, "session begun");
         self.events.emit("BREP_CONNECTED", serde_json::json!({ "peer": hello.side.name }));
