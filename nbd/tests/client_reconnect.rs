@@ -245,7 +245,7 @@ async fn a_failed_flush_stays_failed_over_a_reconnect() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn attempts_pause_for_1_2_4_8_and_then_16_seconds() {
+async fn attempts_pause_for_up_to_1_2_4_8_and_then_16_seconds() {
     let Pair { client, listener, server, directory: _directory } =
         pair(Export::default(), ReconnectPolicy::default()).await;
     drop((server, listener));
@@ -260,10 +260,13 @@ async fn attempts_pause_for_1_2_4_8_and_then_16_seconds() {
         // The status is set once per attempt.
         let mut first = true;
         client.wait_for_status(|_| !std::mem::replace(&mut first, false)).await;
-        pauses.push(last.elapsed().as_secs_f64().round() as u64);
+        pauses.push(last.elapsed().as_secs_f64());
         last = tokio::time::Instant::now();
     }
-    assert_eq!(pauses, [1, 2, 4, 8, 16, 16]);
+    // Up to a quarter is left out, by chance; timers may be late by a moment.
+    for (pause, longest) in pauses.iter().zip([1.0, 2.0, 4.0, 8.0, 16.0, 16.0]) {
+        assert!(*pause > longest * 0.74 && *pause < longest + 0.1, "{pauses:?}");
+    }
 }
 
 #[tokio::test]
