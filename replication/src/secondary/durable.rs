@@ -6,6 +6,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::group::Group;
+use crate::config::Durability;
+use crate::state::Record;
 use crate::{Error, Result};
 
 /// What gets out of a failure that this process cannot mend.
@@ -15,6 +17,27 @@ pub(super) const START_AGAIN: &str =
 /// A buffer that has been opened again, and fails again within this time, waits for somebody to look
 /// at the disk under it.
 const REOPEN_PAUSE: Duration = Duration::from_secs(10);
+
+/// What a loss of power has left, for people: `record` is the last run's. None: nothing that they have
+/// to know here.
+pub(super) fn after_power_loss(record: &Record, inconsistent: bool) -> Option<String> {
+    let what = match (record.is_primary(), inconsistent) {
+        // What a promotion is made of was not flushed by a run that does not promise it.
+        (true, _) if record.needs_buffers() && record.durability == Durability::Process => {
+            "this side is promoted and was not merged, and what it serves may be a mixture of \
+             several moments: check it, or bring the other side's disks back"
+        }
+        (true, _) => return None,
+        (false, _) if record.secondary.outdated => return None,
+        (false, true) => "the checkpoint cannot be trusted",
+        (false, false) => "the checkpoint is whole, and what came after it is not",
+    };
+    let reason = format!(
+        "power was lost under the last run, and what was not on stable storage with it: {what}"
+    );
+    tracing::error!(reason);
+    Some(reason)
+}
 
 impl Group {
     /// Puts the record on stable storage; nobody is held up meanwhile.

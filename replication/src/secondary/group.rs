@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::buffers::Buffer;
 use super::disk::{Fresh, ReplicaDisk};
+use super::durable::after_power_loss;
 use super::opening::{check_known_disks, joining, open_disk};
 use super::plain::{Claim, Plain};
 use super::rejoin::{OwnMaps, Refused};
@@ -166,24 +167,8 @@ impl Group {
         let own_maps = OwnMaps::open(&store.get(), &config.state_dir, &sizes)?;
         // Else a power loss could bring the clean stop before this run back.
         side.secure_start().await?;
-        // What a promotion is made of was not flushed by a run that does not promise it.
-        let mixture = record.needs_buffers() && record.durability == Durability::Process;
-        let told = if record.is_primary() { mixture } else { !secondary.outdated };
-        let reason = (lost && told).then(|| {
-            let what = match (record.is_primary(), store.get().secondary.inconsistent) {
-                (true, _) => {
-                    "this side is promoted and was not merged, and what it serves may be a mixture of \
-                     several moments: check it, or bring the other side's disks back"
-                }
-                (false, true) => "the checkpoint cannot be trusted",
-                (false, false) => "the checkpoint is whole, and what came after it is not",
-            };
-            let reason = format!(
-                "power was lost under the last run, and what was not on stable storage with it: {what}"
-            );
-            tracing::error!(reason);
-            reason
-        });
+        let inconsistent = store.get().secondary.inconsistent;
+        let reason = lost.then(|| after_power_loss(&record, inconsistent)).flatten();
         let core = Core {
             receiving: store.get().epoch,
             started: config.start,
