@@ -25,6 +25,7 @@ pub(crate) enum Lasting {
     GuestStopped,
     PeerCleared,
     Slowed,
+    Child,
 }
 
 /// The longest that anybody waits for a command.
@@ -62,7 +63,7 @@ impl History {
         self.lasting.push((Instant::now() + millis(ms), what));
     }
 
-    fn fault(&mut self, what: Seen) {
+    pub(crate) fn fault(&mut self, what: Seen) {
         self.faults += 1;
         self.world.saw(what);
         self.world.note(|| what.name().to_owned());
@@ -70,6 +71,12 @@ impl History {
 
     /// Something happens.
     pub(crate) async fn act(&mut self) {
+        if self.features.tests && self.world.with_rng(|rng| rng.chance(60)) {
+            return self.open_test().await;
+        }
+        if self.features.quorum && self.world.with_rng(|rng| rng.chance(100)) {
+            return self.bad_child();
+        }
         let (choice, side) = self.world.with_rng(|rng| (rng.below(1000), rng.below(2) as Side));
         match choice {
             0..250 => self.ask_for_checkpoint(side),
@@ -122,7 +129,7 @@ impl History {
     }
 
     fn lose_power(&mut self, side: Side) {
-        if !self.setup.loses_power() {
+        if !self.setup.loses_power(side) {
             return self.kill(side);
         }
         self.fault(Seen::PowerLoss);
@@ -130,7 +137,7 @@ impl History {
     }
 
     fn end_in_operation(&mut self, side: Side) {
-        let end = self.some_end();
+        let end = self.some_end(side);
         self.fault(match end {
             End::Kill => Seen::KillInOperation,
             End::PowerLoss => Seen::PowerLossInOperation,
@@ -139,9 +146,15 @@ impl History {
     }
 
     /// How a process ends in this history.
-    pub(crate) fn some_end(&self) -> End {
-        let power = self.setup.loses_power() && self.world.with_rng(|rng| rng.chance(500));
+    pub(crate) fn some_end(&self, side: Side) -> End {
+        let power = self.setup.loses_power(side) && self.world.with_rng(|rng| rng.chance(500));
         if power { End::PowerLoss } else { End::Kill }
+    }
+
+    /// The same of one whose disk is not merged. Where a guest has written to a buffer, what a later
+    /// one did not flush may read as that after a loss of power.
+    pub(crate) fn end_of_promoted(&self) -> End {
+        if self.second.is_some() { End::Kill } else { self.some_end(self.primary) }
     }
 
     /// A process ends in one of its next operations.
@@ -257,7 +270,7 @@ impl History {
         }
     }
 
-    fn ask_for_checkpoint(&mut self, side: Side) {
+    pub(crate) fn ask_for_checkpoint(&mut self, side: Side) {
         self.world.saw(match side == self.primary {
             true => Seen::CheckpointOnPrimary,
             false => Seen::CheckpointOnSecondary,
@@ -301,6 +314,10 @@ impl History {
     }
 
     async fn grow(&mut self) {
+        if self.features.quorum {
+            // A quorum does not.
+            return;
+        }
         self.world.saw(Seen::Resize);
         let disk = self.world.with_rng(|rng| rng.below(self.setup.disks as u64)) as usize;
         let bytes = self.guest.disk_bytes(disk) + GROWTH_BYTES;
@@ -351,6 +368,7 @@ impl History {
             Lasting::Disk(side) => {
                 self.world.lock().machines[side].faults = self.usual_disk.clone();
             }
+            Lasting::Child => self.world.lock().machines[A].failing_child = 0,
             Lasting::Dead(side) => self.restart_if_ended(side).await,
             // It may hang, with its disk or its peer.
             Lasting::Stopping(side) => self.world.kill(side),
@@ -385,6 +403,7 @@ impl History {
             let mut world = self.world.lock();
             for machine in &mut world.machines {
                 machine.faults = self.usual_disk.clone();
+                machine.failing_child = 0;
                 machine.ends_in = None;
             }
         }

@@ -62,7 +62,7 @@ pub(crate) fn run_one(seed: u64, plant: Option<Plant>, verbose: u8) -> Outcome {
     let world = World::new(seed, verbose);
     let shared = Arc::clone(&world);
     let lived = in_world(&world, seed, plant, async move {
-        let history = History::new(&shared);
+        let history = History::new(&shared, seed);
         match tokio::time::timeout(HISTORY_LIMIT, history.run()).await {
             Ok(outcome) => outcome,
             Err(_) => Err("liveness: stuck".to_owned()),

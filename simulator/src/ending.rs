@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use crate::acts::wants_restart;
 use crate::history::{History, millis};
 use crate::names::File;
+use crate::roles::TakenOver;
 use crate::seen::Seen;
 use crate::side::file_name;
 use crate::world::{A, B, Side, name};
@@ -31,6 +32,12 @@ impl History {
         }
         if !self.guest.pause(PAUSED_WITHIN).await {
             return Err("I8: requests of the guest do not end although nothing is wrong".to_owned());
+        }
+        if let Some(second) = self.second.clone() {
+            if !second.pause(PAUSED_WITHIN).await {
+                return Err("I8: requests of the secondary's guest do not end".to_owned());
+            }
+            self.check_reads(second.reads())?;
         }
         self.final_checkpoint().await?;
         let now = self.world.tick();
@@ -216,8 +223,10 @@ impl History {
 
     /// The secondary takes over, and in the end its files alone count.
     pub(crate) async fn end_promoted(&mut self) -> Result<(), String> {
-        if !self.fail_over().await? {
-            return Ok(());
+        match self.fail_over().await? {
+            TakenOver::ForGood => {}
+            TakenOver::Undone => return self.heal().await,
+            TakenOver::Not => return Ok(()),
         }
         self.until_merged().await?;
         if !self.guest.pause(PAUSED_WITHIN).await {

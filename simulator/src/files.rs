@@ -13,6 +13,7 @@ use brep_hbitmap::persist::{MapMemory, MapStorage};
 use crate::disk::Disk;
 use crate::file::{FileData, PAGE};
 use crate::names::File;
+use crate::quorum;
 use crate::seen::Seen;
 use crate::world::{Life, Side, World};
 
@@ -62,9 +63,13 @@ fn operate(world: &World, life: Life, name: &str, kind: u64) -> io::Result<()> {
     }
     let mut inner = world.lock();
     let crate::world::Inner { rng, machines, .. } = &mut *inner;
-    let faults = &machines[life.side].faults;
-    let concerned = faults.only.is_none_or(|part| name.contains(part));
-    if faults.failing > 0 && concerned && rng.chance(faults.failing) {
+    let machine = &machines[life.side];
+    let failing = match quorum::child_of(name) {
+        Some(child) if quorum::may_fail(child) => machine.faults.failing.max(machine.failing_child),
+        Some(_) => 0,
+        None => machine.faults.failing,
+    };
+    if failing > 0 && rng.chance(failing) {
         inner.note(format!("{life} operation {kind} on {name} fails"));
         drop(inner);
         world.saw(Seen::IoError);
@@ -99,6 +104,12 @@ impl Files {
 
     fn find(&self, side: Side, name: &str) -> Option<File> {
         self.0.lock().machines[side].names.get(name).cloned()
+    }
+
+    /// Whether a disk of this name is a quorum.
+    fn is_joined(&self, life: Life, name: &str) -> bool {
+        let is_there = |child: &String| self.find(life.side, child).is_some();
+        quorum::children(name).iter().all(is_there)
     }
 
     fn handle(&self, life: Life, name: String, file: File) -> io::Result<Handle> {
@@ -151,6 +162,15 @@ impl Storage for Files {
             let node = path.display().to_string();
             Error::new(Operation::Open, kind, node, error.to_string())
         };
+        let joined = Self::place(path).ok().filter(|(life, name)| self.is_joined(*life, name));
+        if let Some((life, name)) = joined {
+            let open = |child: &String| {
+                let options = RawFileOptions { name: None, ..options.clone() };
+                self.open_disk(&path.with_file_name(child), options)
+            };
+            let files = quorum::children(&name).iter().map(open).collect::<Result<_, _>>()?;
+            return Ok(quorum::join(&self.0, life, name, files));
+        }
         let open = || {
             let (life, name) = Self::place(path)?;
             self.operate(life, &name, 10)?;

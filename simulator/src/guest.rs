@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::file::SECTOR;
 use crate::model::{Model, fill, stamp_of};
-use crate::side::{Setup, disk_name};
+use crate::side::disk_name;
 use crate::world::World;
 
 /// What the workers of a guest share.
@@ -70,16 +70,16 @@ const KINDS: [Kind; 16] = [
 ];
 
 impl Guest {
-    pub(crate) fn new(world: &Arc<World>, setup: &Setup, model: Model, stamp: u64) -> Arc<Self> {
+    pub(crate) fn new(world: &Arc<World>, disks: usize, model: Model, stamp: u64) -> Arc<Self> {
         let shared = Shared {
-            connections: vec![None; setup.disks],
+            connections: vec![None; disks],
             stamp,
             sectors: model.sizes(),
             ..Shared::default()
         };
         Arc::new(Guest {
             world: Arc::clone(world),
-            disks: setup.disks,
+            disks,
             model: Mutex::new(model),
             shared: Mutex::new(shared),
         })
@@ -108,15 +108,16 @@ impl Guest {
         self.model().grow(disk, bytes / SECTOR);
     }
 
-    /// Its disks are others from now on, with these contents.
-    pub(crate) fn replace(&self, endpoint: Endpoint, model: Model) {
+    /// Its disks are others from now on, with these contents; what it knows of the old ones.
+    pub(crate) fn replace(&self, endpoint: Endpoint, model: Model) -> Model {
         {
             let mut shared = self.shared();
             shared.line += 1;
             shared.sectors = model.sizes();
         }
-        *self.model() = model;
+        let old = std::mem::replace(&mut *self.model(), model);
         self.plug(endpoint);
+        old
     }
 
     fn line(&self) -> u64 {
@@ -146,6 +147,10 @@ impl Guest {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         true
+    }
+
+    pub(crate) fn resume(&self) {
+        self.shared().paused = false;
     }
 
     pub(crate) fn end(&self) {
@@ -312,6 +317,14 @@ impl Guest {
                 return;
             }
         }
+    }
+
+    /// Makes a sector zeroes, for good.
+    pub(crate) async fn zero_sector(&self, disk: usize, sector: u64) -> Result<(), String> {
+        let connection = self.connection(disk).await.ok_or("nobody serves it")?;
+        let zeroes = Bytes::from(fill(disk, sector, 1, 0));
+        let written = connection.write(sector * SECTOR, zeroes, WriteFlags { fua: true }).await;
+        written.map_err(|error| error.to_string())
     }
 
     /// Everything on a disk, in pieces.

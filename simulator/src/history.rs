@@ -8,13 +8,18 @@ use brep_replication::config::{Ack, Durability, OnPeerLost, OnSlowPeer, Role};
 use tokio::time::Instant;
 
 use crate::acts::Lasting;
+use crate::features::Features;
 use crate::file::SECTOR;
 use crate::guest::Guest;
 use crate::model::{Model, fill, stamps};
 use crate::names::File;
 use crate::network::{GUEST_PORT, REPLICA_PORT, reach};
+use crate::quorum;
 use crate::rng::Rng;
-use crate::side::{Process, Setup, Start, disk_name};
+use crate::second::{Read, SecondGuest};
+use crate::seen::Seen;
+use crate::side::{Process, Setup, Start, file_name};
+use crate::test_view::TestView;
 use crate::watch::Watch;
 use crate::world::{A, B, DiskFaults, Side, World, name};
 
@@ -37,8 +42,13 @@ pub(crate) fn millis(ms: u64) -> Duration {
 /// What is going on.
 pub(crate) struct History {
     pub(crate) world: Arc<World>,
+    pub(crate) features: Features,
     pub(crate) setup: Setup,
     pub(crate) guest: Arc<Guest>,
+    /// The guest of machine B while that is the secondary.
+    pub(crate) second: Option<Arc<SecondGuest>>,
+    /// The last view of a checkpoint that was opened.
+    pub(crate) test: Option<TestView>,
     pub(crate) processes: [Option<Process>; 2],
     /// The side that its operator takes for the primary.
     pub(crate) primary: Side,
@@ -53,38 +63,52 @@ pub(crate) struct History {
     pub(crate) lasting: Vec<(Instant, Lasting)>,
     pub(crate) faults: u64,
     pub(crate) promotions: u64,
+    /// The guest's knowledge of the disk that it had before the last one.
+    pub(crate) left: Option<Model>,
+    /// The last one was to the newest state.
+    pub(crate) promoted_to_latest: bool,
     pub(crate) usual_delay_ms: u64,
     pub(crate) usual_disk: DiskFaults,
     /// Steps in a thousand at which something happens.
     unrest: u64,
+    /// When a manager takes its next checkpoint.
+    next_checkpoint: Instant,
 }
 
-fn setup(rng: &mut Rng) -> Setup {
-    Setup {
+fn setup(rng: &mut Rng, features: Features) -> Setup {
+    let mut setup = Setup {
         disks: if rng.chance(400) { 2 } else { 1 },
         disk_bytes: rng.pick(&[256 << 10, 512 << 10, 1 << 20]),
-        ack: if rng.chance(600) { Ack::Sync } else { Ack::Async },
+        ack: [if rng.chance(600) { Ack::Sync } else { Ack::Async }; 2],
         peer_timeout: millis(rng.range(200, 1500)),
         checkpoint_interval: (!rng.chance(200)).then(|| millis(rng.range(10, 200))),
         window_bytes: rng.pick(&[64 << 10, 256 << 10, 4 << 20]),
         window_requests: rng.pick(&[4, 16, 256]),
-        durability: if rng.chance(700) { Durability::Power } else { Durability::Process },
-        on_peer_lost: if rng.chance(200) { OnPeerLost::Suspend } else { OnPeerLost::Degrade },
+        durability: [if rng.chance(700) { Durability::Power } else { Durability::Process }; 2],
+        on_peer_lost: [if rng.chance(200) { OnPeerLost::Suspend } else { OnPeerLost::Degrade }; 2],
         on_slow_peer: if rng.chance(500) { OnSlowPeer::PullAhead } else { OnSlowPeer::Lost },
         slow_peer_limit: rng.chance(300).then(|| millis(rng.range(100, 1000))),
-        second_guest: false,
+        second_guest: features.second_guest,
+    };
+    if features.mixed {
+        setup.mix();
     }
+    setup
 }
 
 impl History {
-    pub(crate) fn new(world: &Arc<World>) -> Self {
+    pub(crate) fn new(world: &Arc<World>, seed: u64) -> Self {
         world.begin();
+        let features = Features::of(seed);
         let (setup, usual_delay_ms, usual_disk) = world.with_rng(|rng| {
             let slow = rng.pick(&[0, 0, 20, 200]);
             let disk = DiskFaults { slow, slow_ms_max: rng.range(0, 6), ..DiskFaults::default() };
-            (setup(rng), rng.pick(&[0, 0, 1, 4]), disk)
+            (setup(rng, features), rng.pick(&[0, 0, 1, 4]), disk)
         });
-        world.note(|| format!("{setup:?}, link {usual_delay_ms} ms, {usual_disk:?}"));
+        if features.mixed {
+            world.saw(Seen::MixedSides);
+        }
+        world.note(|| format!("{features:?}, {setup:?}, link {usual_delay_ms} ms, {usual_disk:?}"));
         let mut contents = Vec::new();
         let mut stamp = 0;
         for disk in 0..setup.disks {
@@ -99,12 +123,18 @@ impl History {
                 data.extend(fill(disk, sector, 1, own));
             }
             contents.push(first);
-            put_file(world, A, disk, &data);
+            match features.quorum {
+                true => quorum::children(&file_name(disk)).iter().for_each(|child| {
+                    put_named(world, A, child, &data);
+                }),
+                false => put_file(world, A, disk, &data),
+            }
             // Whatever was there before.
             put_file(world, B, disk, &vec![0xEE; setup.disk_bytes as usize]);
         }
-        let guest = Guest::new(world, &setup, Model::new(&contents), stamp);
+        let guest = Guest::new(world, setup.disks, Model::new(&contents), stamp);
         guest.plug(reach(A, None, GUEST_PORT));
+        let second = setup.second_guest.then(|| SecondGuest::new(world, &setup));
         {
             let mut inner = world.lock();
             inner.link.delay_ms_max = usual_delay_ms;
@@ -113,8 +143,11 @@ impl History {
         }
         History {
             world: Arc::clone(world),
+            features,
             setup,
             guest,
+            second,
+            test: None,
             processes: [None, None],
             primary: A,
             roles: [Role::Primary, Role::Secondary],
@@ -125,9 +158,12 @@ impl History {
             lasting: Vec::new(),
             faults: 0,
             promotions: 0,
+            left: None,
+            promoted_to_latest: false,
             usual_delay_ms,
             usual_disk,
             unrest: world.with_rng(|rng| rng.pick(&[100, 200, 300])),
+            next_checkpoint: Instant::now(),
         }
     }
 
@@ -141,13 +177,19 @@ impl History {
         for _ in 0..workers {
             tokio::spawn(Arc::clone(&self.guest).work(pause_ms_max));
         }
+        if let Some(second) = &self.second {
+            tokio::spawn(Arc::clone(second).work(pause_ms_max));
+        }
         let outcome = self.live().await;
         self.guest.end();
+        self.second.iter().for_each(|second| second.end());
         outcome
     }
 
     async fn live(&mut self) -> Result<(), String> {
-        let wanted = self.world.with_rng(|rng| rng.range(REQUESTS_MIN, REQUESTS_MIN * 3 / 2));
+        // One that has more costs more.
+        let most = if self.features.any() { REQUESTS_MIN } else { REQUESTS_MIN * 3 / 2 };
+        let wanted = self.world.with_rng(|rng| rng.range(REQUESTS_MIN, most));
         let changes = self.world.with_rng(|rng| rng.pick(&[0, 0, 0, 1, 1, 2, 3]));
         for change in 0..changes {
             let requests = wanted * (change + 1) / (changes + 1);
@@ -173,6 +215,7 @@ impl History {
             let pause = self.world.with_rng(|rng| rng.range(1, 40));
             self.pass(millis(pause)).await?;
             self.end_lasting().await;
+            self.manage()?;
             if step < STEPS_MAX {
                 if self.world.with_rng(|rng| rng.chance(self.unrest)) {
                     self.act().await;
@@ -188,6 +231,34 @@ impl History {
             self.watch.checkpoints(),
             self.faults
         ))
+    }
+
+    /// Where a guest runs on the secondary, the primary takes no checkpoints by itself: a manager does.
+    /// What was read of checkpoints is looked at.
+    fn manage(&mut self) -> Result<(), String> {
+        self.check_test()?;
+        let Some(second) = &self.second else { return Ok(()) };
+        let left = second.take_left();
+        if let Some(pause) = self.setup.checkpoint_interval
+            && Instant::now() >= self.next_checkpoint
+        {
+            self.next_checkpoint = Instant::now() + pause;
+            self.ask_for_checkpoint(self.primary);
+        }
+        self.check_reads(left)
+    }
+
+    /// What the secondary's guest has read of a checkpoint is of one moment, and no later one.
+    pub(crate) fn check_reads(&self, reads: Vec<Read>) -> Result<(), String> {
+        for Read { epoch, until, sectors } in reads {
+            let (from, to) = self.watch.moments(epoch, until);
+            let checked =
+                self.guest.model().check_moment(sectors.into_iter(), (from, to.min(until)));
+            checked.map_err(|why| {
+                format!("I2, I6: the secondary's guest, at checkpoint {epoch}: {why}")
+            })?;
+        }
+        Ok(())
     }
 
     /// Sees to what a history lacks.
@@ -225,10 +296,16 @@ impl History {
     pub(crate) fn start(&mut self, side: Side) {
         self.watch.forget(side, self.primary);
         let boot = self.world.lock().machines[side].boot;
-        if std::mem::replace(&mut self.boots[side], boot) != boot && side == self.primary {
-            let now = self.world.tick();
-            self.guest.model().power_lost(now);
+        if std::mem::replace(&mut self.boots[side], boot) != boot {
+            if side == self.primary {
+                let now = self.world.tick();
+                self.guest.model().power_lost(now);
+            }
+            if side == B {
+                self.second.iter().for_each(|second| second.power_lost());
+            }
         }
+        self.make_children_equal(side);
         let how = Start {
             role: self.roles[side],
             knows_peer: self.peer_known[side],
@@ -262,8 +339,9 @@ impl History {
 
     /// What a disk's file holds, by sector.
     pub(crate) fn file_stamps(&self, side: Side, disk: usize) -> Result<Vec<u64>, String> {
-        let name = format!("{}.raw", disk_name(disk));
+        let name = file_name(disk);
         let file = self.world.lock().machines[side].names.get(&name).cloned();
+        let file = file.map_or_else(|| self.good_child(side, disk), |file| Ok(Some(file)))?;
         let file = file.ok_or_else(|| format!("{name} is gone"))?;
         let file = file.lock().expect("one thread");
         stamps(disk, &file.data)
@@ -271,6 +349,10 @@ impl History {
 }
 
 pub(crate) fn put_file(world: &World, side: Side, disk: usize, data: &[u8]) {
+    put_named(world, side, &file_name(disk), data);
+}
+
+fn put_named(world: &World, side: Side, name: &str, data: &[u8]) {
     let file = File::default();
     {
         let mut file = file.lock().expect("one thread");
@@ -278,6 +360,6 @@ pub(crate) fn put_file(world: &World, side: Side, disk: usize, data: &[u8]) {
         file.sync();
     }
     let names = &mut world.lock().machines[side].names;
-    names.make(&format!("{}.raw", disk_name(disk)), &file);
+    names.make(name, &file);
     names.sync("");
 }

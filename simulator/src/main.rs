@@ -3,9 +3,11 @@ mod acts;
 mod campaign;
 mod disk;
 mod ending;
+mod features;
 mod file;
 mod files;
 mod guest;
+mod held;
 mod history;
 mod model;
 mod names;
@@ -13,10 +15,13 @@ mod network;
 mod parts;
 #[cfg(test)]
 mod power_points;
+mod quorum;
 mod rng;
 mod roles;
+mod second;
 mod seen;
 mod side;
+mod test_view;
 mod watch;
 mod world;
 

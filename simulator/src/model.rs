@@ -59,6 +59,12 @@ impl Model {
         Model { sectors, flushed: vec![0; contents.len()] }
     }
 
+    /// What was there before the first write.
+    pub(crate) fn first(&self) -> Vec<Vec<u64>> {
+        let first = |writes: &Vec<Write>| writes.first().map_or(0, |write| write.stamp);
+        self.sectors.iter().map(|disk| disk.iter().map(first).collect()).collect()
+    }
+
     /// By disk, in sectors.
     pub(crate) fn sizes(&self) -> Vec<u64> {
         self.sectors.iter().map(|disk| disk.len() as u64).collect()
@@ -143,46 +149,55 @@ impl Model {
     pub(crate) fn check_cut(
         &self,
         contents: &[Vec<u64>],
+        moments: (u64, u64),
+    ) -> Result<(), String> {
+        let sectors = contents.iter().enumerate().flat_map(|(disk, sectors)| {
+            sectors.iter().enumerate().map(move |(sector, stamp)| ((disk, sector), *stamp))
+        });
+        self.check_moment(sectors, moments)
+    }
+
+    /// The same of some sectors, by disk and place.
+    pub(crate) fn check_moment(
+        &self,
+        contents: impl Iterator<Item = ((usize, usize), u64)>,
         (from, to): (u64, u64),
     ) -> Result<(), String> {
         let mut moments = vec![(from, to)];
         let mut narrowed = String::from("given");
-        for (disk, sectors) in contents.iter().enumerate() {
-            for (index, stamp) in sectors.iter().enumerate() {
-                // It may have grown without a word to the guest.
-                let Some(writes) = self.sectors[disk].get(index) else {
-                    if *stamp == 0 {
-                        continue;
-                    }
-                    return Err(format!("disk {disk} sector {index}, which is new, has {stamp}"));
-                };
-                if let [only] = writes.as_slice()
-                    && only.stamp == *stamp
-                {
+        for ((disk, index), stamp) in contents {
+            // It may have grown without a word to the guest.
+            let Some(writes) = self.sectors[disk].get(index) else {
+                if stamp == 0 {
                     continue;
                 }
-                let possible = moments_of(writes, *stamp, to);
-                let left: Vec<_> = moments
-                    .iter()
-                    .flat_map(|m| possible.iter().map(|p| (m.0.max(p.0), m.1.min(p.1))))
-                    .filter(|(low, high)| low <= high)
-                    .collect();
-                if left.is_empty() {
-                    return Err(format!(
-                        "disk {disk} sector {index} has {stamp}, which fits at {possible:?}; {}; \
-                         all before at {moments:?}, because of: {narrowed}",
-                        Self::tell(writes)
-                    ));
-                }
-                let mut left = left;
-                left.sort_unstable();
-                left.dedup();
-                if left != moments {
-                    let writes = Self::tell(writes);
-                    narrowed = format!("disk {disk} sector {index} has {stamp}; {writes}");
-                }
-                moments = left;
+                return Err(format!("disk {disk} sector {index}, which is new, has {stamp}"));
+            };
+            if let [only] = writes.as_slice()
+                && only.stamp == stamp
+            {
+                continue;
             }
+            let possible = moments_of(writes, stamp, to);
+            let mut left: Vec<_> = moments
+                .iter()
+                .flat_map(|m| possible.iter().map(|p| (m.0.max(p.0), m.1.min(p.1))))
+                .filter(|(low, high)| low <= high)
+                .collect();
+            if left.is_empty() {
+                return Err(format!(
+                    "disk {disk} sector {index} has {stamp}, which fits at {possible:?}; {}; all \
+                     before at {moments:?}, because of: {narrowed}",
+                    Self::tell(writes)
+                ));
+            }
+            left.sort_unstable();
+            left.dedup();
+            if left != moments {
+                let writes = Self::tell(writes);
+                narrowed = format!("disk {disk} sector {index} has {stamp}; {writes}");
+            }
+            moments = left;
         }
         Ok(())
     }

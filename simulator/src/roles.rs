@@ -1,20 +1,44 @@
 //! Changes of roles: switchovers, and failovers after which the old primary returns.
 
+use std::time::Duration;
+
 use brep_replication::config::{Ack, Role};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::acts::{Lasting, wants_restart};
-use crate::ending::HEALED_WITHIN;
+use crate::ending::{HEALED_WITHIN, PAUSED_WITHIN};
 use crate::guest::Guest;
 use crate::history::{History, millis};
 use crate::model::{Model, stamps};
+use crate::second::Place;
 use crate::seen::Seen;
 use crate::watch::Contact;
 use crate::world::{A, B, Side, name};
 
+/// What the last requests of a guest that is going to move may take.
+const MOVED_WITHIN: Duration = Duration::from_secs(5);
+
 /// Why a side that has no checkpoint is not promoted.
 const REFUSALS: [&str; 2] = ["no complete checkpoint", "(outdated)"];
+
+/// How a secondary takes over.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) target: &'static str,
+    /// It can be undone.
+    pub(crate) hold: bool,
+}
+
+/// What became of a failover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TakenOver {
+    ForGood,
+    /// The old primary is the primary again.
+    Undone,
+    /// There was no checkpoint.
+    Not,
+}
 
 impl History {
     /// The other side becomes the primary.
@@ -22,7 +46,7 @@ impl History {
         if self.world.with_rng(|rng| rng.chance(500)) {
             return self.switch_over().await;
         }
-        if self.fail_over().await? {
+        if self.fail_over().await? == TakenOver::ForGood {
             self.until_merged().await?;
             self.bring_back(1 - self.primary);
         }
@@ -35,22 +59,31 @@ impl History {
             self.clear_faults().await;
             self.until_in_sync().await?;
         }
+        // Its address is that of the secondary's guest afterwards.
+        let moves = self.second.is_some() && self.primary == B;
+        if moves && !self.guest.pause(MOVED_WITHIN).await {
+            self.guest.resume();
+            return Ok(());
+        }
         if self.world.with_rng(|rng| rng.chance(500)) {
             let side = self.world.with_rng(|rng| rng.below(2)) as Side;
-            self.arm(side, self.some_end(), &[20, 200, 1000]);
+            self.arm(side, self.some_end(side), &[20, 200, 1000]);
         }
         self.world.saw(Seen::Switchover);
         let told = self.tell(self.primary, "switchover", &[("timeout-ms", json!(5000))]).await;
         if let Some(Ok(_)) = told {
             self.switched_over().await;
         }
-        self.settle_roles().await
+        let settled = self.settle_roles().await;
+        self.guest.resume();
+        settled
     }
 
     async fn switched_over(&mut self) {
         self.world.saw(Seen::SwitchedOver);
         // What the other side has told as a secondary.
         self.watch.look(&self.world, &self.processes, self.primary).await;
+        self.second_guest_returns(self.primary);
         self.primary = 1 - self.primary;
         self.returning[self.primary] = false;
         self.world.note(|| format!("{} is the primary now", name(self.primary)));
@@ -89,7 +122,9 @@ impl History {
                 let side = self.world.with_rng(|rng| rng.below(2)) as Side;
                 self.primary = 1 - side;
                 let begun = self.world.tick();
-                self.take_over("checkpoint", Some(begun)).await?;
+                let wanted = Wanted { target: "checkpoint", hold: false };
+                self.take_over(wanted, Some(begun)).await?;
+                self.second_guest_returns(1 - self.primary);
                 return self.meet().await;
             }
         }
@@ -104,14 +139,13 @@ impl History {
         Ok(())
     }
 
-    /// The secondary takes over from a primary that is dead, cut off, or alive; false: it has no
-    /// checkpoint.
-    pub(crate) async fn fail_over(&mut self) -> Result<bool, String> {
+    /// The secondary takes over from a primary that is dead, cut off, or alive.
+    pub(crate) async fn fail_over(&mut self) -> Result<TakenOver, String> {
         let old = self.primary;
         let (lost, repaired, latest) =
             self.world.with_rng(|rng| (rng.chance(700), rng.chance(500), rng.chance(300)));
         if lost {
-            let end = self.some_end();
+            let end = self.some_end(old);
             self.world.note(|| format!("{} is lost: {end:?}", name(old)));
             self.world.end(old, end);
             // What it had sent may arrive, or not.
@@ -129,14 +163,25 @@ impl History {
         }
         self.restart_if_ended(1 - old).await;
         self.pass(millis(50)).await?;
-        self.take_over(if latest { "latest" } else { "checkpoint" }, None).await
+        let target = if latest { "latest" } else { "checkpoint" };
+        if self.features.held && self.world.with_rng(|rng| rng.chance(700)) {
+            return self.fail_over_held(target).await;
+        }
+        self.take_over(Wanted { target, hold: false }, None).await
     }
 
     /// The secondary is promoted; what it serves is checked, and its guest goes on. `all_from`:
     /// everything that was answered before this is there.
-    async fn take_over(&mut self, target: &str, all_from: Option<u64>) -> Result<bool, String> {
+    pub(crate) async fn take_over(
+        &mut self,
+        wanted: Wanted,
+        all_from: Option<u64>,
+    ) -> Result<TakenOver, String> {
         let new = 1 - self.primary;
-        let Some((report, begun)) = self.promote(new, target).await? else { return Ok(false) };
+        let Some((report, begun)) = self.promote(new, wanted).await? else {
+            return Ok(TakenOver::Not);
+        };
+        self.second_guest_ends(new).await?;
         let now = self.world.tick();
         let model = self.check_promoted(new, &report, (all_from.unwrap_or(begun), now), all_from);
         let model = model.await?;
@@ -145,6 +190,7 @@ impl History {
             false => Seen::PromotedToCheckpoint,
         });
         self.promotions += 1;
+        self.promoted_to_latest = report["target"] == "latest";
         if self.promotions > 1 {
             self.world.saw(Seen::SecondPromotion);
         }
@@ -153,25 +199,46 @@ impl History {
         self.primary = new;
         self.returning[new] = false;
         self.watch.roles_changed(true);
+        if !wanted.hold {
+            self.second.iter().for_each(|second| second.forget());
+        }
         // A primary that lives goes on alone, or finds that it is the primary no more.
-        self.guest.replace(self.guest_endpoint(new), model);
-        Ok(true)
+        self.left = Some(self.guest.replace(self.guest_endpoint(new), model));
+        Ok(TakenOver::ForGood)
+    }
+
+    /// The secondary's guest is the only one from now on: here another one, which knows nothing.
+    async fn second_guest_ends(&mut self, side: Side) -> Result<(), String> {
+        let Some(second) = self.second.clone().filter(|_| side == B) else { return Ok(()) };
+        match second.pause(PAUSED_WITHIN).await {
+            true => Ok(()),
+            false => Err("I8: requests of the secondary's guest do not end".to_owned()),
+        }
+    }
+
+    pub(crate) fn second_guest_returns(&self, side: Side) {
+        self.second.iter().filter(|_| side == B).for_each(|second| second.resume());
     }
 
     /// The report, and the tick of the command; none if it was refused for a good reason.
-    async fn promote(&mut self, side: Side, target: &str) -> Result<Option<(Value, u64)>, String> {
+    async fn promote(
+        &mut self,
+        side: Side,
+        wanted: Wanted,
+    ) -> Result<Option<(Value, u64)>, String> {
+        let Wanted { mut target, hold } = wanted;
         self.world.saw(match target {
             "latest" => Seen::FailoverToLatest,
             _ => Seen::FailoverToCheckpoint,
         });
-        let mut wanted = target.to_owned();
         for _ in 0..40 {
             let begun = self.world.tick();
-            match self.tell(side, "failover", &[("to", json!(wanted))]).await {
+            let arguments = [("to", json!(target)), ("hold", json!(hold))];
+            match self.tell(side, "failover", &arguments).await {
                 Some(Ok(report)) => return Ok(Some((report, begun))),
-                Some(Err(why)) if why.contains("--to checkpoint") && wanted == "latest" => {
+                Some(Err(why)) if why.contains("--to checkpoint") && target == "latest" => {
                     self.world.count("refused: failover --to latest");
-                    wanted = "checkpoint".to_owned();
+                    target = "checkpoint";
                 }
                 Some(Err(why)) if REFUSALS.iter().any(|refusal| why.contains(refusal)) => {
                     if self.watch.is_promotable() {
@@ -203,8 +270,12 @@ impl History {
         let epoch = report["epoch"].as_u64().unwrap_or_default();
         let latest = report["target"] == "latest";
         let blank = Model::blank(self.setup.disks, self.setup.disk_bytes);
-        let reader = Guest::new(&self.world, &self.setup, blank, 0);
+        let reader = Guest::new(&self.world, self.setup.disks, blank, 0);
         reader.plug(self.guest_endpoint(side));
+        let second = self.second.clone().filter(|_| side == B);
+        if let Some(second) = &second {
+            self.write_again(&reader, side, second.lost_at(epoch)).await?;
+        }
         let mut contents = Vec::new();
         for disk in 0..self.setup.disks {
             let data = self.read_promoted(&reader, side, disk).await?;
@@ -215,17 +286,46 @@ impl History {
         {
             return Err(format!("I3: promoted to {epoch}, and {newest} was committed"));
         }
-        let moments = match (all_from, latest, self.watch.contact, self.setup.ack) {
+        let moments = match (all_from, latest, self.watch.contact, self.setup.ack[self.primary]) {
             (Some(from), ..) => (from, now),
             (None, false, ..) => self.watch.moments(epoch, now),
             (None, true, Contact::Lost(tick), Ack::Sync) => (tick, now),
             (None, true, ..) => (begun, now),
         };
-        self.guest
-            .model()
-            .check_cut(&contents, moments)
+        let checked = match &second {
+            None => self.guest.model().check_cut(&contents, moments),
+            Some(second) => {
+                let of_checkpoint = second.check_promoted(epoch, &contents)?;
+                self.check_reads(second.reads())?;
+                self.guest.model().check_moment(of_checkpoint.into_iter(), moments)
+            }
+        };
+        checked
             .map_err(|why| format!("I2, I3: promoted to {epoch} {report}, {moments:?}: {why}"))?;
         Ok(Model::new(&contents))
+    }
+
+    /// What was written and not flushed before a loss of power is written once more.
+    async fn write_again(
+        &mut self,
+        reader: &Guest,
+        side: Side,
+        mut places: Vec<Place>,
+    ) -> Result<(), String> {
+        for _ in 0..20 {
+            while let Some((disk, sector)) = places.last().copied() {
+                if reader.zero_sector(disk, sector as u64).await.is_err() {
+                    break;
+                }
+                places.pop();
+            }
+            if places.is_empty() {
+                return Ok(());
+            }
+            self.pass(millis(100)).await?;
+            self.restart_if_ended(side).await;
+        }
+        Err("I3: the promoted disk cannot be written to".to_owned())
     }
 
     /// Everything on a promoted disk; its process may have ended meanwhile.
@@ -253,7 +353,7 @@ impl History {
         let ends = self.world.with_rng(|rng| rng.below(3));
         for _ in 0..ends {
             self.world.saw(Seen::EndInMerge);
-            self.arm(self.primary, self.some_end(), &[10, 100, 400]);
+            self.arm(self.primary, self.end_of_promoted(), &[10, 100, 400]);
             let pause = self.world.with_rng(|rng| rng.range(1, 100));
             self.pass(millis(pause)).await?;
             self.restart_if_ended(self.primary).await;
@@ -277,6 +377,7 @@ impl History {
     /// The old primary is stopped, one way or the other, and returns as a secondary.
     fn bring_back(&mut self, old: Side) {
         self.world.saw(Seen::Returned);
+        self.second_guest_returns(old);
         self.roles[old] = Role::Secondary;
         self.returning[old] = true;
         let ended = self.processes[old].as_ref().is_none_or(|p| p.has_ended(&self.world));

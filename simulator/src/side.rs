@@ -15,20 +15,21 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::network::{GUEST_PORT, REPLICA_PORT, listen_at, reach};
-use crate::world::{B, Life, Side, World, name};
+use crate::world::{A, B, Life, Side, World, name};
 
 /// What does not change in a history.
 #[derive(Debug, Clone)]
 pub(crate) struct Setup {
     pub(crate) disks: usize,
     pub(crate) disk_bytes: u64,
-    pub(crate) ack: Ack,
+    /// By side, as some of the following.
+    pub(crate) ack: [Ack; 2],
     pub(crate) peer_timeout: Duration,
     pub(crate) checkpoint_interval: Option<Duration>,
     pub(crate) window_bytes: u64,
     pub(crate) window_requests: usize,
-    pub(crate) durability: Durability,
-    pub(crate) on_peer_lost: OnPeerLost,
+    pub(crate) durability: [Durability; 2],
+    pub(crate) on_peer_lost: [OnPeerLost; 2],
     pub(crate) on_slow_peer: OnSlowPeer,
     pub(crate) slow_peer_limit: Option<Duration>,
     /// A guest runs on the secondary too, and a manager decides when checkpoints are taken.
@@ -36,9 +37,23 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    /// Whether machines lose their power: where that is promised to be survived.
-    pub(crate) fn loses_power(&self) -> bool {
-        self.durability == Durability::Power
+    /// Whether a machine loses its power: where that is promised to be survived.
+    pub(crate) fn loses_power(&self, side: Side) -> bool {
+        self.durability[side] == Durability::Power
+    }
+
+    /// The sides are not alike.
+    pub(crate) fn mix(&mut self) {
+        let other = |durability| match durability {
+            Durability::Power => Durability::Process,
+            Durability::Process => Durability::Power,
+        };
+        self.durability[B] = other(self.durability[A]);
+        self.ack[B] = if self.ack[A] == Ack::Sync { Ack::Async } else { Ack::Sync };
+        self.on_peer_lost[B] = match self.on_peer_lost[A] {
+            OnPeerLost::Degrade => OnPeerLost::Suspend,
+            OnPeerLost::Suspend => OnPeerLost::Degrade,
+        };
     }
 }
 
@@ -103,13 +118,13 @@ impl Process {
         let config = SideConfig::new(how.role, name(side), state_dir, disks(setup, life));
         let serves_guests = how.role == Role::Primary || setup.second_guest && side == B;
         let config = SideConfig {
-            ack: setup.ack,
+            ack: setup.ack[side],
             peer_timeout: setup.peer_timeout,
             window_bytes: setup.window_bytes,
             window_requests: setup.window_requests,
             checkpoint_interval: setup.checkpoint_interval,
-            durability: setup.durability,
-            on_peer_lost: setup.on_peer_lost,
+            durability: setup.durability[side],
+            on_peer_lost: setup.on_peer_lost[side],
             on_slow_peer: setup.on_slow_peer,
             slow_peer_limit: setup.slow_peer_limit,
             discard_local: how.discard_local,

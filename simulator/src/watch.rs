@@ -29,6 +29,16 @@ pub(crate) struct Watch {
     checkpoints_before: u64,
 }
 
+/// What is known of a line, kept while a failover from it may be undone.
+#[derive(Debug)]
+pub(crate) struct Line {
+    commits: BTreeMap<u64, (u64, u64)>,
+    asked: Asked,
+    contact: Contact,
+    promotable: bool,
+    checkpoints_before: u64,
+}
+
 /// What the primary has said of its peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Contact {
@@ -54,6 +64,31 @@ impl Watch {
             self.commits.clear();
             self.asked = Asked::default();
         }
+    }
+
+    /// The present line, whose primary has lost its secondary.
+    pub(crate) fn line(&self) -> Line {
+        let contact = match self.contact {
+            Contact::Connected => Contact::Lost(self.last_look),
+            contact => contact,
+        };
+        Line {
+            commits: self.commits.clone(),
+            asked: Arc::clone(&self.asked),
+            contact,
+            promotable: self.promotable,
+            checkpoints_before: self.checkpoints_before,
+        }
+    }
+
+    /// A failover is undone: the line is what it was before.
+    pub(crate) fn go_back(&mut self, line: Line) {
+        let Line { commits, asked, contact, promotable, checkpoints_before } = line;
+        self.commits = commits;
+        self.asked = asked;
+        self.contact = contact;
+        self.promotable = promotable;
+        self.checkpoints_before = checkpoints_before;
     }
 
     pub(crate) fn asked(&self) -> Asked {

@@ -34,8 +34,6 @@ pub(crate) struct Life {
 pub(crate) struct DiskFaults {
     /// Operations in a thousand that fail, and whether half of them is done first.
     pub(crate) failing: u64,
-    /// Only files whose name contains this fail.
-    pub(crate) only: Option<&'static str>,
     /// Nothing ends.
     pub(crate) hanging: bool,
     /// No file grows.
@@ -60,6 +58,8 @@ pub(crate) struct Machine {
     pub(crate) alive: bool,
     pub(crate) boot: u32,
     pub(crate) faults: DiskFaults,
+    /// Operations in a thousand that fail on the bad child of its quorums.
+    pub(crate) failing_child: u64,
     pub(crate) names: Names,
     /// Operations on files, maps and connections that its processes have begun.
     pub(crate) operations: u64,
