@@ -69,7 +69,8 @@ fn operate(world: &World, life: Life, name: &str, kind: u64) -> io::Result<()> {
         Some(_) => 0,
         None => machine.faults.failing,
     };
-    if failing > 0 && rng.chance(failing) {
+    let concerned = machine.faults.only.is_none_or(|part| name.contains(part));
+    if failing > 0 && concerned && rng.chance(failing) {
         inner.note(format!("{life} operation {kind} on {name} fails"));
         drop(inner);
         world.saw(Seen::IoError);

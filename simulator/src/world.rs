@@ -34,6 +34,8 @@ pub(crate) struct Life {
 pub(crate) struct DiskFaults {
     /// Operations in a thousand that fail, and whether half of them is done first.
     pub(crate) failing: u64,
+    /// Only files whose name contains this fail.
+    pub(crate) only: Option<&'static str>,
     /// Nothing ends.
     pub(crate) hanging: bool,
     /// No file grows.
