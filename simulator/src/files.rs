@@ -57,6 +57,9 @@ impl Handle {
     }
 }
 
+/// The kind of operation that opens a disk.
+const OPEN: u64 = 10;
+
 fn operate(world: &World, life: Life, name: &str, kind: u64) -> io::Result<()> {
     if !world.operate(life, kind) {
         return Err(Handle::dead());
@@ -65,6 +68,8 @@ fn operate(world: &World, life: Life, name: &str, kind: u64) -> io::Result<()> {
     let crate::world::Inner { rng, machines, .. } = &mut *inner;
     let machine = &machines[life.side];
     let failing = match quorum::child_of(name) {
+        // A quorum does not open without one of its children.
+        Some(_) if kind == OPEN => machine.faults.failing,
         Some(child) if quorum::may_fail(child) => machine.faults.failing.max(machine.failing_child),
         Some(_) => 0,
         None => machine.faults.failing,
@@ -174,7 +179,7 @@ impl Storage for Files {
         }
         let open = || {
             let (life, name) = Self::place(path)?;
-            self.operate(life, &name, 10)?;
+            self.operate(life, &name, OPEN)?;
             let file = match (self.find(life.side, &name), options.create) {
                 (Some(_), _) if options.create_new => {
                     return Err(io::ErrorKind::AlreadyExists.into());
