@@ -44,11 +44,10 @@ impl Setup {
 
     /// The sides are not alike.
     pub(crate) fn mix(&mut self) {
-        let other = |durability| match durability {
+        self.durability[B] = match self.durability[A] {
             Durability::Power => Durability::Process,
             Durability::Process => Durability::Power,
         };
-        self.durability[B] = other(self.durability[A]);
         self.ack[B] = if self.ack[A] == Ack::Sync { Ack::Async } else { Ack::Sync };
         self.on_peer_lost[B] = match self.on_peer_lost[A] {
             OnPeerLost::Degrade => OnPeerLost::Suspend,

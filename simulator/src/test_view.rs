@@ -94,7 +94,7 @@ impl History {
 impl User {
     async fn live(self) {
         // Whoever ends it, or whatever becomes of its process: it is over then.
-        if let Err(Wrong(why)) = self.look().await.map_or_else(|()| Ok(()), |wrong| wrong) {
+        if let Ok(Err(Wrong(why))) = self.look().await {
             self.world.violated(format!("I2, I3: test view of {}: {why}", self.epoch));
         }
         self.command("failover-test-end", json!({ "name": NAME })).await;
