@@ -73,6 +73,18 @@ fn record(dir: &Path) -> Value {
     newest.unwrap().1
 }
 
+/// The last session that a side has begun.
+fn session(dir: &Path) -> Value {
+    record(dir)["session"].clone()
+}
+
+/// Waits until another session has begun on the secondary.
+async fn another_session(secondary: &Side, dir: &Path, before: Value) -> Value {
+    secondary.wait("another session", |_| session(dir) != before).await;
+    secondary.wait("another session", |s| s["link"] == "connected").await;
+    session(dir)
+}
+
 /// A checkpoint that takes a disk out means the one that was there when its session began.
 #[tokio::test]
 async fn a_disk_that_was_removed_and_added_again_does_not_leave_with_the_old_one() {
@@ -87,18 +99,23 @@ async fn a_disk_that_was_removed_and_added_again_does_not_leave_with_the_old_one
     let disk = faults::of(&scratch.path("s-vda.raw"));
     let hang = disk.upper.hang(Rule::new(Operation::Flush).forever());
     secondary.command("disk-add", added(&scratch, "vdb", "s-vdb.raw")).await.unwrap();
+    let dir = scratch.path("s.state");
+    let mut before = session(&dir);
     primary.command("disk-add", added(&scratch, "vdb", "p-vdb.raw")).await.unwrap();
-    hang.reached(1).await;
+    before = another_session(&secondary, &dir, before).await;
+    primary.wait("knows it", |s| s["disks"][1]["state"] == "resyncing").await;
     primary.command("disk-remove", json!({ "name": "vdb" })).await.unwrap();
-    // The session without it; on a slow machine one more with it may have come before.
-    hang.reached(2).await;
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
-    while let Err(error) = secondary.command("disk-remove", json!({ "name": "vdb" })).await {
-        assert!(tokio::time::Instant::now() < deadline, "{error}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    // It goes in the middle of a session that takes it out; one more with it may come before.
+    loop {
+        before = another_session(&secondary, &dir, before).await;
+        match secondary.command("disk-remove", json!({ "name": "vdb" })).await {
+            Ok(_) => break,
+            Err(error) => assert!(error.to_string().contains("is replicated"), "{error}"),
+        }
     }
     scratch.raw("new.raw", MIB, 77);
     secondary.command("disk-add", added(&scratch, "vdb", "new.raw")).await.unwrap();
+    assert_eq!(session(&dir), before, "the checkpoint is that session's");
     hang.release();
     drop(disk);
     primary.checkpoint().await;
@@ -233,6 +250,9 @@ async fn a_disk_that_a_failover_left_out_is_added_again_when_that_is_undone() {
     secondary.command("failover-rollback", json!({})).await.unwrap();
     let both = |s: &Value| s["role"] == "secondary" && s["disks"].as_array().unwrap().len() == 2;
     secondary.wait("the secondary that it was", both).await;
+    // Also for whoever starts it again.
+    secondary.stop().await;
+    let secondary = Side::run(there(&scratch, &["vda"]));
     let primary = Side::run(here(&scratch, &["vda", "vdb"]));
     primary.wait("in sync", |s| s["disks"][1]["state"] == "in-sync").await;
     primary.checkpoint().await;
@@ -251,10 +271,14 @@ async fn a_disk_that_leaves_is_gone_also_if_the_session_ends_meanwhile() {
     let primary = Side::run(here(&scratch, &["vda", "vdb"]));
     primary.wait_state("in-sync").await;
     let disk = faults::of(&scratch.path("s-vda.raw"));
-    let hang = disk.upper.hang(Rule::new(Operation::Flush));
+    let hang = disk.upper.hang(Rule::new(Operation::Flush).forever());
+    let dir = scratch.path("s.state");
+    let before = session(&dir);
     primary.command("disk-remove", json!({ "name": "vdb" })).await.unwrap();
-    hang.reached(1).await;
-    let stuck = Faulty::stuck_sync(&scratch.path("s.state"));
+    another_session(&secondary, &dir, before).await;
+    let first = record(&dir)["epoch"].as_u64().unwrap();
+    secondary.wait("cut", |s| s["epoch"].as_u64() > Some(first)).await;
+    let stuck = Faulty::stuck_sync(&dir);
     hang.release();
     stuck.reached().await;
 

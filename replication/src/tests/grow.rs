@@ -6,7 +6,8 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::common::{MIB, Scratch, Side, connect, file, fill, read};
+use super::common::{MIB, Scratch, Side, connect, copy_dir, file, fill, read};
+use crate::config::SideConfig;
 use crate::image::faults;
 use crate::link::{
     CopyMode, DiskInfo, Hello, LINK_VERSION, Message, OPTION_LINK, Side as Introduction, split,
@@ -182,21 +183,35 @@ async fn a_disk_whose_maps_do_not_grow_stays_as_it_was() {
 
 /// The new size may not be had: the disk is still what it was, and so are its buffers.
 #[tokio::test]
-async fn a_disk_that_cannot_grow_can_be_promoted_as_it_is() {
+async fn a_disk_that_cannot_grow_is_replicated_and_promoted_as_it_is() {
     let scratch = Scratch::new();
     pair_of_files(&scratch);
     let (primary, secondary) = start(&scratch).await;
-    let before = file(&scratch.path("p.raw"));
+    primary.stop().await;
+    let here = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+    let set_size = |size| {
+        let image = std::fs::File::options().write(true).open(scratch.path("p.raw")).unwrap();
+        image.set_len(size).unwrap();
+    };
+    copy_dir(&here.state_dir, &scratch.path("before.state"));
     let there = faults::of(&scratch.path("s.raw"));
     there.upper.fail(Rule::new(Operation::Truncate).forever());
-    resize(&primary, 4 * MIB).await.unwrap();
+    set_size(4 * MIB);
+    let primary = Side::run(here.clone());
     secondary.wait("refuses", |s| s["reason"].to_string().contains("cannot begin")).await;
     assert_eq!(secondary.status().await["disks"][0]["size"], 2 * MIB);
+    primary.stop().await;
+
+    set_size(2 * MIB);
+    let state_dir = scratch.path("before.state");
+    let primary = Side::run(SideConfig { state_dir, ..here });
+    primary.wait_state("in-sync").await;
+    primary.checkpoint().await;
     primary.stop().await;
     secondary.command("failover", json!({})).await.unwrap();
     let promoted = connect(scratch.endpoint("s.sock"), "vda").await;
     assert_eq!(promoted.size(), 2 * MIB);
-    assert!(read(&*promoted, 0, 2 << 20).await == before, "the checkpoint");
+    assert!(read(&*promoted, 0, 2 << 20).await == file(&scratch.path("p.raw")), "the checkpoint");
     fill(&*promoted, 2 * MIB - 4096, 4096, 0x11).await;
     promoted.close();
     secondary.wait_state("promoted").await;
