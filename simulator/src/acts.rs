@@ -74,6 +74,9 @@ impl History {
         if self.features.tests && self.world.with_rng(|rng| rng.chance(60)) {
             return self.open_test().await;
         }
+        if self.features.disks && self.world.with_rng(|rng| rng.chance(60)) {
+            return self.change_disks().await;
+        }
         if self.features.quorum && self.world.with_rng(|rng| rng.chance(100)) {
             return self.bad_child();
         }

@@ -122,6 +122,9 @@ impl History {
         } else if advice.contains("brep peer set") {
             self.world.count("advice: peer set");
             self.set_peer(primary).await;
+        } else if advice.contains("brep disk add") {
+            self.world.count("advice: disk add");
+            self.add_where_it_lacks(advice).await;
         } else if advice.contains("with the same names and sizes") {
             self.world.count("advice: the same sizes");
             self.grow_to_others_size().await;
@@ -201,7 +204,7 @@ impl History {
     fn compare(&self) -> Result<Vec<Vec<u64>>, String> {
         let (primary, secondary) = (self.primary, 1 - self.primary);
         let mut contents = Vec::new();
-        for disk in 0..self.setup.disks {
+        for disk in self.disks() {
             let mine = self.file_stamps(primary, disk);
             let mine = mine.map_err(|why| format!("I1: primary: {why}"))?;
             let theirs = self.file_stamps(secondary, disk);
@@ -216,6 +219,7 @@ impl History {
                     mine[sector], theirs[sector]
                 ));
             }
+            contents.resize(disk, Vec::new());
             contents.push(mine);
         }
         Ok(contents)
@@ -233,9 +237,12 @@ impl History {
             return Err("I8: requests of the promoted side's guest do not end".to_owned());
         }
         let now = self.world.tick();
-        let contents: Result<Vec<_>, _> =
-            (0..self.setup.disks).map(|disk| self.file_stamps(self.primary, disk)).collect();
-        let contents = contents.map_err(|why| format!("I16: merged: {why}"))?;
+        let mut contents = Vec::new();
+        for disk in self.disks() {
+            let held = self.file_stamps(self.primary, disk);
+            contents.resize(disk, Vec::new());
+            contents.push(held.map_err(|why| format!("I16: merged: {why}"))?);
+        }
         self.guest
             .model()
             .check_cut(&contents, (now, now))

@@ -17,7 +17,6 @@ use crate::world::World;
 /// What the workers of a guest share.
 pub(crate) struct Guest {
     world: Arc<World>,
-    disks: usize,
     pub(crate) model: Mutex<Model>,
     shared: Mutex<Shared>,
 }
@@ -79,7 +78,6 @@ impl Guest {
         };
         Arc::new(Guest {
             world: Arc::clone(world),
-            disks,
             model: Mutex::new(model),
             shared: Mutex::new(shared),
         })
@@ -114,10 +112,38 @@ impl Guest {
             let mut shared = self.shared();
             shared.line += 1;
             shared.sectors = model.sizes();
+            let disks = shared.connections.len().max(shared.sectors.len());
+            shared.connections.resize(disks, None);
         }
         let old = std::mem::replace(&mut *self.model(), model);
         self.plug(endpoint);
         old
+    }
+
+    /// A disk is there that the model knows.
+    pub(crate) fn use_disk(&self, disk: usize) {
+        let sizes = self.model().sizes();
+        let mut shared = self.shared();
+        let disks = shared.connections.len().max(disk + 1);
+        shared.connections.resize(disks, None);
+        shared.sectors.resize(disks, 0);
+        shared.sectors[disk] = sizes[disk];
+    }
+
+    /// A disk goes, or has gone.
+    pub(crate) fn leave_disk(&self, disk: usize) {
+        let mut shared = self.shared();
+        shared.sectors.iter_mut().skip(disk).take(1).for_each(|sectors| *sectors = 0);
+        let connection = shared.connections.get_mut(disk).and_then(Option::take);
+        connection.inspect(|connection| connection.kill());
+    }
+
+    /// So many stamps that nobody else uses.
+    pub(crate) fn take_stamps(&self, count: u64) -> u64 {
+        let mut shared = self.shared();
+        let first = shared.stamp + 1;
+        shared.stamp += count;
+        first
     }
 
     fn line(&self) -> u64 {
@@ -173,7 +199,11 @@ impl Guest {
                 tokio::time::sleep(Duration::from_millis(5)).await;
                 continue;
             }
-            let disk = self.world.with_rng(|rng| rng.below(self.disks as u64)) as usize;
+            let disks = self.shared().sectors.len() as u64;
+            let disk = self.world.with_rng(|rng| rng.below(disks)) as usize;
+            if self.shared().sectors[disk] == 0 {
+                continue;
+            }
             match self.connection(disk).await {
                 Some(connection) => self.request(disk, &connection).await,
                 None => tokio::time::sleep(Duration::from_millis(20)).await,
@@ -208,6 +238,9 @@ impl Guest {
 
     async fn request(&self, disk: usize, connection: &Arc<Connection>) {
         let sectors = self.shared().sectors[disk];
+        if sectors == 0 {
+            return;
+        }
         let (kind, first, count, fua) = self.world.with_rng(|rng| {
             let kind = rng.pick(&KINDS);
             let long = matches!(kind, Kind::Zeroes | Kind::Discard) && rng.chance(300);

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use crate::acts::wants_restart;
+use crate::added::Added;
 use crate::history::{History, millis};
 use crate::model::Model;
 use crate::roles::{TakenOver, Wanted};
@@ -16,6 +17,7 @@ const NOTHING_HELD: &str = "no failover is held here";
 /// What the old primary's guest goes on with if a failover is undone.
 struct Before {
     primary: Side,
+    added: Added,
     model: Model,
     line: Line,
 }
@@ -27,13 +29,13 @@ impl History {
         target: &'static str,
     ) -> Result<TakenOver, String> {
         self.world.saw(Seen::FailoverHeld);
-        let (old, line) = (self.primary, self.watch.line());
+        let (old, added, line) = (self.primary, self.added.clone(), self.watch.line());
         let wanted = Wanted { target, hold: true };
         if self.take_over(wanted, None).await? == TakenOver::Not {
             return Ok(TakenOver::Not);
         }
         let model = self.left.take().ok_or("a failover without a model of what was before")?;
-        let before = Before { primary: old, model, line };
+        let before = Before { primary: old, added, model, line };
         let promoted = (self.promoted_to_latest, self.guest.model().first());
         self.live_held().await?;
         if self.world.with_rng(|rng| rng.chance(400)) {
@@ -108,7 +110,7 @@ impl History {
 
     /// The old primary is the primary again, and what it had is as it was.
     async fn go_back(&mut self, before: Before) {
-        let Before { primary, model, line } = before;
+        let Before { primary, added, model, line } = before;
         // What the other side has told as the primary.
         self.watch.look(&self.world, &self.processes, self.primary).await;
         self.second_guest_returns(self.primary);
@@ -116,5 +118,12 @@ impl History {
         self.world.note(|| format!("{} is the primary again", name(primary)));
         self.watch.go_back(line);
         self.guest.replace(self.guest_endpoint(primary), model);
+        let given = std::mem::replace(&mut self.added, added).given;
+        self.added.given = given;
+        self.added.since = None;
+        let Added { disk, is_there, .. } = self.added;
+        if !is_there {
+            self.guest.leave_disk(disk);
+        }
     }
 }

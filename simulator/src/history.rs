@@ -8,6 +8,7 @@ use brep_replication::config::{Ack, Durability, OnPeerLost, OnSlowPeer, Role};
 use tokio::time::Instant;
 
 use crate::acts::Lasting;
+use crate::added::Added;
 use crate::features::Features;
 use crate::file::SECTOR;
 use crate::guest::Guest;
@@ -45,6 +46,7 @@ pub(crate) struct History {
     pub(crate) features: Features,
     pub(crate) setup: Setup,
     pub(crate) guest: Arc<Guest>,
+    pub(crate) added: Added,
     /// The guest of machine B while that is the secondary.
     pub(crate) second: Option<Arc<SecondGuest>>,
     /// The last view of a checkpoint that was opened.
@@ -134,6 +136,7 @@ impl History {
         }
         let guest = Guest::new(world, setup.disks, Model::new(&contents), stamp);
         guest.plug(reach(A, None, GUEST_PORT));
+        let added = Added::new(setup.disks);
         let second = setup.second_guest.then(|| SecondGuest::new(world, &setup));
         {
             let mut inner = world.lock();
@@ -146,6 +149,7 @@ impl History {
             features,
             setup,
             guest,
+            added,
             second,
             test: None,
             processes: [None, None],
@@ -308,6 +312,7 @@ impl History {
         self.make_children_equal(side);
         let how = Start {
             role: self.roles[side],
+            disks: self.given_disks(side),
             knows_peer: self.peer_known[side],
             discard_local: self.returning[side],
         };

@@ -79,6 +79,14 @@ impl Model {
         }
     }
 
+    /// A disk comes; what it held before.
+    pub(crate) fn add_disk(&mut self, disk: usize, contents: &[u64]) {
+        let Model { mut sectors, .. } = Model::new(&[contents.to_vec()]);
+        self.sectors.resize(self.sectors.len().max(disk + 1), Vec::new());
+        self.flushed.resize(self.sectors.len(), 0);
+        self.sectors[disk] = std::mem::take(&mut sectors[0]);
+    }
+
     /// Disks of zeroes.
     pub(crate) fn blank(disks: usize, bytes: u64) -> Self {
         Self::new(&vec![vec![0; (bytes / SECTOR) as usize]; disks])

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::acts::{Lasting, wants_restart};
 use crate::ending::{HEALED_WITHIN, PAUSED_WITHIN};
+use crate::file::SECTOR;
 use crate::guest::Guest;
 use crate::history::{History, millis};
 use crate::model::{Model, stamps};
@@ -133,6 +134,7 @@ impl History {
 
     /// The primary is told where its secondary is.
     async fn meet(&mut self) -> Result<(), String> {
+        self.learn_disks().await;
         if !self.peer_known[self.primary] {
             self.set_peer(self.primary).await;
         }
@@ -203,8 +205,23 @@ impl History {
             self.second.iter().for_each(|second| second.forget());
         }
         // A primary that lives goes on alone, or finds that it is the primary no more.
+        let disks: Vec<_> = (0..).zip(model.sizes()).filter(|(_, size)| *size > 0).collect();
+        let disks: Vec<_> = disks.into_iter().map(|(disk, _)| disk).collect();
         self.left = Some(self.guest.replace(self.guest_endpoint(new), model));
+        self.note_disks(&disks);
         Ok(TakenOver::ForGood)
+    }
+
+    /// What a side says of itself, when it does.
+    async fn until_answered(&mut self, side: Side) -> Result<Value, String> {
+        for _ in 0..40 {
+            if let Some(status) = self.status(side).await {
+                return Ok(status);
+            }
+            self.pass(millis(100)).await?;
+            self.restart_if_ended(side).await;
+        }
+        Err(format!("liveness: {} does not answer", name(side)))
     }
 
     /// The secondary's guest is the only one from now on: here another one, which knows nothing.
@@ -269,15 +286,26 @@ impl History {
     ) -> Result<Model, String> {
         let epoch = report["epoch"].as_u64().unwrap_or_default();
         let latest = report["target"] == "latest";
-        let blank = Model::blank(self.setup.disks, self.setup.disk_bytes);
-        let reader = Guest::new(&self.world, self.setup.disks, blank, 0);
+        if report["left-out"].as_array().is_some_and(|disks| !disks.is_empty()) {
+            self.world.saw(Seen::LeftOut);
+        }
+        let disks = self.guest.model().sizes().len();
+        let reader = Guest::new(&self.world, disks, Model::blank(disks, SECTOR), 0);
         reader.plug(self.guest_endpoint(side));
         let second = self.second.clone().filter(|_| side == B);
         if let Some(second) = &second {
             self.write_again(&reader, side, second.lost_at(epoch)).await?;
         }
         let mut contents = Vec::new();
-        for disk in 0..self.setup.disks {
+        let disks = match self.features.disks {
+            true => {
+                let status = self.until_answered(side).await?;
+                self.check_promoted_disks(&status)?
+            }
+            false => self.disks().collect(),
+        };
+        for disk in disks {
+            contents.resize(disk, Vec::new());
             let data = self.read_promoted(&reader, side, disk).await?;
             contents.push(stamps(disk, &data).map_err(|why| format!("I3: promoted: {why}"))?);
         }
@@ -400,5 +428,6 @@ impl History {
         {
             self.returning[side] = false;
         }
+        self.forget_given(side, why);
     }
 }

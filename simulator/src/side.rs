@@ -57,9 +57,11 @@ impl Setup {
 }
 
 /// How a process is started.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Start {
     pub(crate) role: Role,
+    /// As its command line names them.
+    pub(crate) disks: Vec<usize>,
     pub(crate) knows_peer: bool,
     /// What it wrote as a primary may be given up.
     pub(crate) discard_local: bool,
@@ -76,6 +78,11 @@ pub(crate) struct Process {
 
 pub(crate) fn disk_name(disk: usize) -> String {
     format!("d{disk}")
+}
+
+/// The disk of a name.
+pub(crate) fn disk_number(name: &str) -> Option<usize> {
+    name.strip_prefix('d')?.parse().ok()
 }
 
 /// The file of a disk, in the root of its machine.
@@ -99,7 +106,7 @@ pub(crate) fn next_life(world: &World, side: Side) -> Life {
     life
 }
 
-fn disks(setup: &Setup, life: Life) -> Vec<DiskConfig> {
+fn disks(disks: Vec<usize>, life: Life) -> Vec<DiskConfig> {
     let disk = |disk| DiskConfig {
         name: disk_name(disk),
         path: disk_path(life, disk),
@@ -107,14 +114,14 @@ fn disks(setup: &Setup, life: Life) -> Vec<DiskConfig> {
         cache: CacheMode::Writeback,
         buffers: None,
     };
-    (0..setup.disks).map(disk).collect()
+    disks.into_iter().map(disk).collect()
 }
 
 impl Process {
     pub(crate) fn start(world: &Arc<World>, setup: &Setup, side: Side, how: Start) -> Self {
         let life = next_life(world, side);
         let state_dir = PathBuf::from(format!("/{life}/state"));
-        let config = SideConfig::new(how.role, name(side), state_dir, disks(setup, life));
+        let config = SideConfig::new(how.role, name(side), state_dir, disks(how.disks, life));
         let serves_guests = how.role == Role::Primary || setup.second_guest && side == B;
         let config = SideConfig {
             ack: setup.ack[side],
