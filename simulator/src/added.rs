@@ -60,6 +60,8 @@ impl History {
         }
         self.make_disk();
         let disk = self.added.disk;
+        // If not both take it, it may get into a checkpoint all the same.
+        self.added.since = None;
         // One that only the primary has keeps the secondary out, until it is added there too.
         let first = if self.world.with_rng(|rng| rng.chance(800)) {
             1 - self.primary
