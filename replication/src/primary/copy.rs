@@ -97,15 +97,16 @@ impl Piece {
     async fn copy(self, group: &Arc<Group>, session: &Session, compare: bool) -> Result<()> {
         let Piece { part, mut range, zero } = self;
         if zero {
-            let len = range.end - range.start;
-            range.start = skip_zeroes(group, session, &part, &range).await;
-            if compare {
-                group.note_compared(len, range.end - range.start);
-            }
             while !range.is_empty() && !session.is_ending() {
-                let end = range.end.min(range.start + ZERO_PIECE_BYTES);
-                send_range(group, &part, range.start..end).await?;
-                range.start = end;
+                // Behind what it does not have the secondary may have zeroes again.
+                let lacks = skip_zeroes(group, session, &part, &range).await;
+                if compare {
+                    group.note_compared(lacks.end - range.start, lacks.end - lacks.start);
+                }
+                range.start = lacks.end;
+                if !lacks.is_empty() {
+                    send_range(group, &part, lacks).await?;
+                }
             }
             return Ok(());
         }
@@ -127,7 +128,8 @@ impl Piece {
     }
 }
 
-/// Passes over what reads as zeroes on both sides. Returns where that ends.
+/// Passes over what reads as zeroes on both sides. Returns what is to be sent behind that: nothing at
+/// the end of the range, and never more than one request.
 ///
 /// As with hashes the range counts as equal while the secondary is asked.
 async fn skip_zeroes(
@@ -135,32 +137,39 @@ async fn skip_zeroes(
     session: &Session,
     part: &DiskPart,
     range: &Range<u64>,
-) -> u64 {
+) -> Range<u64> {
+    let piece = |start: u64, len: u64| {
+        let end = (start + len.clamp(PIECE_BYTES, ZERO_PIECE_BYTES)).min(range.end);
+        // Whole granules: a bit is cleared for all of it.
+        start..range.end.min(end.next_multiple_of(group.granule_bytes(part.number)))
+    };
     if group.has_failures() {
-        return range.start;
+        return piece(range.start, ZERO_PIECE_BYTES);
     }
     let mut assumed = {
         let _guard = part.locks.lock(range.clone(), LockMode::Exclusive).await;
         if !is_zero(&*part.device, range).await {
-            return range.start;
+            return piece(range.start, ZERO_PIECE_BYTES);
         }
         let Ok(assumed) = group.assume_equal(part.number, range.clone()).await else {
-            return range.start;
+            return piece(range.start, ZERO_PIECE_BYTES);
         };
         assumed
     };
-    let mut end = range.start;
+    let (mut end, mut lacking) = (range.start, ZERO_PIECE_BYTES);
     while end < range.end {
         // One that cannot say is sent the zeroes.
         let Ok(status) = session.block_status(part.number, end, range.end - end).await else {
             break;
         };
         if !status.flags.zero || status.len == 0 {
+            lacking = status.len;
             break;
         }
         end = range.end.min(end + status.len);
     }
-    assumed.confirm_to(end)
+    let start = assumed.confirm_to(end);
+    piece(start, lacking.saturating_add(end - start))
 }
 
 /// Reads a range under its lock and sends it in its place among the guest's writes.

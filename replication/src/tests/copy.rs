@@ -1,7 +1,9 @@
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use brep_block::{Operation, Rule};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::common::{MIB, Scratch, Side, connect, file, fill};
 use crate::image::faults;
@@ -131,4 +133,31 @@ async fn a_comparison_of_a_connected_pair_is_shown_from_the_command_on_by_both_s
     primary.stop().await;
     secondary.stop().await;
     assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")), "the disks differ");
+}
+
+/// Behind the one place in a long run of zeroes that differs nothing is sent that is equal.
+#[tokio::test]
+async fn what_is_compared_goes_on_behind_a_place_in_a_hole_that_differs() {
+    let scratch = Scratch::new();
+    for name in ["p.raw", "s.raw"] {
+        File::create(scratch.path(name)).unwrap().set_len(24 * MIB).unwrap();
+    }
+    let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    let image = File::options().write(true).open(scratch.path("s.raw")).unwrap();
+    for offset in [3 * MIB, 17 * MIB] {
+        image.write_all_at(&[0x55; 192 << 10], offset).unwrap();
+    }
+    primary.command("resync", json!({ "compare": true })).await.unwrap();
+    let compared = |s: &Value| {
+        s["counters"]["compared-bytes"] == 24 * MIB && s["disks"][0]["state"] == "in-sync"
+    };
+    let status = primary.wait("compared", compared).await;
+    let differing = status["counters"]["differing-bytes"].as_u64().unwrap();
+    assert!((384 << 10..=2 * MIB).contains(&differing), "{differing}");
+    primary.checkpoint().await;
+    primary.stop().await;
+    secondary.stop().await;
+    assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")));
 }
