@@ -92,7 +92,10 @@ impl PrimaryCommands {
             "failover-test" | "failover-test-end" => Err(CommandError::refused(
                 "this is the primary; a test view is opened on the secondary",
             )),
-            "failover-commit" => Ok(self.promoted()?.commit_failover().await.map(done)?),
+            "failover-commit" => Ok(match self.promoted()?.commit_failover().await? {
+                Some(warning) => json!({ "warning": warning }),
+                None => json!({}),
+            }),
             "failover-rollback" => {
                 let (discard, dry_run) =
                     (arguments.flag("discard-local"), arguments.flag("dry-run"));

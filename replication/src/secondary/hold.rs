@@ -18,23 +18,34 @@ use crate::{Error, Result};
 pub(crate) const NOTHING_HELD: &str = "no failover is held here: it would have been one with brep \
                                        failover --hold; nothing was changed";
 
+/// What a loss of power has made of a promoted disk whose run did not promise to survive one.
+const MAY_BE_MIXED: &str = "power was lost while it was held, with --durability process: the disk \
+                            may be a mixture of several moments; check it, or bring the other \
+                            side's disks back";
+
 /// The time in which the guest's requests have to end before a failover is undone.
 const GUEST_LIMIT: Duration = Duration::from_secs(30);
 
 impl Group {
-    /// Makes a failover that is held final: the merge begins, and so does the way to a peer.
+    /// Makes a failover that is held final: the merge begins, and so does the way to a peer. Returns
+    /// what has to be known of the disk, if there is something.
     ///
     /// # Errors
     /// Nothing is held, or the record could not be saved.
-    pub(crate) async fn commit_failover(self: &Arc<Self>) -> Result<()> {
+    pub(crate) async fn commit_failover(self: &Arc<Self>) -> Result<Option<&'static str>> {
         let _transition = self.transition.lock().await;
-        check_held(&self.record())?;
+        self.check_held()?;
+        let may_be_mixed = self.record().secondary.inconsistent;
         self.update_record(Record::commit_failover)?;
-        self.sync_record().await?;
+        let saved = self.sync_record().await;
+        saved.map_err(|e| e.context("it is not known whether the failover is final"))?;
+        if may_be_mixed {
+            tracing::warn!("the failover is final: {MAY_BE_MIXED}");
+        }
         self.events.emit("BREP_FAILOVER_COMMITTED", json!({}));
         self.spawn_merge();
         self.look_for_peer();
-        Ok(())
+        Ok(may_be_mixed.then_some(MAY_BE_MIXED))
     }
 
     /// Undoes a failover that is held: what was written since is given up, and this side becomes
@@ -49,7 +60,7 @@ impl Group {
         dry_run: bool,
     ) -> Result<Discard> {
         let _transition = self.transition.lock().await;
-        check_held(&self.record())?;
+        self.check_held()?;
         // It is going to be one again.
         self.listen_address()?;
         if dry_run {
@@ -119,11 +130,13 @@ impl Group {
             space_bytes: self.space_bytes(),
         })
     }
-}
 
-fn check_held(record: &Record) -> Result<()> {
-    match record.held() {
-        Some(_) => Ok(()),
-        None => Err(Error::refused(NOTHING_HELD)),
+    fn check_held(&self) -> Result<()> {
+        // Whether something is held is not known then.
+        self.side.record.check()?;
+        match self.record().held() {
+            Some(_) => Ok(()),
+            None => Err(Error::refused(NOTHING_HELD)),
+        }
     }
 }

@@ -333,6 +333,8 @@ impl Record {
         if let Some(promotion) = &mut self.secondary.promotion {
             promotion.held = None;
         }
+        // There is no checkpoint any more that could be one or not.
+        self.secondary.inconsistent = false;
         self.secondary.latest_ok = false;
     }
 
@@ -487,7 +489,9 @@ mod tests {
         let mut after = record.clone();
         after.roll_back();
         assert_eq!(after, before);
+        record.secondary.inconsistent = true;
         record.commit_failover();
+        assert!(!record.secondary.inconsistent, "it could not be a primary any more");
         let committed = record.clone();
         record.roll_back();
         assert_eq!(record, committed, "there is nothing to be undone any more");
