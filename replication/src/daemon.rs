@@ -113,9 +113,11 @@ pub(crate) fn run_in_thread(
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
     let (ended, end) = oneshot::channel();
     let run = move || {
+        // Whatever is logged on this thread, and on those that it starts, is this group's.
+        let _span = tracing::info_span!("group", name = group).entered();
         let result = runtime.block_on(side::run(config, shutdown));
         if let Err(error) = &result {
-            tracing::error!(group, %error, "the group has failed; the others go on");
+            tracing::error!(%error, "the group has failed; the others go on");
         }
         let _ = ended.send(result);
     };
@@ -151,10 +153,11 @@ impl ControlThread {
             .build()
             .map_err(|e| Error::failed(format!("cannot start the control thread: {e}")))?;
         let shutdown = CancellationToken::new();
-        let token = shutdown.clone();
+        let (token, span) = (shutdown.clone(), tracing::Span::current());
         let thread = std::thread::Builder::new()
             .name("brep-control".to_owned())
             .spawn(move || {
+                let _span = span.entered();
                 if let Err(error) = runtime.block_on(server.serve(handler, events, token)) {
                     tracing::error!(%error, "the control socket has failed");
                 }
