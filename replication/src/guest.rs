@@ -20,21 +20,28 @@ pub(crate) struct Guest {
     doors: std::sync::Mutex<Vec<Arc<Door>>>,
     /// One command at a time.
     turn: Mutex<()>,
+    /// New requests are held: the guest is stopped, or is being.
+    holding: AtomicBool,
     stopped: AtomicBool,
 }
 
 impl Guest {
     pub(crate) fn new(doors: Vec<Arc<Door>>) -> Self {
-        Guest { doors: doors.into(), turn: Mutex::new(()), stopped: AtomicBool::new(false) }
+        Guest {
+            doors: doors.into(),
+            turn: Mutex::new(()),
+            holding: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+        }
     }
 
     fn doors(&self) -> Vec<Arc<Door>> {
         self.doors.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// A disk has come. Its guest is stopped if that of the others is.
+    /// A disk has come. Its guest is stopped if that of the others is, or is just being.
     pub(crate) fn add_door(&self, door: &Arc<Door>) {
-        if self.is_stopped() {
+        if self.holding.load(Ordering::Acquire) {
             door.hold_now(Hold::Stopped);
         }
         self.doors.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(door));
@@ -64,6 +71,7 @@ impl Guest {
         if self.is_stopped() {
             return Ok(());
         }
+        self.holding.store(true, Ordering::Release);
         for door in self.doors() {
             if let Err(error) = door.hold(Hold::Stopped, STOP_LIMIT).await {
                 self.open();
@@ -105,11 +113,39 @@ impl Guest {
     }
 
     fn open(&self) {
+        self.holding.store(false, Ordering::Release);
         self.doors().iter().for_each(|door| door.open(Hold::Stopped));
     }
 
     /// The process ends: requests of a stopped guest fail instead of waiting.
     pub(crate) fn end(&self) {
         self.doors().iter().for_each(|door| door.shut());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_disk_that_comes_while_the_guest_is_being_stopped_is_held_too() {
+        let [old, new] = ["vda", "vdb"].map(Door::new);
+        let guest = Arc::new(Guest::new(vec![Arc::clone(&old)]));
+        let inside = Door::try_enter(&old).unwrap();
+        let events = EventBus::new();
+        let stopping = {
+            let (guest, events) = (Arc::clone(&guest), events.clone());
+            tokio::spawn(async move { guest.stop(std::future::ready(()), &events).await })
+        };
+        while Door::try_enter(&old).is_some() {
+            tokio::task::yield_now().await;
+        }
+        guest.add_door(&new);
+        assert!(!guest.is_stopped());
+        drop(inside);
+        stopping.await.unwrap().unwrap();
+        assert!(Door::try_enter(&new).is_none(), "stopped, and its guest writes");
+        guest.cont(&events).await;
+        assert!(Door::try_enter(&new).is_some());
     }
 }

@@ -375,10 +375,21 @@ impl Service {
             clients
         };
         clients.iter().for_each(|client| client.close());
-        drain(&clients).await?;
-        self.exports.entries().retain(|_, entry| entry.id != id);
-        self.deleted(id);
-        Ok(())
+        let drained = drain(&clients).await;
+        match &drained {
+            Ok(()) => {
+                self.exports.entries().retain(|_, entry| entry.id != id);
+                self.deleted(id);
+            }
+            // It can be tried again.
+            Err(_) => self
+                .exports
+                .entries()
+                .values_mut()
+                .filter(|entry| entry.id == id)
+                .for_each(|entry| entry.shutting_down = false),
+        }
+        drained
     }
 
     fn deleted(&self, id: &str) {

@@ -67,8 +67,12 @@ impl Group {
             return Some(reason);
         }
         let full = self.core().full.clone()?;
-        let space = self.space_bytes().filter(|space| *space < SPACE_MIN_BYTES)?;
-        Some(format!("{full}; the file system of the state directory has {space} bytes left"))
+        self.space_bytes().filter(|space| *space < SPACE_MIN_BYTES)?;
+        // Without the number, which changes: the same is said once.
+        let least = SPACE_MIN_BYTES >> 20;
+        Some(format!(
+            "{full}; the file system of the state directory has less than {least} MiB left"
+        ))
     }
 
     /// Asks the primary for early checkpoints while room is short, as long as the session lasts.

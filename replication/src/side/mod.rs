@@ -50,7 +50,9 @@ pub async fn run(config: SideConfig, shutdown: CancellationToken) -> Result<()> 
             break result;
         }
         side.commands(None);
-        side.disks_are_free().await?;
+        if let Err(error) = side.disks_are_free().await {
+            break Err(error);
+        }
         side.enter_role();
     };
     // What the commands work on would keep the side, and with it the locks of its files.

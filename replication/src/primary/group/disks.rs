@@ -43,7 +43,7 @@ impl Group {
 
     /// A disk by its number, while it is part of the group.
     pub(crate) fn disk(&self, number: usize) -> Option<Arc<DiskPart>> {
-        self.disks().into_iter().find(|disk| disk.number == number)
+        self.disks().iter().find(|disk| disk.number == number).cloned()
     }
 
     pub(crate) fn disk_names(&self) -> Vec<String> {
@@ -91,6 +91,8 @@ impl Group {
         let mut hot = begin_logs(&self.side, std::iter::once((&disk, &mut maps)))?;
         // Whoever is attached has a connection for every disk.
         self.take_leave(&format!("disk {} is added", disk.name)).await;
+        // And again: from here to the record nothing comes in between.
+        self.check_change()?;
         self.update_record(|record| {
             record.add_disk(&config);
             record.primary.disks.push((disk.name.clone(), disk.size()));
@@ -139,7 +141,13 @@ impl Group {
                  with the disks that there shall be",
             ));
         }
-        if self.core().stepping_down.is_some() || self.is_superseded() {
+        self.check_stays()
+    }
+
+    /// Whether this side is the primary, and is not about to end being it.
+    pub(super) fn check_stays(&self) -> Result<()> {
+        let leaves = self.core().stepping_down.is_some() || !self.record().is_primary();
+        if leaves || self.is_superseded() {
             return Err(Error::refused("the other side takes over: it is the primary then"));
         }
         Ok(())
@@ -185,6 +193,8 @@ impl Group {
         let _one = self.changing_disks.lock().await;
         let Some(disk) = self.removable_disk(name)? else { return Ok(false) };
         self.take_leave(&format!("disk {name} is removed")).await;
+        // Again: the roles may have begun to change meanwhile.
+        self.check_change()?;
         self.update_record(|record| record.remove_disk(name))?;
         self.side.note_removed(name);
         self.disks.remove(&disk);

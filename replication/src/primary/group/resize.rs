@@ -26,6 +26,7 @@ impl Group {
     /// as it was then, but for an image that cannot be made smaller again.
     pub(crate) async fn resize(&self, name: &str, size: u64) -> Result<()> {
         self.check_final()?;
+        self.check_stays()?;
         let _one = self.changing_disks.lock().await;
         let disk = self.disks().into_iter().find(|d| d.name == name);
         let disk = disk.ok_or_else(|| Error::usage(format!("there is no disk {name:?}")))?;
@@ -46,6 +47,8 @@ impl Group {
         let grown = async {
             // Before maps and record name it: after a loss of power they would be another disk's.
             self.flush_disk(&disk, FlushLevel::Durable).await?;
+            // A record of the other role must not be changed: from here on nothing comes in between.
+            self.check_stays()?;
             // Before anybody can write there. What is added differs until it has been looked at.
             let grown = self.core().grow_maps(disk.number, size);
             grown.map_err(|e| Error::failed(format!("maps of disk {name}: {e}")))
