@@ -47,10 +47,15 @@ esac
     (t.dir / "count").unlink(missing_ok=True)
     (t.dir / "count").touch()
     socket = f"{side}.sock"
-    (t.dir / socket).unlink(missing_ok=True)
     daemon = t.daemon(f"{side}-{n}", "nbdkit", "-f", "-U", t.dir / socket, "sh", "plugin.sh",
                       ready=lambda: t.listens(socket))
     return daemon, t.uri(socket)
+
+
+def end(t, server, side):
+    """nbdkit leaves its socket behind."""
+    server.stop(code=None)
+    (t.dir / f"{side}.sock").unlink()
 
 
 def error(t, side, call, n):
@@ -58,7 +63,7 @@ def error(t, side, call, n):
     places = [uri, "copy.raw"] if side == "read" else ["a.raw", uri]
     result = t.brep("nbd", "copy", "--request-size", str(PIECE), "--requests", "8",
                     "--sparse", "0", *places, code=1)
-    server.stop(code=None)
+    end(t, server, side)
     told = re.search(rf"{side} of (\d+) bytes at (\d+)", result.stderr)
     t.expect(told, f"{side} {n}: told where: {result.stderr}")
     t.equal(int(told[1]), PIECE, f"{side} {n}: the length")
@@ -72,7 +77,7 @@ def flush(t):
     result = t.brep("nbd", "copy", "a.raw", uri, code=1)
     t.expect("flush" in result.stderr, result.stderr)
     t.brep("nbd", "copy", "--no-flush", "a.raw", uri)
-    server.stop(code=None)
+    end(t, server, "flush")
     t.log("flush: told")
 
 

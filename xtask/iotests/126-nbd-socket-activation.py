@@ -28,6 +28,8 @@ def run(t):
         t.brep("nbd", "info", t.uri("s.sock"))
         again.stop()
         refusals(t, unix)
+    for path in ("s.sock", "notify.sock"):
+        os.unlink(path)
 
 
 def listening(path):
