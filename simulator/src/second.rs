@@ -122,6 +122,13 @@ struct Shared {
     left: Vec<Read>,
 }
 
+impl Shared {
+    /// What it has of a checkpoint, which it may not have noticed before now.
+    fn view_of(&mut self, epoch: u64, now: u64) -> &mut View {
+        self.views.entry(epoch).or_insert_with(|| View { noticed: now, ..View::default() })
+    }
+}
+
 /// What its workers share.
 pub(crate) struct SecondGuest {
     world: Arc<World>,
@@ -342,7 +349,7 @@ impl SecondGuest {
             shared.stamp += 1;
             let stamp = if matches!(kind, Kind::Zeroes) { 0 } else { shared.stamp };
             let write = Write { stamp, start, end: u64::MAX, acked: false, through };
-            let view = shared.views.entry(epoch).or_default();
+            let view = shared.view_of(epoch, start);
             for sector in first..first + count {
                 view.own.entry((disk, sector as usize)).or_default().push(write);
             }
@@ -440,7 +447,7 @@ impl SecondGuest {
     ) -> Result<BTreeMap<Place, u64>, String> {
         let now = self.world.tick();
         let mut shared = self.shared();
-        let view = shared.views.entry(epoch).or_default();
+        let view = shared.view_of(epoch, now);
         let mut of_checkpoint = BTreeMap::new();
         for (disk, sectors) in contents.iter().enumerate() {
             for (sector, stamp) in sectors.iter().enumerate() {
