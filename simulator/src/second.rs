@@ -206,7 +206,16 @@ impl SecondGuest {
         for (place, writes) in shared.views.values().flat_map(|view| &view.own) {
             wrote = true;
             let open = writes.iter().filter(|write| write.end == u64::MAX);
-            open.for_each(|write| own.entry(*place).or_default().push(*write));
+            // Several checkpoints may have come while it waits.
+            for write in open {
+                let known = own.entry(*place).or_default();
+                if !known
+                    .iter()
+                    .any(|other| other.stamp == write.stamp && other.start == write.start)
+                {
+                    known.push(*write);
+                }
+            }
         }
         shared.views.insert(epoch, View { noticed, own, ..View::default() });
         while shared.views.len() > VIEWS_MAX {

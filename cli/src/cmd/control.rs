@@ -54,7 +54,8 @@ pub(crate) fn failover(args: &FailoverArgs) -> Outcome {
     if args.commit {
         let answer = ask(&args.control, "failover-commit", Value::Null)?;
         return report(&args.control, &answer, || {
-            let done = "the failover is final; the merge goes on in the background, see `brep status`";
+            let done =
+                "the failover is final; the merge goes on in the background, see `brep status`";
             match answer["warning"].as_str() {
                 Some(warning) => format!("{done}\nwarning: {warning}"),
                 None => done.into(),
