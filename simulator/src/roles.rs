@@ -323,7 +323,7 @@ impl History {
         let checked = match &second {
             None => self.guest.model().check_cut(&contents, moments),
             Some(second) => {
-                let of_checkpoint = second.check_promoted(epoch, &contents)?;
+                let of_checkpoint = second.check_promoted((epoch, latest), &contents)?;
                 self.check_reads(second.reads())?;
                 self.guest.model().check_moment(of_checkpoint.into_iter(), moments)
             }

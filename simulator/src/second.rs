@@ -447,16 +447,23 @@ impl SecondGuest {
         shared.views.get(&epoch).map_or_else(Vec::new, |view| view.lost.iter().copied().collect())
     }
 
-    /// Whether a promoted disk is a checkpoint and what was written to it here; the checkpoint's
-    /// part of it, where that is known.
+    /// Whether a promoted disk is a checkpoint, or `latest`, and what was written to it here; the
+    /// checkpoint's part of it, where that is known.
     pub(crate) fn check_promoted(
         &self,
-        epoch: u64,
+        (epoch, latest): (u64, bool),
         contents: &[Vec<u64>],
     ) -> Result<BTreeMap<Place, u64>, String> {
         let now = self.world.tick();
         let mut shared = self.shared();
         let view = shared.view_of(epoch, now);
+        // What was read of the checkpoint says nothing of what was received since.
+        let without_seen = latest.then(|| View {
+            own: view.own.clone(),
+            lost: view.lost.clone(),
+            ..View::default()
+        });
+        let view = without_seen.as_ref().unwrap_or(view);
         let mut of_checkpoint = BTreeMap::new();
         for (disk, sectors) in contents.iter().enumerate() {
             for (sector, stamp) in sectors.iter().enumerate() {
