@@ -11,6 +11,7 @@ use brep_nbd::proto::server::{ExportInfo, Handshake, Step};
 use brep_nbd::simulation::{self, Acceptor, Network, Pending, Pipe};
 use brep_nbd::{Endpoint, Stream};
 use bytes::{Buf, BytesMut};
+use tokio::io::ReadBuf;
 
 /// Longer than every deadline of ours; time passes only while nobody has anything to do.
 const FOR_EVER: Duration = Duration::from_secs(100_000);
@@ -244,12 +245,12 @@ impl Pipe for End {
         Poll::Ready(Ok(()))
     }
 
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn try_read(&self, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
         let mut state = self.0.lock();
-        let most = buffer.len().min(state.input.len());
+        let most = buffer.remaining().min(state.input.len());
         let len = state.reading.next(most);
-        state.input.split_to(len).copy_to_slice(&mut buffer[..len]);
-        Ok(len)
+        buffer.put_slice(&state.input.split_to(len));
+        Ok(())
     }
 
     fn try_write(&self, data: &[u8]) -> io::Result<usize> {

@@ -42,11 +42,11 @@ pub trait Pipe: Send + Sync + fmt::Debug {
     /// Whether something can be written, or never again.
     fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
 
-    /// Reads what is there; 0 at the end.
+    /// Reads what is there; nothing at the end.
     ///
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if there is nothing yet.
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize>;
+    fn try_read(&self, buffer: &mut ReadBuf<'_>) -> io::Result<()>;
 
     /// Writes as much as there is room for.
     ///
@@ -102,9 +102,7 @@ pub(crate) fn poll_read(
     buffer: &mut ReadBuf<'_>,
 ) -> Poll<io::Result<()>> {
     std::task::ready!(pipe.poll_readable(cx))?;
-    let read = pipe.try_read(buffer.initialize_unfilled())?;
-    buffer.advance(read);
-    Poll::Ready(Ok(()))
+    Poll::Ready(pipe.try_read(buffer))
 }
 
 pub(crate) fn poll_write(

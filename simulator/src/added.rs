@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::file::SECTOR;
 use crate::history::{History, put_file};
 use crate::model::fill;
+use crate::roles::is_merged;
 use crate::seen::Seen;
 use crate::side::{disk_name, disk_number, disk_path};
 use crate::world::{A, B, Side};
@@ -69,7 +70,7 @@ impl History {
             self.primary
         };
         for side in [first, 1 - first] {
-            if !self.add_disk(side, disk).await {
+            if self.add_disk(side, disk).await.is_err() {
                 return;
             }
         }
@@ -79,16 +80,17 @@ impl History {
         self.guest.use_disk(disk);
     }
 
-    /// Whether a side has the disk now.
-    pub(crate) async fn add_disk(&mut self, side: Side, disk: usize) -> bool {
+    /// Why a side does not have the disk now.
+    async fn add_disk(&mut self, side: Side, disk: usize) -> Result<(), String> {
         let Some(life) = self.processes[side].as_ref().map(|process| process.life) else {
-            return false;
+            return Err("there is no process".to_owned());
         };
         self.added.given[side].insert(disk);
         let file = disk_path(life, disk).display().to_string();
         let arguments =
             [("name", json!(disk_name(disk))), ("file", json!(file)), ("format", json!("raw"))];
-        matches!(self.tell(side, "disk-add", &arguments).await, Some(Ok(_)))
+        let told = self.tell(side, "disk-add", &arguments).await;
+        told.unwrap_or_else(|| Err("no answer".to_owned())).map(drop)
     }
 
     /// Its files, on both machines.
@@ -168,12 +170,18 @@ impl History {
     }
 
     /// What an advice says of a disk that only one side has.
-    pub(crate) async fn add_where_it_lacks(&mut self, advice: &str) {
+    pub(crate) async fn add_where_it_lacks(&mut self, status: &Value, advice: &str) {
         let name = advice.split("brep disk add ").nth(1).and_then(|rest| rest.split('=').next());
         let Some(disk) = name.and_then(disk_number) else { return };
         let side =
             if advice.contains("on the secondary, with") { 1 - self.primary } else { self.primary };
-        self.add_disk(side, disk).await;
+        if let Err(why) = self.add_disk(side, disk).await
+            && why.contains("merged (see brep status) and started again")
+            && is_merged(status)
+        {
+            self.world.count("advice: restart");
+            self.world.kill(side);
+        }
     }
 
     /// A start was refused: a promoted or outdated side takes no disk that it did not have.

@@ -30,11 +30,11 @@ impl History {
         if self.finish_growth().await {
             self.until_in_sync().await?;
         }
-        if !self.guest.pause(PAUSED_WITHIN).await {
+        if !self.guest.pace.pause(PAUSED_WITHIN).await {
             return Err("I8: requests of the guest do not end although nothing is wrong".to_owned());
         }
         if let Some(second) = self.second.clone() {
-            if !second.pause(PAUSED_WITHIN).await {
+            if !second.pace.pause(PAUSED_WITHIN).await {
                 return Err("I8: requests of the secondary's guest do not end".to_owned());
             }
             self.check_reads(second.reads())?;
@@ -124,7 +124,7 @@ impl History {
             self.set_peer(primary).await;
         } else if advice.contains("brep disk add") {
             self.world.count("advice: disk add");
-            self.add_where_it_lacks(advice).await;
+            self.add_where_it_lacks(status, advice).await;
         } else if advice.contains("with the same names and sizes") {
             self.world.count("advice: the same sizes");
             self.grow_to_others_size().await;
@@ -233,7 +233,7 @@ impl History {
             TakenOver::Not => return Ok(()),
         }
         self.until_merged().await?;
-        if !self.guest.pause(PAUSED_WITHIN).await {
+        if !self.guest.pace.pause(PAUSED_WITHIN).await {
             return Err("I8: requests of the promoted side's guest do not end".to_owned());
         }
         let now = self.world.tick();

@@ -7,10 +7,10 @@ use brep_block::{BlockDevice, Error, FlushLevel, WriteFlags, ZeroFlags};
 use brep_nbd::Endpoint;
 use brep_nbd::client::{ConnectOptions, Connection};
 use bytes::Bytes;
-use tokio::time::Instant;
 
 use crate::file::SECTOR;
 use crate::model::{Model, fill, stamp_of};
+use crate::pace::Pace;
 use crate::side::disk_name;
 use crate::world::World;
 
@@ -18,20 +18,20 @@ use crate::world::World;
 pub(crate) struct Guest {
     world: Arc<World>,
     pub(crate) model: Mutex<Model>,
+    pub(crate) pace: Pace,
     shared: Mutex<Shared>,
 }
+
+/// A guest that has asked for so much is in less of a hurry.
+const ENOUGH: u64 = 400;
 
 #[derive(Debug, Default)]
 struct Shared {
     endpoint: Option<Endpoint>,
     /// One a disk.
     connections: Vec<Option<Arc<Connection>>>,
-    /// Workers wait.
-    paused: bool,
-    ended: bool,
     requests: u64,
     stamp: u64,
-    busy: u64,
     /// By disk.
     sectors: Vec<u64>,
     /// Which disks these are: another number after a failover, when what was asked of the old
@@ -79,6 +79,7 @@ impl Guest {
         Arc::new(Guest {
             world: Arc::clone(world),
             model: Mutex::new(model),
+            pace: Pace::new(world),
             shared: Mutex::new(shared),
         })
     }
@@ -162,43 +163,11 @@ impl Guest {
         self.shared().requests
     }
 
-    /// Nothing new is asked for; returns when everything has been answered, or after `limit`.
-    pub(crate) async fn pause(&self, limit: Duration) -> bool {
-        self.shared().paused = true;
-        let until = Instant::now() + limit;
-        while self.shared().busy > 0 {
-            if Instant::now() >= until {
-                return false;
-            }
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        true
-    }
-
-    pub(crate) fn resume(&self) {
-        self.shared().paused = false;
-    }
-
-    pub(crate) fn end(&self) {
-        self.shared().ended = true;
-    }
-
     /// Runs a worker until the guest ends.
     pub(crate) async fn work(self: Arc<Self>, pause_ms_max: u64) {
-        loop {
-            let pause = self.world.with_rng(|rng| rng.range(0, pause_ms_max));
-            tokio::time::sleep(Duration::from_millis(pause)).await;
-            let (ended, paused) = {
-                let shared = self.shared();
-                (shared.ended, shared.paused)
-            };
-            if ended || self.world.is_violated() {
-                return;
-            }
-            if paused {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-                continue;
-            }
+        // Whatever takes long shall not take long because of a guest that asks for more and more.
+        let slow = |requests| if requests < ENOUGH { 1 } else { 10 };
+        while self.pace.wait(pause_ms_max * slow(self.requests())).await {
             let disks = self.shared().sectors.len() as u64;
             let disk = self.world.with_rng(|rng| rng.below(disks)) as usize;
             if self.shared().sectors[disk] == 0 {
@@ -260,11 +229,8 @@ impl Guest {
             }
             (kind, first, count, rng.chance(500))
         });
-        {
-            let mut shared = self.shared();
-            shared.busy += 1;
-            shared.requests += 1;
-        }
+        self.shared().requests += 1;
+        let _busy = self.pace.begin();
         match kind {
             Kind::Read => self.read(disk, connection, first, count).await,
             Kind::Flush => {
@@ -276,7 +242,6 @@ impl Guest {
             }
             _ => self.change(disk, connection, kind, (first, count), fua).await,
         }
-        self.shared().busy -= 1;
     }
 
     async fn change(

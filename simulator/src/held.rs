@@ -115,6 +115,7 @@ impl History {
         self.watch.look(&self.world, &self.processes, self.primary).await;
         self.second_guest_returns(self.primary);
         self.primary = primary;
+        self.merging = false;
         self.world.note(|| format!("{} is the primary again", name(primary)));
         self.watch.go_back(line);
         self.guest.replace(self.guest_endpoint(primary), model);

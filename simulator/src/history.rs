@@ -69,6 +69,8 @@ pub(crate) struct History {
     pub(crate) left: Option<Model>,
     /// The last one was to the newest state.
     pub(crate) promoted_to_latest: bool,
+    /// What the guest writes goes to an image over the disk.
+    pub(crate) merging: bool,
     pub(crate) usual_delay_ms: u64,
     pub(crate) usual_disk: DiskFaults,
     /// Steps in a thousand at which something happens.
@@ -80,7 +82,7 @@ pub(crate) struct History {
 fn setup(rng: &mut Rng, features: Features) -> Setup {
     let mut setup = Setup {
         disks: if rng.chance(400) { 2 } else { 1 },
-        disk_bytes: rng.pick(&[256 << 10, 512 << 10, 1 << 20]),
+        disk_bytes: rng.pick(&[256 << 10, 256 << 10, 512 << 10, 1 << 20]),
         ack: [if rng.chance(600) { Ack::Sync } else { Ack::Async }; 2],
         peer_timeout: millis(rng.range(200, 1500)),
         checkpoint_interval: (!rng.chance(200)).then(|| millis(rng.range(10, 200))),
@@ -164,6 +166,7 @@ impl History {
             promotions: 0,
             left: None,
             promoted_to_latest: false,
+            merging: false,
             usual_delay_ms,
             usual_disk,
             unrest: world.with_rng(|rng| rng.pick(&[100, 200, 300])),
@@ -185,8 +188,8 @@ impl History {
             tokio::spawn(Arc::clone(second).work(pause_ms_max));
         }
         let outcome = self.live().await;
-        self.guest.end();
-        self.second.iter().for_each(|second| second.end());
+        self.guest.pace.end();
+        self.second.iter().for_each(|second| second.pace.end());
         outcome
     }
 
@@ -303,7 +306,7 @@ impl History {
         if std::mem::replace(&mut self.boots[side], boot) != boot {
             if side == self.primary {
                 let now = self.world.tick();
-                self.guest.model().power_lost(now);
+                self.guest.model().power_lost(now, self.merging);
             }
             if side == B {
                 self.second.iter().for_each(|second| second.power_lost());

@@ -13,6 +13,7 @@ mod history;
 mod model;
 mod names;
 mod network;
+mod pace;
 mod parts;
 #[cfg(test)]
 mod power_points;

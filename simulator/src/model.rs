@@ -121,12 +121,20 @@ impl Model {
         self.flushed[disk] = self.flushed[disk].max(start);
     }
 
-    /// The machine that has the disks has lost its power.
-    pub(crate) fn power_lost(&mut self, now: u64) {
+    /// The machine that has the disks has lost its power. `mapped`: what was written since the
+    /// beginning lies in an image, whose mapping may be left without the data: zeroes.
+    pub(crate) fn power_lost(&mut self, now: u64, mapped: bool) {
         for (disk, flushed) in self.sectors.iter_mut().zip(&self.flushed) {
-            for write in disk.iter_mut().flatten() {
-                if !write.through && write.end >= *flushed {
-                    write.doubtful_from = write.doubtful_from.min(now);
+            for writes in disk {
+                for write in &mut *writes {
+                    if !write.through && write.end >= *flushed {
+                        write.doubtful_from = write.doubtful_from.min(now);
+                    }
+                }
+                let is_doubtful = |write: &Write| !write.counts(now);
+                if mapped && writes.len() > 1 && writes[1..].iter().all(is_doubtful) {
+                    let zeroes = Write { end: now, ..Write::new(0, writes[1].start) };
+                    writes.push(zeroes);
                 }
             }
         }
@@ -326,7 +334,7 @@ mod tests {
             model.flushed(0, 3);
         }
         assert!(model.check_read(0, 0, 7, (5, 6)).is_err(), "power is there");
-        model.power_lost(7);
+        model.power_lost(7, false);
         assert!(model.check_cut(&[vec![7]], (5, 6)).is_err(), "a cut from before");
         assert!(model.check_cut(&[vec![7]], (8, 8)).is_ok());
         assert!(model.check_cut(&[vec![8]], (8, 8)).is_ok());
@@ -335,8 +343,27 @@ mod tests {
         assert!(model.check_read(0, 0, 0, (8, 9)).is_err(), "it was flushed");
         let through = model.begin(0, 0, 1, 9, 10);
         model.end(through, 11, true, true);
-        model.power_lost(12);
+        model.power_lost(12, false);
         assert!(model.check_read(0, 0, 8, (13, 14)).is_err());
+    }
+
+    #[test]
+    fn what_an_image_has_mapped_and_not_flushed_may_be_zeroes() {
+        let after = |flushed: bool, mapped| {
+            let mut model = Model::new(&[vec![5]]);
+            let write = model.begin(0, 0, 1, 7, 1);
+            model.end(write, 2, true, false);
+            if flushed {
+                model.flushed(0, 3);
+            }
+            let write = model.begin(0, 0, 1, 8, 3);
+            model.end(write, 4, true, false);
+            model.power_lost(5, mapped);
+            [0, 5, 7, 8].map(|stamp| model.check_read(0, 0, stamp, (6, 7)).is_ok())
+        };
+        assert_eq!(after(false, false), [false, true, true, true]);
+        assert_eq!(after(false, true), [true; 4]);
+        assert_eq!(after(true, true), [false, false, true, true], "its data was there");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::task::{Context, Poll, Waker};
 
 use brep_nbd::simulation::{Acceptor, Network, Pending, Pipe};
 use brep_nbd::{Endpoint, Stream};
+use tokio::io::ReadBuf;
 use tokio::time::{Duration, Instant, Sleep};
 
 use crate::world::{Inner, Life, Side, World, name};
@@ -324,7 +325,7 @@ impl Pipe for End {
         Poll::Pending
     }
 
-    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+    fn try_read(&self, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
         if self.life.is_some_and(|life| !self.world.operate(life, 2)) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
@@ -337,15 +338,14 @@ impl Pipe for End {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         let now = Instant::now();
-        let mut read = 0;
-        while read < buffer.len() {
+        let wanted = buffer.remaining();
+        while buffer.remaining() > 0 {
             let Some((arrival, data)) = flow.segments.front_mut() else { break };
             if *arrival > now {
                 break;
             }
-            let some = data.len().min(buffer.len() - read);
-            buffer[read..read + some].copy_from_slice(&data[..some]);
-            read += some;
+            let some = data.len().min(buffer.remaining());
+            buffer.put_slice(&data[..some]);
             if some == data.len() {
                 flow.segments.pop_front();
             } else {
@@ -357,10 +357,10 @@ impl Pipe for End {
         let at_end = flow.segments.is_empty() && flow.ended;
         drop(flow);
         wakers.into_iter().for_each(Waker::wake);
-        if read == 0 && !buffer.is_empty() && !at_end {
+        if wanted > 0 && buffer.remaining() == wanted && !at_end {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        Ok(read)
+        Ok(())
     }
 
     fn try_write(&self, data: &[u8]) -> io::Result<usize> {

@@ -62,8 +62,8 @@ impl History {
         }
         // Its address is that of the secondary's guest afterwards.
         let moves = self.second.is_some() && self.primary == B;
-        if moves && !self.guest.pause(MOVED_WITHIN).await {
-            self.guest.resume();
+        if moves && !self.guest.pace.pause(MOVED_WITHIN).await {
+            self.guest.pace.resume();
             return Ok(());
         }
         if self.world.with_rng(|rng| rng.chance(500)) {
@@ -76,7 +76,7 @@ impl History {
             self.switched_over().await;
         }
         let settled = self.settle_roles().await;
-        self.guest.resume();
+        self.guest.pace.resume();
         settled
     }
 
@@ -193,6 +193,7 @@ impl History {
         });
         self.promotions += 1;
         self.promoted_to_latest = report["target"] == "latest";
+        self.merging = wanted.hold || !self.promoted_to_latest;
         if self.promotions > 1 {
             self.world.saw(Seen::SecondPromotion);
         }
@@ -227,14 +228,14 @@ impl History {
     /// The secondary's guest is the only one from now on: here another one, which knows nothing.
     async fn second_guest_ends(&mut self, side: Side) -> Result<(), String> {
         let Some(second) = self.second.clone().filter(|_| side == B) else { return Ok(()) };
-        match second.pause(PAUSED_WITHIN).await {
+        match second.pace.pause(PAUSED_WITHIN).await {
             true => Ok(()),
             false => Err("I8: requests of the secondary's guest do not end".to_owned()),
         }
     }
 
     pub(crate) fn second_guest_returns(&self, side: Side) {
-        self.second.iter().filter(|_| side == B).for_each(|second| second.resume());
+        self.second.iter().filter(|_| side == B).for_each(|second| second.pace.resume());
     }
 
     /// The report, and the tick of the command; none if it was refused for a good reason.
@@ -393,9 +394,8 @@ impl History {
             self.pass(millis(50)).await?;
             self.restart_if_ended(self.primary).await;
             last = self.status(self.primary).await;
-            let merged = |disk: &Value| disk["merging"].is_null() && disk["state"] != "promoting";
-            let disks = last.as_ref().and_then(|status| status["disks"].as_array());
-            if disks.is_some_and(|disks| disks.iter().all(merged)) {
+            if last.as_ref().is_some_and(is_merged) {
+                self.merging = false;
                 return Ok(());
             }
         }
@@ -430,4 +430,10 @@ impl History {
         }
         self.forget_given(side, why);
     }
+}
+
+/// Whether no disk is to be merged any more.
+pub(crate) fn is_merged(status: &Value) -> bool {
+    let merged = |disk: &Value| disk["merging"].is_null() && disk["state"] != "promoting";
+    status["disks"].as_array().is_some_and(|disks| disks.iter().all(merged))
 }

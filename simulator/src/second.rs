@@ -4,19 +4,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
 use brep_block::{BlockDevice, FlushLevel, WriteFlags, ZeroFlags};
 use brep_nbd::client::Connection;
 use brep_replication::simulation::control;
 use bytes::Bytes;
 use serde_json::Map;
-use tokio::time::Instant;
 
 use crate::file::SECTOR;
 use crate::guest::Guest;
 use crate::model::{Model, fill, stamp_of};
 use crate::network::{GUEST_PORT, reach};
+use crate::pace::Pace;
 use crate::seen::Seen;
 use crate::side::Setup;
 use crate::world::{B, Life, World};
@@ -113,9 +112,6 @@ impl View {
 
 #[derive(Debug, Default)]
 struct Shared {
-    paused: bool,
-    ended: bool,
-    busy: u64,
     stamp: u64,
     views: BTreeMap<u64, View>,
     /// Of checkpoints that it has left.
@@ -135,6 +131,7 @@ pub(crate) struct SecondGuest {
     disks: usize,
     /// Where it connects.
     link: Arc<Guest>,
+    pub(crate) pace: Pace,
     shared: Mutex<Shared>,
 }
 
@@ -169,6 +166,7 @@ impl SecondGuest {
             world: Arc::clone(world),
             disks: setup.disks,
             link,
+            pace: Pace::new(world),
             shared: Mutex::new(shared),
         })
     }
@@ -272,45 +270,11 @@ impl SecondGuest {
         }
     }
 
-    /// Nothing new is asked for; returns when everything has been answered, or after `limit`.
-    pub(crate) async fn pause(&self, limit: Duration) -> bool {
-        self.shared().paused = true;
-        let until = Instant::now() + limit;
-        while self.shared().busy > 0 {
-            if Instant::now() >= until {
-                return false;
-            }
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        true
-    }
-
-    pub(crate) fn resume(&self) {
-        self.shared().paused = false;
-    }
-
-    pub(crate) fn end(&self) {
-        self.shared().ended = true;
-    }
-
     /// Runs a worker until the guest ends.
     pub(crate) async fn work(self: Arc<Self>, pause_ms_max: u64) {
-        loop {
-            let pause = self.world.with_rng(|rng| rng.range(1, pause_ms_max));
-            tokio::time::sleep(Duration::from_millis(pause)).await;
-            let (ended, paused) = {
-                let shared = self.shared();
-                (shared.ended, shared.paused)
-            };
-            if ended || self.world.is_violated() {
-                return;
-            }
-            if paused {
-                continue;
-            }
-            self.shared().busy += 1;
+        while self.pace.wait(pause_ms_max).await {
+            let _busy = self.pace.begin();
             self.request().await;
-            self.shared().busy -= 1;
         }
     }
 
@@ -528,7 +492,8 @@ mod tests {
         let shared =
             Shared { views: BTreeMap::from([(4, view(&[(9, 5, 6, true)]))]), ..Shared::default() };
         let link = Guest::new(&world, 1, Model::blank(1, SECTOR), 0);
-        let guest = SecondGuest { world, disks: 1, link, shared: Mutex::new(shared) };
+        let pace = Pace::new(&world);
+        let guest = SecondGuest { world, disks: 1, link, pace, shared: Mutex::new(shared) };
         guest.notice(5);
         assert!(guest.shared().views[&5].own.is_empty(), "dropped");
         guest.shared().views.insert(5, view(&[(11, 7, u64::MAX, false)]));

@@ -155,7 +155,7 @@ const PRODUCT: [&str; 4] = ["--exclude", simulate::PACKAGE, "--exclude", fuzz::P
 
 /// Histories that a test run lives through.
 fn histories() -> &'static str {
-    if workspace::is_long() { "20000" } else { "1000" }
+    if workspace::is_long() { "20000" } else { "2000" }
 }
 
 fn simulate(workspace: &Workspace) -> Result<Report> {
