@@ -51,6 +51,14 @@ pub trait BlockDevice: Send + Sync + fmt::Debug {
     /// Neighbouring extents need not differ.
     fn block_status(&self, offset: u64, len: u64) -> Io<'_, BlockStatus>;
 
+    /// The states of the first bytes of the range, one extent after the other: at least one, none of
+    /// them empty, and together at most `len` bytes. For callers that go through many: a device that
+    /// is far away answers once for all of them.
+    fn extents(&self, offset: u64, len: u64) -> Io<'_, Vec<BlockStatus>> {
+        let first = self.block_status(offset, len);
+        Io::future(async move { Ok(vec![first.await?]) })
+    }
+
     /// Makes everything that completed before this call safe against what `level` names.
     fn flush(&self, level: FlushLevel) -> Io<'_, ()>;
 

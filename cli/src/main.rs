@@ -58,6 +58,7 @@ fn run(command: Command) -> Outcome {
             NbdCommand::Serve(args) => cmd::nbd::serve::run(*args),
             NbdCommand::Info(args) => cmd::nbd::info::run(&args),
             NbdCommand::List(args) => cmd::nbd::list::run(&args),
+            NbdCommand::Resize(args) => cmd::nbd::resize::run(&args),
             NbdCommand::Copy(args) => cmd::nbd::copy::run(&args),
         },
         Command::Tls(args) => match args.command {

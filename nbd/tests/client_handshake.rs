@@ -68,6 +68,10 @@ impl Script {
     }
 }
 
+fn ids(outcome: &Outcome) -> Vec<u32> {
+    outcome.selected.iter().map(|context| context.id).collect()
+}
+
 fn context(id: u32) -> Vec<u8> {
     [&id.to_be_bytes()[..], b"base:allocation"].concat()
 }
@@ -82,7 +86,7 @@ fn options(goal: Goal) -> HandshakeOptions {
         export: "vda".into(),
         private_options: Vec::new(),
         mode_max: TransmissionMode::Structured,
-        context: BASE_ALLOCATION.into(),
+        contexts: vec![BASE_ALLOCATION.into()],
         tls: false,
     }
 }
@@ -159,13 +163,13 @@ fn a_modern_server_is_understood() {
     let script = qemu();
     let run = run(&options(Goal::Transmit), &script, usize::MAX);
     let outcome = run.outcome();
-    let export = outcome.export.expect("an export");
+    let export = outcome.export.as_ref().expect("an export");
     assert_eq!((export.size, export.flags), (1 << 30, TransmissionFlags(0x0ded)));
     assert_eq!(export.block_sizes, BlockSizes { min: 512, preferred: 4096, max: 1 << 25 });
     assert_eq!(export.canonical_name.as_deref(), Some("canon"));
     assert_eq!(export.description.as_deref(), Some("a disk"));
     assert_eq!(outcome.mode, TransmissionMode::Structured);
-    assert_eq!(outcome.context, Some(7));
+    assert_eq!(ids(&outcome), [7]);
     let expected = [OptionCode::STRUCTURED_REPLY, OptionCode::SET_META_CONTEXT, OptionCode::GO];
     assert_eq!(asked(&run.sent), expected);
     assert_eq!(run.sent[..4], 3u32.to_be_bytes());
@@ -188,7 +192,7 @@ fn extended_headers_make_structured_replies_needless() {
     let script = extended().info_export(1 << 30, 0x0ded).ack(OptionCode::GO);
     let run = run(&extended_options(), &script, usize::MAX);
     let outcome = run.outcome();
-    assert_eq!((outcome.mode, outcome.context), (TransmissionMode::Extended, Some(7)));
+    assert_eq!((outcome.mode, ids(&outcome)), (TransmissionMode::Extended, vec![7]));
     let expected = [OptionCode::EXTENDED_HEADERS, OptionCode::SET_META_CONTEXT, OptionCode::GO];
     assert_eq!(asked(&run.sent), expected);
     for piece in 1..script.0.len() {
@@ -202,7 +206,7 @@ fn without_extended_headers_structured_replies_are_asked_for_and_then_simple_one
     for kind in [ReplyType::ERR_UNSUP, ReplyType::ERR_POLICY, ReplyType::ERR_INVALID] {
         let script = refused(kind).bytes(&qemu().0[18..]);
         let outcome = outcome(&extended_options(), &script);
-        assert_eq!((outcome.mode, outcome.context), (TransmissionMode::Structured, Some(7)));
+        assert_eq!((outcome.mode, ids(&outcome)), (TransmissionMode::Structured, vec![7]));
     }
     let script = refused(ReplyType::ERR_UNSUP)
         .reply(OptionCode::STRUCTURED_REPLY, ReplyType::ERR_UNSUP, b"")
@@ -262,7 +266,7 @@ fn a_server_that_refuses_the_context_is_used_without_it() {
         .reply(OptionCode::SET_META_CONTEXT, ReplyType::ERR_TOO_BIG, b"")
         .info_export(4096, 1)
         .ack(OptionCode::GO);
-    assert_eq!(outcome(&options(Goal::Transmit), &script).context, None);
+    assert_eq!(outcome(&options(Goal::Transmit), &script).selected, []);
 }
 
 #[test]
@@ -382,21 +386,35 @@ fn listing_and_describing_end_with_an_abort() {
 }
 
 #[test]
-fn a_context_of_the_callers_choice_is_selected() {
-    let wanted =
-        HandshakeOptions { context: "qemu:dirty-bitmap:b".into(), ..options(Goal::Transmit) };
-    let reply = |name: &[u8]| {
-        let select = [&9u32.to_be_bytes()[..], name].concat();
-        Script::modern()
-            .ack(OptionCode::STRUCTURED_REPLY)
-            .reply(OptionCode::SET_META_CONTEXT, ReplyType::META_CONTEXT, &select)
-            .ack(OptionCode::SET_META_CONTEXT)
-            .info_export(512, 1)
-            .ack(OptionCode::GO)
+fn contexts_of_the_callers_choice_are_selected() {
+    let contexts = ["qemu:dirty-bitmap:b", "base:allocation", "qemu:dirty-bitmap:c"];
+    let wanted = HandshakeOptions {
+        contexts: contexts.map(String::from).to_vec(),
+        ..options(Goal::Transmit)
     };
-    assert_eq!(outcome(&wanted, &reply(b"qemu:dirty-bitmap:b")).context, Some(9));
-    let other = error(&wanted, &reply(b"base:allocation"));
-    assert!(matches!(other, HandshakeError::Malformed(_)), "{other}");
+    let replies = |replies: &[(u32, &str)]| {
+        let mut script = Script::modern().ack(OptionCode::STRUCTURED_REPLY);
+        for (id, name) in replies {
+            let select = [&id.to_be_bytes()[..], name.as_bytes()].concat();
+            script = script.reply(OptionCode::SET_META_CONTEXT, ReplyType::META_CONTEXT, &select);
+        }
+        script.ack(OptionCode::SET_META_CONTEXT).info_export(512, 1).ack(OptionCode::GO)
+    };
+    // In the server's order, and only those that it has.
+    let selected = outcome(&wanted, &replies(&[(9, contexts[1]), (0, contexts[0])])).selected;
+    let selected: Vec<_> = selected.iter().map(|c| (c.id, c.name.as_str())).collect();
+    assert_eq!(selected, [(9, contexts[1]), (0, contexts[0])]);
+    for violation in [
+        &[(9, "qemu:dirty-bitmap:d")][..],
+        &[(9, contexts[0]), (9, contexts[1])],
+        &[(9, contexts[0]), (8, contexts[0])],
+    ] {
+        let error = error(&wanted, &replies(violation));
+        assert!(matches!(error, HandshakeError::Malformed(_)), "{violation:?}: {error}");
+    }
+    let none = HandshakeOptions { contexts: Vec::new(), ..wanted };
+    let script = Script::modern().ack(OptionCode::STRUCTURED_REPLY).info_export(512, 1);
+    assert_eq!(outcome(&none, &script.ack(OptionCode::GO)).selected, [], "nothing is asked for");
 }
 
 #[test]

@@ -3,7 +3,9 @@
 
 use std::collections::HashMap;
 
-use brep_nbd::proto::client::{Answer, Completion, Refusal, ReplyError, Request, Transmission};
+use brep_nbd::proto::client::{
+    Answer, Completion, Extent, Refusal, ReplyError, Request, Transmission,
+};
 use brep_nbd::proto::wire::{
     ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, Errno, ExtendedChunkHeader,
     SimpleReply,
@@ -44,7 +46,7 @@ impl Exchange {
     }
 
     fn start(&self) -> (Transmission, Vec<u64>) {
-        let mut transmission = Transmission::new(self.mode, Some(CONTEXT));
+        let mut transmission = Transmission::new(self.mode, vec![CONTEXT]);
         let cookies = self.requests.iter().zip(0..).map(|(request, tag)| {
             let header = transmission.start(*request, tag);
             assert_eq!((header.offset, header.len), (request.offset, request.len));
@@ -255,8 +257,14 @@ fn errors_of_every_kind_end_their_request_and_no_other() {
     }
 }
 
+/// What a reply says in the only context that there is.
+fn extents(extents: &[(u64, u64)]) -> Result<Answer, Refusal> {
+    let extents = extents.iter().map(|&(len, flags)| Extent { len, flags });
+    Ok(Answer::Extents(vec![extents.collect()]))
+}
+
 #[test]
-fn the_first_extent_is_told() {
+fn extents_are_told() {
     let status = request(Command::BLOCK_STATUS, 0, 4096);
     let results = Exchange::new(Structured, &[status; 3])
         .status(0, true, CONTEXT, &[(4096, 3)])
@@ -264,8 +272,8 @@ fn the_first_extent_is_told() {
         .done(1)
         .simple(2, 22, b"")
         .results();
-    assert_eq!(results[&0], Ok(Answer::Extent { len: 4096, flags: 3 }));
-    assert_eq!(results[&1], Ok(Answer::Extent { len: 512, flags: 1 }));
+    assert_eq!(results[&0], extents(&[(4096, 3)]));
+    assert_eq!(results[&1], extents(&[(512, 1), (512, 2), (9999, 0)]));
     assert_eq!(results[&2], refusal(Errno::EINVAL, ""));
 }
 
@@ -279,16 +287,55 @@ fn extended_replies_tell_extents_of_any_length() {
         .done(2)
         .long_status(1, true, CONTEXT, &[(1 << 33, 1 << 63), (512, 2), (u64::MAX, 0)])
         .results();
-    assert_eq!(results[&0], Ok(Answer::Extent { len: long, flags: 3 }));
-    assert_eq!(results[&1], Ok(Answer::Extent { len: 1 << 33, flags: 1 << 63 }));
+    assert_eq!(results[&0], extents(&[(long, 3)]));
+    assert_eq!(results[&1], extents(&[(1 << 33, 1 << 63), (512, 2), (u64::MAX, 0)]));
     assert_eq!(results[&2], Ok(Answer::Done));
+}
+
+/// A transmission with these contexts, and what it says to the replies to one block status.
+fn status_with(
+    contexts: &[u32],
+    chunks: &[(u32, bool, usize)],
+) -> Result<Option<Completion>, ReplyError> {
+    let mut transmission = Transmission::new(Structured, contexts.to_vec());
+    let cookie = transmission.start(request(Command::BLOCK_STATUS, 0, 1 << 30), 0).cookie;
+    for &(id, done, count) in chunks {
+        let flags = ChunkFlags::NONE.with_if(done, ChunkFlags::DONE);
+        let len = 4 + 8 * count as u32;
+        let header = ChunkHeader { flags, kind: ChunkType::BLOCK_STATUS, cookie, len };
+        let extents = [0, 0, 2, 0, 0, 0, 0, id as u8].repeat(count);
+        let chunk = [&header.encode()[..], &id.to_be_bytes(), &extents].concat();
+        assert_eq!(transmission.receive(&chunk)?, chunk.len());
+    }
+    Ok(transmission.pop())
+}
+
+#[test]
+fn every_context_has_its_own_extents_in_the_callers_order() {
+    let told = status_with(&[5, 3], &[(3, false, 2), (5, true, 1)]).unwrap().unwrap();
+    let of = |id, count| vec![Extent { len: 512, flags: id }; count];
+    assert_eq!(told.result, Ok(Answer::Extents(vec![of(5, 1), of(3, 2)])));
+    for (chunks, error) in [
+        (&[(3, true, 1)][..], ReplyError::NoExtent),
+        (&[(3, false, 1), (3, true, 1)], ReplyError::RepeatedContext),
+        (&[(3, false, 1), (4, true, 1)], ReplyError::Context(4)),
+    ] {
+        assert_eq!(status_with(&[5, 3], chunks), Err(error), "{chunks:?}");
+    }
+}
+
+#[test]
+fn a_server_cannot_make_its_client_keep_extents_without_bounds() {
+    let told = status_with(&[5, 3], &[(5, false, 1 << 19), (3, true, 9)]).unwrap().unwrap();
+    let Ok(Answer::Extents(extents)) = told.result else { panic!("{told:?}") };
+    assert_eq!((extents[0].len(), extents[1].len()), (1 << 18, 1));
 }
 
 #[test]
 fn only_writes_carry_the_flag_of_a_payload_and_only_in_extended_headers() {
     for mode in [Simple, Structured, Extended] {
         for command in [Command::WRITE, Command::READ, Command::WRITE_ZEROES] {
-            let header = Transmission::new(mode, None).start(request(command, 0, 8), 0);
+            let header = Transmission::new(mode, Vec::new()).start(request(command, 0, 8), 0);
             let expected = mode == Extended && command == Command::WRITE;
             assert_eq!(header.flags.contains(CommandFlags::PAYLOAD_LEN), expected, "{command}");
         }

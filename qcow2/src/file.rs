@@ -28,6 +28,10 @@ impl File {
         File { device, align, chunk, blocks: RangeLock::new() }
     }
 
+    pub(crate) fn name(&self) -> &str {
+        self.device.name()
+    }
+
     pub(crate) fn size(&self) -> u64 {
         self.device.size()
     }

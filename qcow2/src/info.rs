@@ -37,6 +37,8 @@ pub struct Info {
     pub backing_format: Option<String>,
     /// Internal snapshots.
     pub snapshots: Vec<Snapshot>,
+    /// There are persistent bitmaps, but somebody has written who did not keep them.
+    pub bitmaps_outdated: bool,
     /// Kind and length in bytes of each header extension.
     pub extensions: Vec<(u32, usize)>,
 }
@@ -103,6 +105,8 @@ impl Qcow2 {
             backing_name: header.backing_name.as_ref().map(text),
             backing_format: format.map(text),
             snapshots: image.snapshots.clone(),
+            bitmaps_outdated: header.extension(crate::extension::BITMAPS).is_some()
+                && header.bitmaps().is_none(),
             extensions: header.extensions.iter().map(|(k, d)| (*k, d.len())).collect(),
         }
     }

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod alloc;
+mod bitmap;
 mod check;
 mod create;
 mod device;
@@ -25,6 +26,7 @@ mod stage;
 mod write;
 mod zero;
 
+pub use bitmap::{Bitmap, BitmapInfo};
 pub use check::{CheckMode, CheckReport, check};
 pub use create::{BackingName, CreateOptions};
 pub use device::Qcow2;

@@ -141,6 +141,12 @@ async fn clear_autoclear(image: &Image) -> Result<(), Error> {
     if image.g.version < 3 || lock(&image.header).autoclear == 0 {
         return Ok(());
     }
+    if lock(&image.header).bitmaps().is_some() {
+        tracing::warn!(
+            image = image.name,
+            "the image's persistent bitmaps are outdated from now on"
+        );
+    }
     image.file.write(field::AUTOCLEAR, Bytes::from_static(&[0; 8])).await?;
     image.order().await?;
     lock(&image.header).autoclear = 0;

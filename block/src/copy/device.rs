@@ -1,3 +1,4 @@
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -92,12 +93,14 @@ struct Piece {
     zero: bool,
 }
 
-/// How far the source has been looked through, and the rest of the extent found last.
-#[derive(Debug)]
+/// How far the source has been looked through, and what is known of what comes next.
+#[derive(Debug, Default)]
 struct Scan {
     at: u64,
     extent_end: u64,
     zero: bool,
+    /// The ends of the extents that follow, and whether they are zero.
+    known: VecDeque<(u64, bool)>,
 }
 
 struct Copier {
@@ -142,7 +145,7 @@ impl Copier {
         let block_len = u64::from(from.block_size.max(to.block_size).max(1));
         let longest = options.request_len.min(from.transfer_max).min(to.transfer_max);
         let piece_len = (u64::from(longest) / block_len * block_len).max(block_len);
-        let scan = Mutex::new(Scan { at: 0, extent_end: 0, zero: false });
+        let scan = Mutex::new(Scan::default());
         Ok(Copier {
             source: Arc::clone(source),
             target: Arc::clone(target),
@@ -181,7 +184,7 @@ impl Copier {
             return Ok(None);
         }
         if offset >= scan.extent_end {
-            (scan.extent_end, scan.zero) = self.extent(offset).await?;
+            (scan.extent_end, scan.zero) = self.extent(offset, &mut scan.known).await?;
         }
         let rest = scan.extent_end - offset;
         let len = match scan.zero {
@@ -195,17 +198,33 @@ impl Copier {
 
     /// The end of the extent that begins here, in whole blocks, and whether it is zero. A block
     /// that is zero only in part is data.
-    async fn extent(&self, offset: u64) -> Result<(u64, bool)> {
-        let rest = self.size - offset;
-        let status = self.source.block_status(offset, rest).await?;
-        // A device that claims more than was asked, or nothing, must not lead us astray.
-        let end = offset + status.len.clamp(1, rest);
+    async fn extent(&self, offset: u64, known: &mut VecDeque<(u64, bool)>) -> Result<(u64, bool)> {
+        while known.front().is_some_and(|(end, _)| *end <= offset) {
+            known.pop_front();
+        }
+        if known.is_empty() {
+            self.look(offset, known).await?;
+        }
+        let (end, zero) = known.front().copied().unwrap_or((self.size, false));
         let whole = if end == self.size { end } else { end - end % self.block_len };
-        if status.flags.zero && whole > offset {
+        if zero && whole > offset {
             return Ok((whole, true));
         }
         let whole = end.checked_next_multiple_of(self.block_len).unwrap_or(self.size);
         Ok((whole.min(self.size), false))
+    }
+
+    async fn look(&self, offset: u64, known: &mut VecDeque<(u64, bool)>) -> Result<()> {
+        let mut end = offset;
+        for status in self.source.extents(offset, self.size - offset).await? {
+            // A device that claims more than was asked, or nothing, must not lead us astray.
+            end += status.len.clamp(1, (self.size - end).max(1));
+            if end > self.size {
+                break;
+            }
+            known.push_back((end, status.flags.zero));
+        }
+        Ok(())
     }
 
     async fn copy(&self, piece: Piece) -> Result<()> {

@@ -23,7 +23,9 @@ pub(crate) use groups::SecondariesArgs;
 pub(crate) use image::{
     CheckArgs, CompareArgs, CreateArgs, ImageArgs, ImageCommand, InfoArgs, Repair,
 };
-pub(crate) use nbd::{NbdArgs, NbdCommand, NbdInfoArgs, NbdListArgs, ServeArgs};
+pub(crate) use nbd::{
+    NbdArgs, NbdCommand, NbdInfoArgs, NbdListArgs, NbdResizeArgs, NewSize, ServeArgs,
+};
 pub(crate) use pair::{DryRun, PrimaryArgs, SecondaryArgs};
 pub(crate) use security::{ServerTls, tls_failure};
 pub(crate) use tls::{DEFAULT_DAYS, InitArgs, IssueArgs, TlsArgs, TlsCommand};

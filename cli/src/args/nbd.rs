@@ -3,6 +3,7 @@ use std::time::Duration;
 
 use brep_block::CacheMode;
 use brep_nbd::NbdUri;
+use brep_nbd::client::ConnectOptions;
 use brep_nbd::proto::wire::{BASE_ALLOCATION, STRING_LEN_MAX};
 use brep_nbd::tls::TlsClient;
 use brep_replication::config::DiskFormat;
@@ -26,6 +27,7 @@ pub(crate) enum NbdCommand {
     Serve(Box<ServeArgs>),
     Info(NbdInfoArgs),
     List(NbdListArgs),
+    Resize(NbdResizeArgs),
     Copy(CopyArgs),
 }
 
@@ -37,6 +39,7 @@ Examples:
   brep nbd serve disk.qcow2 --listen nbd://127.0.0.1:10809 --export vda --read-only
   brep nbd serve disk.raw --listen nbds://0.0.0.0 --tls-dir /etc/brep/tls
   brep nbd serve disk.qcow2 --run 'nbdinfo \"$uri\"'
+  brep nbd serve disk.qcow2 --read-only --all-bitmaps --listen 'nbd+unix:///?socket=disk.sock'
 
 A service manager's sockets (LISTEN_FDS) are served in the place of --listen.")]
 pub(crate) struct ServeArgs {
@@ -67,6 +70,33 @@ pub(crate) struct ServeArgs {
     /// Length of the part [default: to the end]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) size: Option<u64>,
+
+    /// What lies below the image, where the image itself has nothing; below that, the next one. A
+    /// name inside an image is never followed
+    #[arg(long = "backing", value_name = "FILE")]
+    pub(crate) backing: Vec<PathBuf>,
+
+    /// Let clients change the size; a qcow2 image only grows
+    #[arg(long, conflicts_with_all = ["read_only", "offset", "size"])]
+    pub(crate) resizable: bool,
+
+    /// Tell clients in which layer content lies (qemu:allocation-depth)
+    #[arg(short = 'A', long, conflicts_with_all = ["offset", "size"])]
+    pub(crate) allocation_depth: bool,
+
+    /// Tell clients what this persistent bitmap of the image says (qemu:dirty-bitmap:NAME)
+    #[arg(
+        short = 'B',
+        long = "bitmap",
+        value_name = "NAME",
+        requires = "read_only",
+        conflicts_with_all = ["offset", "size"]
+    )]
+    pub(crate) bitmaps: Vec<String>,
+
+    /// The same of all bitmaps of the image
+    #[arg(long, requires = "read_only", conflicts_with_all = ["offset", "size", "bitmaps"])]
+    pub(crate) all_bitmaps: bool,
 
     /// Connections at a time; further ones wait. With 1 clients are not offered several
     #[arg(
@@ -122,6 +152,15 @@ impl ClientFlags {
         let tls = TlsClient::for_uri(uri, self.tls_dir.as_deref());
         tls.map_err(|error| tls_failure("URI", uri, error))
     }
+
+    /// How to open an export, apart from TLS.
+    pub(crate) fn options(&self, uri: &NbdUri) -> ConnectOptions {
+        ConnectOptions {
+            name: uri.to_string(),
+            connect_timeout: self.timeout,
+            ..ConnectOptions::new(uri.endpoint.clone(), uri.export.clone())
+        }
+    }
 }
 
 /// List the exports of an NBD server
@@ -145,7 +184,7 @@ pub(crate) struct NbdListArgs {
 Examples:
   brep nbd info nbd://127.0.0.1
   brep nbd info nbd://127.0.0.1/vda --map --totals
-  brep nbd info nbd://127.0.0.1/vda --map=qemu:dirty-bitmap:nightly --json")]
+  brep nbd info nbd://127.0.0.1/vda --map --map=qemu:dirty-bitmap:nightly --json")]
 pub(crate) struct NbdInfoArgs {
     /// The server, and an export; without one, all that the server lists
     pub(crate) uri: NbdUri,
@@ -157,15 +196,16 @@ pub(crate) struct NbdInfoArgs {
     #[arg(long, conflicts_with_all = ["map", "json"])]
     pub(crate) size: bool,
 
-    /// Print the state of every range of the export in a meta context
+    /// Print the state of every range of the export in a meta context; repeated, in several at once
     #[arg(
         long,
         value_name = "CONTEXT",
         num_args = 0..=1,
         require_equals = true,
-        default_missing_value = BASE_ALLOCATION
+        default_missing_value = BASE_ALLOCATION,
+        action = clap::ArgAction::Append
     )]
-    pub(crate) map: Option<String>,
+    pub(crate) map: Vec<String>,
 
     /// Together with --map: add the ranges up
     #[arg(long, requires = "map")]
@@ -174,6 +214,39 @@ pub(crate) struct NbdInfoArgs {
     /// Print it as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Change the size of an export, where the server lets clients do that
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  brep nbd resize nbd://127.0.0.1/vda 20G")]
+pub(crate) struct NbdResizeArgs {
+    /// The export
+    pub(crate) uri: NbdUri,
+
+    /// Its new size; with a + before it, by how much it grows
+    #[arg(value_parser = parse_new_size)]
+    pub(crate) size: NewSize,
+
+    /// Let it become smaller: what lies beyond its new end is lost
+    #[arg(long)]
+    pub(crate) shrink: bool,
+
+    #[command(flatten)]
+    pub(crate) client: ClientFlags,
+}
+
+/// In bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum NewSize {
+    To(u64),
+    By(u64),
+}
+
+fn parse_new_size(text: &str) -> Result<NewSize, String> {
+    match text.strip_prefix('+') {
+        Some(more) => parse_size(more).map(NewSize::By),
+        None => parse_size(text).map(NewSize::To),
+    }
 }
 
 fn parse_max_connections(text: &str) -> Result<usize, String> {

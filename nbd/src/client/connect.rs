@@ -10,7 +10,7 @@ use super::{ClientError, ConnectOptions};
 use crate::proto::client::{
     ExportInfo, Goal, Handshake, HandshakeError, HandshakeOptions, ListedExport, Outcome, Progress,
 };
-use crate::proto::wire::{BASE_ALLOCATION, OptionCode, TransmissionMode};
+use crate::proto::wire::{OptionCode, TransmissionMode};
 use crate::tls::TlsClient;
 use crate::{Endpoint, Stream};
 
@@ -78,7 +78,7 @@ fn without_export(goal: Goal) -> HandshakeOptions {
         export: String::new(),
         private_options: Vec::new(),
         mode_max: TransmissionMode::Simple,
-        context: BASE_ALLOCATION.to_owned(),
+        contexts: Vec::new(),
         tls: false,
     }
 }
@@ -115,7 +115,7 @@ pub(super) async fn open(options: &ConnectOptions) -> Result<Negotiated, ClientE
         export: options.export.clone(),
         private_options,
         mode_max: options.mode_max,
-        context: options.context.clone(),
+        contexts: options.contexts.clone(),
         ..without_export(Goal::Transmit)
     };
     negotiate(&options.endpoint, options.tls.as_ref(), handshake, options.connect_timeout).await

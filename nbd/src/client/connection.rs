@@ -1,22 +1,23 @@
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use brep_block::{
     BlockDevice, BlockStatus, Error, ErrorKind, FlushLevel, Io, Limits, Operation, Result,
-    StatusFlags, WriteFlags, ZeroFlags,
+    WriteFlags, ZeroFlags,
 };
 use bytes::Bytes;
 
 use super::connect::{self, Negotiated};
 use super::driver::{Driver, DriverOptions, disconnect};
-use super::operation::{Call, CallSpec, Extent, FromCall, Payload};
+use super::operation::{Call, CallSpec, FromCall, Payload};
 use super::queue::{Queue, Submitted};
+use super::status::{DATA, statuses};
 use super::{ClientError, ConnectOptions};
-use crate::proto::client::{ExportInfo, HandshakeError, Transmission};
+use crate::proto::client::{ExportInfo, Extent, HandshakeError, SelectedContext, Transmission};
 use crate::proto::wire::{
-    AllocationFlags, BASE_ALLOCATION, Command, CommandFlags, PAYLOAD_LEN_MAX, TransmissionFlags,
-    TransmissionMode,
+    BASE_ALLOCATION, Command, CommandFlags, PAYLOAD_LEN_MAX, TransmissionFlags, TransmissionMode,
 };
 use crate::tls::TlsPeer;
 
@@ -47,9 +48,11 @@ pub struct Connection {
     /// Longest payload of one request, in bytes: a multiple of the block.
     payload_len_max: u32,
     mode: TransmissionMode,
-    /// The server has the context that was asked for.
-    has_context: bool,
-    context_is_allocation: bool,
+    /// In bytes; other than what `export` says once it has been changed.
+    size: Arc<AtomicU64>,
+    contexts: Vec<SelectedContext>,
+    /// Which of them is `base:allocation`.
+    allocation: Option<usize>,
     private_replies: Vec<Bytes>,
     tls_peer: Option<Arc<TlsPeer>>,
 }
@@ -68,11 +71,15 @@ impl Connection {
             source: HandshakeError::NoExportInfo,
         })?;
         if options.needs_multi_conn && !export.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
-            stream.say_goodbye(&disconnect().encode());
+            match outcome.mode.is_extended() {
+                true => stream.say_goodbye(&disconnect().encode_extended()),
+                false => stream.say_goodbye(&disconnect().encode()),
+            }
             let reason = "it does not allow several connections".to_owned();
             return Err(ClientError::Incompatible { server, reason });
         }
-        let transmission = Transmission::new(outcome.mode, outcome.context);
+        let ids = outcome.selected.iter().map(|context| context.id).collect();
+        let transmission = Transmission::new(outcome.mode, ids);
         let queue = Arc::new(Queue::new(
             options.name.clone(),
             options.queued_max,
@@ -91,8 +98,9 @@ impl Connection {
             limits: limits(&export),
             payload_len_max: whole_blocks(export.block_sizes.max.min(PAYLOAD_LEN_MAX), &export),
             mode: outcome.mode,
-            has_context: outcome.context.is_some(),
-            context_is_allocation: options.context == BASE_ALLOCATION,
+            size: Arc::new(AtomicU64::new(export.size)),
+            allocation: outcome.selected.iter().position(|c| c.name == BASE_ALLOCATION),
+            contexts: outcome.selected,
             private_replies: outcome.private_replies,
             tls_peer,
             export,
@@ -114,13 +122,13 @@ impl Connection {
     /// The server tells where the export has holes and zeroes.
     #[must_use]
     pub fn has_block_status(&self) -> bool {
-        self.has_context && self.context_is_allocation
+        self.allocation.is_some()
     }
 
-    /// The server has the meta context that the options named.
+    /// Those of the meta contexts that the options named that the server has.
     #[must_use]
-    pub fn has_context(&self) -> bool {
-        self.has_context
+    pub fn contexts(&self) -> &[SelectedContext] {
+        &self.contexts
     }
 
     /// The answers to the private options, in their order; empty where the server only
@@ -175,6 +183,13 @@ impl Connection {
         self.queue.close();
     }
 
+    /// As [`close`](Self::close), and waits until the server has been told, or the connection has
+    /// ended otherwise.
+    pub async fn disconnect(&self) {
+        self.close();
+        self.failed().await;
+    }
+
     /// Ends the connection now: everything pending fails, and nothing more is sent.
     pub fn kill(&self) {
         self.queue.fail(&ClientError::Closed { server: self.queue.name.clone() });
@@ -211,7 +226,7 @@ impl Connection {
         let block = u64::from(self.limits.block_size);
         let end = offset + len;
         let aligned =
-            offset.is_multiple_of(block) && (end.is_multiple_of(block) || end == self.export.size);
+            offset.is_multiple_of(block) && (end.is_multiple_of(block) || end == self.size());
         if aligned {
             return Ok(());
         }
@@ -334,30 +349,49 @@ impl Connection {
 
     /// As [`BlockDevice::block_status`], with an operation that does not borrow the connection.
     pub fn start_block_status(&self, offset: u64, len: u64) -> Io<'static, BlockStatus> {
-        let block = u64::from(self.limits.block_size);
-        let spec = match self.status_spec(offset, len) {
+        let first = |found: Vec<BlockStatus>| found.into_iter().next();
+        let data = BlockStatus { len, flags: DATA };
+        let found = self.allocation_status(offset, len, CommandFlags::REQ_ONE);
+        Io::future(async move { Ok(first(found.await?).unwrap_or(data)) })
+    }
+
+    /// As [`BlockDevice::extents`], with an operation that does not borrow the connection.
+    pub fn start_extents(&self, offset: u64, len: u64) -> Io<'static, Vec<BlockStatus>> {
+        self.allocation_status(offset, len, CommandFlags::NONE)
+    }
+
+    fn allocation_status(
+        &self,
+        offset: u64,
+        len: u64,
+        flags: CommandFlags,
+    ) -> Io<'static, Vec<BlockStatus>> {
+        let spec = match self.status_spec(offset, len, flags) {
             Ok(spec) => spec,
             Err(error) => return Io::err(error),
         };
-        let asked = spec.len;
-        if len == 0 || !self.has_block_status() {
-            let flags = StatusFlags { data: true, zero: false, allocated: true };
-            return Io::ok(BlockStatus { len, flags });
-        }
-        match self.submit::<Extent>(spec) {
-            Ok(submitted) => Io::future(async move { Ok(status(submitted.await?, asked, block)) }),
+        let Some(index) = self.allocation.filter(|_| len > 0) else {
+            return Io::ok(vec![BlockStatus { len, flags: DATA }]);
+        };
+        let (asked, block) = (spec.len, u64::from(self.limits.block_size));
+        match self.submit::<Vec<Vec<Extent>>>(spec) {
+            Ok(submitted) => Io::future(async move {
+                let found = submitted.await?;
+                Ok(statuses(found.get(index).map_or(&[], Vec::as_slice), asked, block))
+            }),
             Err(error) => Io::err(error),
         }
     }
 
-    /// The first extent of a range in the meta context that the options named: its length in
-    /// bytes, from 1 to `len`, and its flags as the server sent them. `len` must not be 0.
+    /// The state of the beginning of a range in each of the [`contexts`](Self::contexts), in their
+    /// order: extents that follow each other, at least one, and together at most `len` bytes long.
+    /// One context may reach further than another. `len` must not be 0.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] if the server does not have the context; else as for
+    /// [`ErrorKind::Unsupported`] if there is no context; else as for
     /// [`BlockDevice::block_status`].
-    pub fn start_context_status(&self, offset: u64, len: u64) -> Io<'static, (u64, u64)> {
-        let spec = match self.status_spec(offset, len) {
+    pub fn start_meta_status(&self, offset: u64, len: u64) -> Io<'static, Vec<Vec<Extent>>> {
+        let spec = match self.status_spec(offset, len, CommandFlags::NONE) {
             Ok(spec) => spec,
             Err(error) => return Io::err(error),
         };
@@ -365,26 +399,26 @@ impl Connection {
         if len == 0 {
             return fail(ErrorKind::InvalidInput, "an empty range has no state");
         }
-        if !self.has_context {
+        if self.contexts.is_empty() {
             return fail(ErrorKind::Unsupported, "the server does not have this meta context");
         }
         let asked = spec.len;
-        match self.submit::<Extent>(spec) {
+        match self.submit::<Vec<Vec<Extent>>>(spec) {
             Ok(submitted) => Io::future(async move {
-                let Extent(extent) = submitted.await?;
-                let (len, flags) = extent.unwrap_or_default();
-                Ok((len.clamp(1, asked), flags))
+                let mut found = submitted.await?;
+                found.iter_mut().for_each(|extents| clip(extents, asked));
+                Ok(found)
             }),
             Err(error) => Io::err(error),
         }
     }
 
-    /// Asks for one extent; how far it reaches is only a hint, so what lies beyond the longest
-    /// length is asked for next.
-    fn status_spec(&self, offset: u64, len: u64) -> Result<CallSpec> {
+    /// How far the answer reaches is up to the server, so what lies beyond the longest length is
+    /// asked for next.
+    fn status_spec(&self, offset: u64, len: u64, flags: CommandFlags) -> Result<CallSpec> {
         let asked = len.min(self.effect_len_max());
         let mut spec = self.effect(Operation::BlockStatus, Command::BLOCK_STATUS, offset, asked);
-        spec.flags = CommandFlags::REQ_ONE;
+        spec.flags = flags;
         self.check(&CallSpec { len, ..spec_range(&spec) })?;
         Ok(spec)
     }
@@ -398,9 +432,39 @@ impl Connection {
         self.submit::<()>(self.flush_spec()).map_or_else(Io::err, Io::future)
     }
 
+    /// As [`BlockDevice::truncate`], with an operation that does not borrow the connection. The
+    /// connection goes by the new size once the operation has been polled to its end.
+    pub fn start_truncate(&self, size: u64) -> Io<'static, ()> {
+        let spec = self.effect(Operation::Truncate, Command::RESIZE, size, 0);
+        let fail = |kind, detail: &str| Io::err(self.error(&spec, kind, detail));
+        if self.limits.read_only {
+            return fail(ErrorKind::ReadOnly, "the export is read-only");
+        }
+        if !self.has(TransmissionFlags::SEND_RESIZE) {
+            return fail(ErrorKind::Unsupported, "the server does not let clients change the size");
+        }
+        if !size.is_multiple_of(self.limits.block_size.into()) || i64::try_from(size).is_err() {
+            let detail = "no size that an export with its blocks can have";
+            return fail(ErrorKind::InvalidInput, detail);
+        }
+        let current = Arc::clone(&self.size);
+        match self.submit::<()>(spec) {
+            Ok(submitted) => Io::future(async move {
+                submitted.await?;
+                current.store(size, Ordering::Relaxed);
+                Ok(())
+            }),
+            Err(error) => Io::err(error),
+        }
+    }
+
     /// Succeeds, but not on a connection that has ended.
     fn nothing_to_send(&self, operation: Operation) -> Io<'static, ()> {
         match self.queue.end() {
+            None if operation == Operation::Flush && self.queue.flush_has_failed() => {
+                let detail = "an earlier flush has failed; what was lost is not known";
+                Io::err(Error::new(operation, ErrorKind::Sticky, self.queue.name.as_str(), detail))
+            }
             None => Io::ok(()),
             Some(reason) => Io::err(Error::new(
                 operation,
@@ -424,7 +488,7 @@ impl BlockDevice for Connection {
     }
 
     fn size(&self) -> u64 {
-        self.export.size
+        self.size.load(Ordering::Relaxed)
     }
 
     fn limits(&self) -> Limits {
@@ -451,8 +515,16 @@ impl BlockDevice for Connection {
         self.start_block_status(offset, len)
     }
 
+    fn extents(&self, offset: u64, len: u64) -> Io<'_, Vec<BlockStatus>> {
+        self.start_extents(offset, len)
+    }
+
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
         self.start_flush(level)
+    }
+
+    fn truncate(&self, size: u64) -> Io<'_, ()> {
+        self.start_truncate(size)
     }
 }
 
@@ -480,24 +552,12 @@ fn limits(export: &ExportInfo) -> Limits {
     }
 }
 
-/// Cuts an extent to the request, and to whole blocks: a server's own granularity may be finer
-/// than the one that it has agreed on. A block of which only a part is known counts as data.
-fn status(extent: Extent, asked: u64, block: u64) -> BlockStatus {
-    let data = StatusFlags { data: true, zero: false, allocated: true };
-    let Extent(Some((len, flags))) = extent else {
-        return BlockStatus { len: asked, flags: data };
-    };
-    let len = len.min(asked);
-    // Its flags are in the lower half.
-    let flags = AllocationFlags(flags as u32);
-    let flags = StatusFlags {
-        data: !flags.contains(AllocationFlags::HOLE),
-        zero: flags.contains(AllocationFlags::ZERO),
-        allocated: true,
-    };
-    let whole = if len == asked { len } else { len - len % block };
-    if whole == 0 {
-        return BlockStatus { len: block.min(asked), flags: data };
-    }
-    BlockStatus { len: whole, flags }
+/// Cuts extents to what was asked for.
+fn clip(extents: &mut Vec<Extent>, asked: u64) {
+    let mut rest = asked;
+    extents.retain_mut(|extent| {
+        extent.len = extent.len.min(rest);
+        rest -= extent.len;
+        extent.len > 0
+    });
 }

@@ -16,6 +16,7 @@ mod operation;
 mod options;
 mod queue;
 mod reconnect;
+mod status;
 
 pub use connect::{PrivateConnection, connect_private, describe_export, list_exports};
 pub use connection::Connection;

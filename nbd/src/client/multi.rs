@@ -1,13 +1,18 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use brep_block::{BlockDevice, BlockStatus, FlushLevel, Io, Limits, WriteFlags, ZeroFlags};
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 
 use super::opened::Opened;
 use super::{Client, ClientError, ConnectOptions, Connection, ReconnectPolicy};
 use crate::proto::wire::TransmissionFlags;
+
+/// How long a further connection may take: with the first one the server has shown that it answers,
+/// and one that has no place left says nothing.
+const FURTHER_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// One export over several connections, which share what is asked of it.
 ///
@@ -24,13 +29,36 @@ use crate::proto::wire::TransmissionFlags;
 #[derive(Debug)]
 pub struct MultiConnection {
     /// At least one.
-    members: Vec<Arc<dyn BlockDevice>>,
+    members: Vec<Member>,
     next: AtomicUsize,
+}
+
+#[derive(Debug)]
+enum Member {
+    Connection(Arc<Connection>),
+    Client(Client),
+}
+
+impl Member {
+    fn device(&self) -> &dyn BlockDevice {
+        match self {
+            Member::Connection(connection) => &**connection,
+            Member::Client(client) => client,
+        }
+    }
+
+    async fn disconnect(&self) {
+        match self {
+            Member::Connection(connection) => connection.disconnect().await,
+            Member::Client(client) => client.disconnect().await,
+        }
+    }
 }
 
 impl MultiConnection {
     /// Connects, over up to `count` connections. When one is lost, its requests fail, and so
-    /// does every flush.
+    /// does every flush. What the server does not let in beyond the first is done without: it may
+    /// have fewer places left than it would take connections of one client.
     ///
     /// # Errors
     /// As for [`Connection::connect`]; [`ClientError::Incompatible`] if not all connections see
@@ -39,13 +67,24 @@ impl MultiConnection {
         let first = Connection::connect(options).await?;
         let opened = Opened::of(&first);
         let options = several(options);
+        let options = ConnectOptions {
+            connect_timeout: options.connect_timeout.min(FURTHER_TIMEOUT),
+            ..options
+        };
         let more = (1..usable(&first, count)).map(async |_| {
             let connection = Connection::connect(&options).await?;
             opened.check(&connection, &options)?;
-            Ok::<_, ClientError>(connection as Arc<dyn BlockDevice>)
+            Ok(connection)
         });
-        let more = try_join_all(more).await?;
-        Ok(Self::over(first, more))
+        let mut members = vec![Member::Connection(first)];
+        for connected in join_all(more).await {
+            match connected {
+                Ok(connection) => members.push(Member::Connection(connection)),
+                Err(error @ ClientError::Incompatible { .. }) => return Err(error),
+                Err(error) => tracing::info!(%error, "one connection less"),
+            }
+        }
+        Ok(Self::over(members))
     }
 
     /// Connects, over up to `count` connections, each of which comes back as the policy says
@@ -65,7 +104,7 @@ impl MultiConnection {
         let connection = probe.connection().ok_or(ClientError::NotConnected)?;
         let count = usable(&connection, count);
         if count == 1 {
-            return Ok(Self::over(Arc::new(probe), Vec::new()));
+            return Ok(Self::over(vec![Member::Client(probe)]));
         }
         let opened = Opened::of(&connection);
         drop(connection);
@@ -76,15 +115,18 @@ impl MultiConnection {
             client.connect().await?;
             let connection = client.connection().ok_or(ClientError::NotConnected)?;
             opened.check(&connection, &options)?;
-            Ok::<_, ClientError>(Arc::new(client) as Arc<dyn BlockDevice>)
+            Ok::<_, ClientError>(Member::Client(client))
         });
-        let members = try_join_all(members).await?;
-        Ok(Arc::new(MultiConnection { members, next: AtomicUsize::new(0) }))
+        Ok(Self::over(try_join_all(members).await?))
     }
 
-    fn over(first: Arc<dyn BlockDevice>, more: Vec<Arc<dyn BlockDevice>>) -> Arc<Self> {
-        let members = std::iter::once(first).chain(more).collect();
+    fn over(members: Vec<Member>) -> Arc<Self> {
         Arc::new(MultiConnection { members, next: AtomicUsize::new(0) })
+    }
+
+    /// Takes leave of the server on every connection, once everything pending is answered.
+    pub async fn disconnect(&self) {
+        join_all(self.members.iter().map(Member::disconnect)).await;
     }
 
     /// How many connections there are.
@@ -95,12 +137,12 @@ impl MultiConnection {
 
     /// The connection that speaks for all: its failed flush is remembered.
     fn first(&self) -> &dyn BlockDevice {
-        &*self.members[0]
+        self.members[0].device()
     }
 
     fn member(&self) -> &dyn BlockDevice {
         let turn = self.next.fetch_add(1, Ordering::Relaxed);
-        &*self.members[turn % self.members.len()]
+        self.members[turn % self.members.len()].device()
     }
 }
 
@@ -149,6 +191,10 @@ impl BlockDevice for MultiConnection {
         self.member().block_status(offset, len)
     }
 
+    fn extents(&self, offset: u64, len: u64) -> Io<'_, Vec<BlockStatus>> {
+        self.member().extents(offset, len)
+    }
+
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
         if self.members.len() == 1 {
             return self.first().flush(level);
@@ -156,7 +202,7 @@ impl BlockDevice for MultiConnection {
         Io::future(async move {
             // Sends nothing, and fails for a connection that is not there.
             for member in &self.members {
-                member.flush(FlushLevel::Process).await?;
+                member.device().flush(FlushLevel::Process).await?;
             }
             self.first().flush(level).await
         })

@@ -4,7 +4,7 @@ use brep_block::{Error, Operation};
 use bytes::{Bytes, BytesMut};
 use tokio::time::Instant;
 
-use crate::proto::client::{Answer, Request};
+use crate::proto::client::{Answer, Extent, Request};
 use crate::proto::wire::{Command, CommandFlags};
 
 /// Length of the zeroes that stand in for `WRITE_ZEROES` where a server does not have it, in
@@ -30,7 +30,7 @@ pub(super) struct Call {
     outstanding: u32,
     error: Option<Error>,
     data: Vec<(u64, Bytes)>,
-    extent: Option<(u64, u64)>,
+    extents: Vec<Vec<Extent>>,
 
     pub(super) waker: Option<Waker>,
     /// Nobody waits for the result any more.
@@ -77,7 +77,7 @@ impl Call {
             outstanding: 0,
             error: None,
             data: Vec::new(),
-            extent: None,
+            extents: Vec::new(),
             waker: None,
             abandoned: false,
         }
@@ -137,7 +137,7 @@ impl Call {
         match answer {
             Answer::Done => {}
             Answer::Data(data) => self.data.push((request.offset, data)),
-            Answer::Extent { len, flags } => self.extent = Some((len, flags)),
+            Answer::Extents(extents) => self.extents = extents,
         }
     }
 
@@ -193,11 +193,9 @@ impl FromCall for Bytes {
     }
 }
 
-/// Length and flags of the first extent.
-pub(super) struct Extent(pub(super) Option<(u64, u64)>);
-
-impl FromCall for Extent {
+/// The extents in each context.
+impl FromCall for Vec<Vec<Extent>> {
     fn from_call(call: Call) -> Self {
-        Extent(call.extent)
+        call.extents
     }
 }

@@ -38,12 +38,12 @@ pub struct ConnectOptions {
     /// The best mode to ask for; a server that does not have it is asked for the next one. Only
     /// structured replies and extended headers come with the state of ranges.
     pub mode_max: TransmissionMode,
-    /// The meta context in which [`Connection::start_context_status`] asks; with any other than
+    /// The meta contexts in which [`Connection::start_meta_status`] asks; without
     /// `base:allocation` every range counts as data for
     /// [`block_status`](brep_block::BlockDevice::block_status).
     ///
-    /// [`Connection::start_context_status`]: crate::client::Connection::start_context_status
-    pub context: String,
+    /// [`Connection::start_meta_status`]: crate::client::Connection::start_meta_status
+    pub contexts: Vec<String>,
     /// Refuse an export that does not promise that a flush on one connection covers all: for
     /// connections that share their work with others.
     pub needs_multi_conn: bool,
@@ -70,7 +70,7 @@ impl ConnectOptions {
             queued_max: 16_384,
             queued_bytes_max: 256 << 20,
             mode_max: TransmissionMode::Extended,
-            context: BASE_ALLOCATION.to_owned(),
+            contexts: vec![BASE_ALLOCATION.to_owned()],
             needs_multi_conn: false,
             tls: None,
         }

@@ -443,6 +443,11 @@ impl BlockDevice for Client {
         self.run(request, move |connection| connection.start_block_status(offset, len))
     }
 
+    fn extents(&self, offset: u64, len: u64) -> Io<'_, Vec<BlockStatus>> {
+        let request = RequestRange { operation: Operation::BlockStatus, offset, len };
+        self.run(request, move |connection| connection.start_extents(offset, len))
+    }
+
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
         let request = RequestRange { operation: Operation::Flush, offset: 0, len: 0 };
         if self.shared.flush_failed.load(Ordering::Relaxed) {

@@ -13,10 +13,10 @@ mod read_buffer;
 mod slab;
 mod transmission;
 
-pub use handshake::{Goal, Handshake, HandshakeOptions, Outcome, Progress};
+pub use handshake::{Goal, Handshake, HandshakeOptions, Outcome, Progress, SelectedContext};
 pub use info::{BlockSizes, ExportInfo, ListedExport};
 pub use option_reply::HandshakeError;
 pub(crate) use slab::Slab;
 pub use transmission::{
-    Answer, Completion, DirectRead, Refusal, ReplyError, Request, Transmission,
+    Answer, Completion, DirectRead, Extent, Refusal, ReplyError, Request, Transmission,
 };

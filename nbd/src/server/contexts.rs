@@ -69,10 +69,11 @@ impl MetaContext for AllocationDepth {
     fn status(&self, offset: u64, mut len: u64) -> Io<'_, ContextStatus> {
         Io::future(async move {
             for (layer, depth) in self.0.iter().zip(1..) {
-                // A layer may be shorter than the one above it.
+                // A layer may be shorter than the one above it: the zeroes beyond its end count as its
+                // own, as QEMU has it.
                 let Some(inside) = layer.size().checked_sub(offset).filter(|inside| *inside > 0)
                 else {
-                    continue;
+                    return Ok(ContextStatus { len, flags: depth });
                 };
                 let status = layer.block_status(offset, len.min(inside)).await?;
                 len = status.len.clamp(1, len);

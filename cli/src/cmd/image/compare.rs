@@ -1,7 +1,7 @@
 //! `brep image compare`: where two images differ, and by how much.
 use std::sync::Arc;
 
-use brep_block::{BlockDevice, is_zero};
+use brep_block::{BlockDevice, FlushLevel, is_zero};
 use indicatif::ProgressBar;
 use serde_json::json;
 
@@ -33,7 +33,11 @@ pub(crate) fn run(args: &CompareArgs) -> Outcome {
         let comparison =
             compare(&first.device, &second.device, args.strict, output::progress("comparing"))
                 .await
-                .map_err(|error| Failure::from(error).with_code(CANNOT_READ))?;
+                .map_err(|error| Failure::from(error).with_code(CANNOT_READ));
+        // Nothing was written: there is nothing in it to go wrong.
+        let _ =
+            (first.close_to(FlushLevel::Process).await, second.close_to(FlushLevel::Process).await);
+        let comparison = comparison?;
         report(args, &comparison)?;
         Ok(if comparison.equal(args.strict) { EQUAL } else { DIFFERENT })
     })

@@ -7,7 +7,7 @@ pub(crate) mod info;
 mod source;
 
 pub(crate) use connecting::Connecting;
-pub(crate) use source::{Source, failed, nbd_uri, refused, stated_format};
+pub(crate) use source::{Source, failed, nbd_uri, refused, stated_format, take_leave};
 
 use brep_replication::config::DiskFormat;
 

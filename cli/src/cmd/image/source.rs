@@ -1,14 +1,19 @@
+use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use brep_block::{BlockDevice, CacheMode, FlushLevel, RawFile, RawFileOptions};
 use brep_nbd::NbdUri;
+use brep_nbd::client::MultiConnection;
 use brep_qcow2::{OpenError, OpenOptions, Qcow2};
 use brep_replication::config::DiskFormat;
 
 use super::{Connecting, format_name};
 use crate::args::{format_by_name, unknown_format};
 use crate::exit::{self, Failure};
+
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// An image that is open: a file under a stated format, or an export of an NBD server.
 #[derive(Debug)]
@@ -22,8 +27,7 @@ pub(crate) struct Source {
 enum Kind {
     Raw,
     Qcow2(Arc<Qcow2>),
-    /// Over so many connections.
-    Export(usize),
+    Export(Arc<MultiConnection>),
 }
 
 impl Source {
@@ -57,8 +61,7 @@ impl Source {
             ))),
             Some(uri) => {
                 let connection = connecting.connect(&uri).await?;
-                let connections = connection.connections();
-                Ok(Source { device: connection, kind: Kind::Export(connections) })
+                Ok(Source { device: Arc::clone(&connection) as _, kind: Kind::Export(connection) })
             }
             None => {
                 Self::open_file(Path::new(image), format, read_only, CacheMode::default()).await
@@ -83,7 +86,18 @@ impl Source {
         read_only: bool,
         cache: CacheMode,
     ) -> Result<Self, Failure> {
-        let options = OpenOptions { read_only, ..OpenOptions::default() };
+        Self::open_over(path, format, read_only, cache, None).await
+    }
+
+    /// Opens a file; where it has nothing itself, what lies below counts.
+    pub(crate) async fn open_over(
+        path: &Path,
+        format: Option<DiskFormat>,
+        read_only: bool,
+        cache: CacheMode,
+        below: Option<Arc<dyn BlockDevice>>,
+    ) -> Result<Self, Failure> {
+        let options = OpenOptions { read_only, backing: below, ..OpenOptions::default() };
         Self::open_image(path, format, options, cache).await
     }
 
@@ -107,6 +121,10 @@ impl Source {
         let format = stated_format(path, format)?;
         let file = open_raw(path, format, options.read_only, cache)?;
         if format == DiskFormat::Raw {
+            if options.backing.is_some() {
+                let path = path.display();
+                return Err(Failure::usage(format!("{path}: nothing can lie below a raw image")));
+            }
             return Ok(Self::of_raw(file));
         }
         let options = OpenOptions { name: path.display().to_string(), ..options };
@@ -119,13 +137,16 @@ impl Source {
         self.close_to(FlushLevel::Durable).await
     }
 
-    /// Writes everything out, as far as `level` says.
+    /// Writes everything out, as far as `level` says, and takes leave of a server.
     pub(crate) async fn close_to(&self, level: FlushLevel) -> Result<(), Failure> {
-        self.device.flush(level).await?;
-        if let Some(image) = self.qcow2() {
-            image.close().await?;
+        let flushed = self.device.flush(level).await;
+        match &self.kind {
+            Kind::Raw => {}
+            Kind::Qcow2(image) if flushed.is_ok() => image.close().await?,
+            Kind::Qcow2(_) => {}
+            Kind::Export(connection) => take_leave(connection.disconnect()).await,
         }
-        Ok(())
+        Ok(flushed?)
     }
 
     /// The name of the format; `nbd` for an export.
@@ -138,7 +159,7 @@ impl Source {
     }
 
     /// The image itself, if it is in qcow2 format.
-    pub(super) fn qcow2(&self) -> Option<&Arc<Qcow2>> {
+    pub(crate) fn qcow2(&self) -> Option<&Arc<Qcow2>> {
         match &self.kind {
             Kind::Qcow2(image) => Some(image),
             Kind::Raw | Kind::Export(_) => None,
@@ -152,10 +173,17 @@ impl Source {
 
     /// Over how many connections it is reached.
     pub(crate) fn connections(&self) -> usize {
-        match self.kind {
-            Kind::Export(connections) => connections,
+        match &self.kind {
+            Kind::Export(connection) => connection.connections(),
             Kind::Raw | Kind::Qcow2(_) => 0,
         }
+    }
+}
+
+/// Lets a server be told that we go. One that takes nothing any more is not waited for.
+pub(crate) async fn take_leave(disconnecting: impl Future<Output = ()>) {
+    if tokio::time::timeout(LEAVE_TIMEOUT, disconnecting).await.is_err() {
+        tracing::debug!("the server does not take our leave");
     }
 }
 

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::map;
 use crate::args::NbdInfoArgs;
+use crate::cmd::image::take_leave;
 use crate::cmd::runtime::current_thread;
 use crate::exit::{Failure, OK, Outcome};
 use crate::{output, units};
@@ -19,13 +20,13 @@ const EXPORTS_MAX: usize = 256;
 pub(crate) fn run(args: &NbdInfoArgs) -> Outcome {
     let tls = args.client.tls(&args.uri)?;
     current_thread()?.block_on(async {
-        match &args.map {
-            Some(context) => show_map(args, tls, context).await,
-            None if args.size => {
+        match args.map.as_slice() {
+            contexts @ [_, ..] => show_map(args, tls, contexts).await,
+            [] if args.size => {
                 let (info, _) = describe(args, tls.as_ref(), &args.uri.export).await?;
                 output::line(&info.size.to_string())
             }
-            None => show(args, tls.as_ref()).await,
+            [] => show(args, tls.as_ref()).await,
         }
     })?;
     Ok(OK)
@@ -34,27 +35,22 @@ pub(crate) fn run(args: &NbdInfoArgs) -> Outcome {
 async fn show_map(
     args: &NbdInfoArgs,
     tls: Option<TlsClient>,
-    context: &str,
+    contexts: &[String],
 ) -> Result<(), Failure> {
-    let endpoint = args.uri.endpoint.clone();
-    let options = ConnectOptions {
-        name: args.uri.to_string(),
-        connect_timeout: args.client.timeout,
-        context: context.to_owned(),
-        tls,
-        ..ConnectOptions::new(endpoint, args.uri.export.clone())
-    };
+    let options =
+        ConnectOptions { contexts: contexts.to_vec(), tls, ..args.client.options(&args.uri) };
     let disk = Connection::connect(&options).await.context("cannot open the export")?;
-    if !disk.has_context() {
-        return Err(Failure::failed(format!(
+    let has = |name: &String| disk.contexts().iter().any(|context| context.name == *name);
+    let shown = match contexts.iter().find(|name| !has(name)) {
+        None => map::show(&disk, args.totals, args.json).await,
+        Some(context) => Err(Failure::failed(format!(
             "{}: the server has no meta context {context:?} for this export; `brep nbd info` \
              lists those that it has",
             args.uri
-        )));
-    }
-    map::show(&disk, context, args.totals, args.json).await?;
-    disk.close();
-    Ok(())
+        ))),
+    };
+    take_leave(disk.disconnect()).await;
+    shown
 }
 
 async fn describe(

@@ -3,86 +3,120 @@ use std::collections::BTreeMap;
 
 use brep_block::BlockDevice;
 use brep_nbd::client::Connection;
+use brep_nbd::proto::client::Extent;
 use brep_nbd::proto::wire::BASE_ALLOCATION;
 use serde_json::{Value, json};
 
 use crate::exit::Failure;
 use crate::output;
 
-/// Ranges that share their state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Bytes that share their state in every context.
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Run {
     offset: u64,
     len: u64,
-    state: u64,
+    /// One for each context.
+    states: Vec<u64>,
 }
 
-/// Prints the runs of an export in the meta context that it was connected with, or what they add
+/// Prints the runs of an export in the meta contexts that it was connected with, or what they add
 /// up to.
-pub(super) async fn show(
-    disk: &Connection,
-    context: &str,
-    totals: bool,
-    json: bool,
-) -> Result<(), Failure> {
-    let mut sums: BTreeMap<u64, u64> = BTreeMap::new();
-    let mut printer = Printer { context, json, begun: false };
+pub(super) async fn show(disk: &Connection, totals: bool, json: bool) -> Result<(), Failure> {
+    let contexts = disk.contexts().iter().map(|context| context.name.clone()).collect();
+    let mut sums: BTreeMap<Vec<u64>, u64> = BTreeMap::new();
+    let mut printer = Printer { contexts, json, begun: false };
     let mut open: Option<Run> = None;
     let mut offset = 0;
     while offset < disk.size() {
-        let (len, state) = disk.start_context_status(offset, disk.size() - offset).await?;
-        *sums.entry(state).or_default() += len;
-        match &mut open {
-            Some(run) if run.state == state => run.len += len,
-            open => {
-                if let Some(run) = open.replace(Run { offset, len, state }).filter(|_| !totals) {
-                    printer.run(run)?;
+        let found = disk.start_meta_status(offset, disk.size() - offset).await?;
+        for (len, states) in together(&found) {
+            *sums.entry(states.clone()).or_default() += len;
+            match &mut open {
+                Some(run) if run.states == states => run.len += len,
+                open => {
+                    let run = open.replace(Run { offset, len, states });
+                    if let Some(run) = run.filter(|_| !totals) {
+                        printer.run(&run)?;
+                    }
                 }
             }
+            offset += len;
         }
-        offset += len;
     }
     if totals {
-        for (&state, &sum) in &sums {
-            printer.total(state, sum, disk.size())?;
+        for (states, sum) in &sums {
+            printer.total(states, *sum, disk.size())?;
         }
     } else if let Some(run) = open {
-        printer.run(run)?;
+        printer.run(&run)?;
     }
     printer.end()
 }
 
+/// As far as all contexts reach: lengths, and the states that they share there.
+fn together(contexts: &[Vec<Extent>]) -> Vec<(u64, Vec<u64>)> {
+    let mut rest: Vec<_> = contexts.iter().map(|extents| extents.iter().copied()).collect();
+    let mut current: Vec<_> = rest.iter_mut().map(Iterator::next).collect();
+    let mut runs = Vec::new();
+    while let Some(extents) = current.iter().copied().collect::<Option<Vec<Extent>>>() {
+        let Some(len) = extents.iter().map(|extent| extent.len).min() else { break };
+        runs.push((len, extents.iter().map(|extent| extent.flags).collect()));
+        for (extent, rest) in current.iter_mut().zip(&mut rest) {
+            match extent {
+                Some(extent) if extent.len > len => extent.len -= len,
+                extent => *extent = rest.next(),
+            }
+        }
+    }
+    runs
+}
+
 /// Prints line by line: an export may have more runs than fit into memory.
-struct Printer<'a> {
-    context: &'a str,
+struct Printer {
+    contexts: Vec<String>,
     json: bool,
     begun: bool,
 }
 
-impl Printer<'_> {
-    fn run(&mut self, run: Run) -> Result<(), Failure> {
-        let Run { offset, len, state } = run;
-        let said = describe(self.context, state);
+impl Printer {
+    fn run(&mut self, run: &Run) -> Result<(), Failure> {
+        let Run { offset, len, states } = run;
         if self.json {
-            return self.item(&json!({
-                "offset": offset, "length": len, "type": state, "description": said,
-            }));
+            return self.item(json!({ "offset": offset, "length": len }), states);
         }
-        output::line(format!("{offset:>16} {len:>16} {state:>4}  {said}").trim_end())
+        output::line(format!("{offset:>16} {len:>16} {}", self.text(states)).trim_end())
     }
 
-    fn total(&mut self, state: u64, len: u64, size: u64) -> Result<(), Failure> {
-        let said = describe(self.context, state);
+    fn total(&mut self, states: &[u64], len: u64, size: u64) -> Result<(), Failure> {
         let percent = len as f64 * 100.0 / size as f64;
         if self.json {
-            return self.item(&json!({
-                "length": len, "percent": percent, "type": state, "description": said,
-            }));
+            return self.item(json!({ "length": len, "percent": percent }), states);
         }
-        output::line(format!("{len:>16} {percent:>5.1} % {state:>4}  {said}").trim_end())
+        output::line(format!("{len:>16} {percent:>5.1} % {}", self.text(states)).trim_end())
     }
 
-    fn item(&mut self, value: &Value) -> Result<(), Failure> {
+    fn text(&self, states: &[u64]) -> String {
+        let said = self.contexts.iter().zip(states).map(|(context, &state)| {
+            let said = describe(context, state);
+            match self.contexts.len() {
+                1 => format!("{state:>4}  {said}"),
+                // So that there are columns.
+                _ => format!("{state:>4}  {said:<12}"),
+            }
+        });
+        said.collect()
+    }
+
+    fn item(&mut self, mut value: Value, states: &[u64]) -> Result<(), Failure> {
+        let said = |context: &str, state: u64| (json!(state), json!(describe(context, state)));
+        if let ([context], [state]) = (self.contexts.as_slice(), states) {
+            (value["type"], value["description"]) = said(context, *state);
+        } else {
+            for (context, state) in self.contexts.iter().zip(states) {
+                let (kind, description) = said(context, *state);
+                value["states"][context] = json!({ "type": kind, "description": description });
+            }
+        }
         let before = if std::mem::replace(&mut self.begun, true) { ", " } else { "[ " };
         output::line(&format!("{before}{value}"))
     }
@@ -111,4 +145,21 @@ fn describe(context: &str, state: u64) -> String {
         _ => "",
     };
     said.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extents(extents: &[(u64, u64)]) -> Vec<Extent> {
+        extents.iter().map(|&(len, flags)| Extent { len, flags }).collect()
+    }
+
+    #[test]
+    fn contexts_are_told_together_as_far_as_all_of_them_reach() {
+        let found = [extents(&[(10, 0), (5, 3), (100, 0)]), extents(&[(4, 1), (8, 0)])];
+        let runs = [(4, vec![0, 1]), (6, vec![0, 0]), (2, vec![3, 0])];
+        assert_eq!(together(&found), runs);
+        assert_eq!(together(&found[..1]), [(10, vec![0]), (5, vec![3]), (100, vec![0])]);
+    }
 }

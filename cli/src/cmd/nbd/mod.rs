@@ -3,4 +3,5 @@ pub(crate) mod copy;
 pub(crate) mod info;
 pub(crate) mod list;
 mod map;
+pub(crate) mod resize;
 pub(crate) mod serve;

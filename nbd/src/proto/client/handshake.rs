@@ -40,9 +40,9 @@ pub struct HandshakeOptions {
     /// The best mode to ask for; a server that does not have it is asked for the next one. With
     /// simple replies, reads cannot have holes and every range counts as data.
     pub mode_max: TransmissionMode,
-    /// The meta context in which the state of ranges is asked for; usually
-    /// [`BASE_ALLOCATION`](crate::proto::wire::BASE_ALLOCATION).
-    pub context: String,
+    /// The meta contexts in which the state of ranges is asked for; usually
+    /// [`BASE_ALLOCATION`](crate::proto::wire::BASE_ALLOCATION) alone.
+    pub contexts: Vec<String>,
     /// Begin TLS before anything else, and end if that is not possible.
     pub tls: bool,
 }
@@ -55,15 +55,24 @@ pub struct Outcome {
     pub export: Option<ExportInfo>,
     /// How requests and replies are laid out.
     pub mode: TransmissionMode,
-    /// The id of the meta context that was asked for, if the server has it: set by
+    /// Those of the meta contexts that were asked for that the server has: set by
     /// [`Goal::Transmit`].
-    pub context: Option<u32>,
+    pub selected: Vec<SelectedContext>,
     /// The meta contexts that the export has: set by [`Goal::Describe`].
     pub contexts: Vec<String>,
     /// The answers to the private options, in their order; empty where there was none.
     pub private_replies: Vec<Bytes>,
     /// The exports: set by [`Goal::List`].
     pub exports: Vec<ListedExport>,
+}
+
+/// A meta context that both sides have agreed on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SelectedContext {
+    /// How replies speak of it; unique on the connection.
+    pub id: u32,
+    /// Its whole name.
+    pub name: String,
 }
 
 /// How far a handshake has come.
@@ -113,7 +122,7 @@ enum Step {
     Private(usize),
     ExtendedHeaders,
     StructuredReplies,
-    SelectContext,
+    SelectContexts,
     ListContexts,
     Go,
     Describe,
@@ -135,8 +144,11 @@ impl Handshake {
         }
         if opens && options.mode_max.is_structured() {
             plan.push_back(Step::StructuredReplies);
-            let selects = options.goal == Goal::Transmit;
-            plan.push_back(if selects { Step::SelectContext } else { Step::ListContexts });
+            match options.goal {
+                Goal::Transmit if options.contexts.is_empty() => {}
+                Goal::Transmit => plan.push_back(Step::SelectContexts),
+                _ => plan.push_back(Step::ListContexts),
+            }
         }
         match options.goal {
             Goal::Transmit => plan.push_back(Step::Go),
@@ -292,7 +304,7 @@ impl Handshake {
             }
             Step::ExtendedHeaders => OptionCode::EXTENDED_HEADERS,
             Step::StructuredReplies => OptionCode::STRUCTURED_REPLY,
-            Step::SelectContext => OptionCode::SET_META_CONTEXT,
+            Step::SelectContexts => OptionCode::SET_META_CONTEXT,
             Step::ListContexts => OptionCode::LIST_META_CONTEXT,
             Step::Go => OptionCode::GO,
             Step::Describe => OptionCode::INFO,
@@ -318,10 +330,12 @@ impl Handshake {
             | Step::StructuredReplies
             | Step::List
             | Step::Lookup => {}
-            Step::SelectContext => {
+            Step::SelectContexts => {
                 put_string(&mut data, name);
-                data.put_u32(1);
-                put_string(&mut data, self.options.context.as_bytes());
+                data.put_u32(self.options.contexts.len() as u32);
+                for context in &self.options.contexts {
+                    put_string(&mut data, context.as_bytes());
+                }
             }
             Step::ListContexts => {
                 put_string(&mut data, name);
@@ -353,7 +367,7 @@ impl Handshake {
         }
         match (step, reply.kind) {
             (Step::Private(index), PRIVATE_REPLY) => self.private_reply(index, reply),
-            (Step::SelectContext | Step::ListContexts, ReplyType::META_CONTEXT) => {
+            (Step::SelectContexts | Step::ListContexts, ReplyType::META_CONTEXT) => {
                 self.meta_context(step, &reply.data)
             }
             (Step::Go | Step::Describe, ReplyType::INFO) => self.info.take(&reply.data),
@@ -390,7 +404,7 @@ impl Handshake {
                     return Err(HandshakeError::NotListed(name.clone()));
                 }
             }
-            Step::SelectContext | Step::ListContexts | Step::List | Step::ExportName => {}
+            Step::SelectContexts | Step::ListContexts | Step::List | Step::ExportName => {}
         }
         self.next_step();
         Ok(())
@@ -404,9 +418,9 @@ impl Handshake {
             // What we can do without.
             Step::ExtendedHeaders if !fatal => {}
             Step::StructuredReplies if !fatal => {
-                self.plan.retain(|step| !matches!(step, Step::SelectContext | Step::ListContexts));
+                self.plan.retain(|step| !matches!(step, Step::SelectContexts | Step::ListContexts));
             }
-            Step::SelectContext if !fatal => self.outcome.context = None,
+            Step::SelectContexts if !fatal => self.outcome.selected.clear(),
             Step::ListContexts if !fatal => self.outcome.contexts.clear(),
             Step::Lookup if !fatal => self.outcome.exports.clear(),
             // After extended headers an export cannot be chosen in another way.
@@ -436,11 +450,16 @@ impl Handshake {
             self.outcome.contexts.push(string(reader.rest(), "META_CONTEXT reply")?);
             return Ok(());
         }
-        // We asked for one context: anything else was not asked for.
-        if reader.rest() != self.options.context.as_bytes() || self.outcome.context.is_some() {
+        let name = reader.rest();
+        let Some(name) = self.options.contexts.iter().find(|wanted| wanted.as_bytes() == name)
+        else {
+            return Err(malformed);
+        };
+        let selected = &mut self.outcome.selected;
+        if selected.iter().any(|context| context.id == id || context.name == *name) {
             return Err(malformed);
         }
-        self.outcome.context = Some(id);
+        selected.push(SelectedContext { id, name: name.clone() });
         Ok(())
     }
 

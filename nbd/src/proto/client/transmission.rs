@@ -14,6 +14,10 @@ use crate::proto::wire::{
 /// How much of an error text is kept, in bytes.
 const MESSAGE_LEN_MAX: usize = 1024;
 
+/// Most extents that are kept of replies that are not complete; of each context the first is. Whoever
+/// asked asks again for the rest. As many as QEMU's server sends in one reply, twice: 4 MiB.
+const EXTENTS_MAX: usize = 1 << 18;
+
 /// Longest error chunk, in bytes: the text has at most 64 KiB; kinds of errors that we do not know
 /// may have more to say, but not without bounds.
 const ERROR_LEN_MAX: u32 = 1 << 20;
@@ -98,14 +102,19 @@ pub enum Answer {
     Done,
     /// What was read: exactly as much as was asked for.
     Data(Bytes),
-    /// The first extent of a range, in the context `base:allocation`.
-    Extent {
-        /// Its length in bytes: not 0, otherwise as the server sent it.
-        len: u64,
-        /// What they mean is up to the context; for `base:allocation`,
-        /// [`AllocationFlags`](crate::proto::wire::AllocationFlags).
-        flags: u64,
-    },
+    /// The extents of a range from its beginning on, at least one for each context, in the order
+    /// in which [`Transmission::new`] was given the contexts.
+    Extents(Vec<Vec<Extent>>),
+}
+
+/// Bytes that share their state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// In bytes: not 0, otherwise as the server sent it.
+    pub len: u64,
+    /// What they mean is up to the context; for `base:allocation`,
+    /// [`AllocationFlags`](crate::proto::wire::AllocationFlags).
+    pub flags: u64,
 }
 
 /// A request that the server refused, or failed to carry out.
@@ -134,7 +143,10 @@ pub struct DirectRead<'a> {
 #[derive(Debug)]
 pub struct Transmission {
     mode: TransmissionMode,
-    allocation_context: Option<u32>,
+    /// The ids of the meta contexts.
+    contexts: Vec<u32>,
+    /// Extents that are being kept.
+    extents: usize,
     outstanding: Slab<Outstanding>,
     state: State,
     completed: VecDeque<Completion>,
@@ -152,7 +164,10 @@ struct Outstanding {
     /// How many error chunks have begun.
     texts: u32,
     read: ReadBuffer,
-    extent: Option<(u64, u64)>,
+    /// For each context.
+    extents: Vec<Vec<Extent>>,
+    /// The context of which extents are coming, as an index.
+    context: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -190,12 +205,13 @@ enum Body {
 }
 
 impl Transmission {
-    /// No request is outstanding. Both arguments as the handshake has agreed.
+    /// No request is outstanding. Mode and ids of the meta contexts as the handshake has agreed.
     #[must_use]
-    pub fn new(mode: TransmissionMode, allocation_context: Option<u32>) -> Self {
+    pub fn new(mode: TransmissionMode, contexts: Vec<u32>) -> Self {
         Transmission {
             mode,
-            allocation_context,
+            contexts,
+            extents: 0,
             outstanding: Slab::default(),
             state: State::Header,
             completed: VecDeque::new(),
@@ -222,6 +238,8 @@ impl Transmission {
     pub fn start(&mut self, request: Request, tag: u64) -> RequestHeader {
         let read_len = if request.command == Command::READ { request.len } else { 0 };
         let read_len = u32::try_from(read_len).expect("a read has a payload's length");
+        let contexts =
+            if request.command == Command::BLOCK_STATUS { self.contexts.len() } else { 0 };
         let cookie = self.outstanding.insert(Outstanding {
             tag,
             request,
@@ -230,7 +248,8 @@ impl Transmission {
             text: Vec::new(),
             texts: 0,
             read: ReadBuffer::new(read_len),
-            extent: None,
+            extents: vec![Vec::new(); contexts],
+            context: 0,
         });
         let Request { command, flags, offset, len } = request;
         let has_payload = self.mode.is_extended() && command == Command::WRITE;
@@ -409,20 +428,21 @@ impl Transmission {
             }
             Body::Context => {
                 let Some(id) = take(rest) else { return Ok(false) };
-                slot.context(u32::from_be_bytes(*id), self.allocation_context)?;
+                slot.begin_context(u32::from_be_bytes(*id), &self.contexts)?;
                 chunk.len -= 4;
                 chunk.body = Body::Extents;
             }
             Body::Extents => {
                 let Some(extent) = take::<8>(rest) else { return Ok(false) };
                 let mut reader = Reader::new(extent);
-                slot.extent(reader.u32().map(u64::from), reader.u32().map(u64::from))?;
+                let (len, flags) = (reader.u32().map(u64::from), reader.u32().map(u64::from));
+                slot.extent(len, flags, &mut self.extents)?;
                 chunk.len -= 8;
             }
             Body::LongContext => {
                 let Some(head) = take::<8>(rest) else { return Ok(false) };
                 let mut reader = Reader::new(head);
-                slot.context(reader.u32().unwrap_or_default(), self.allocation_context)?;
+                slot.begin_context(reader.u32().unwrap_or_default(), &self.contexts)?;
                 chunk.len -= 8;
                 if reader.u32() != Some(chunk.len / 16) {
                     return Err(ReplyError::ExtentCount);
@@ -432,7 +452,7 @@ impl Transmission {
             Body::LongExtents => {
                 let Some(extent) = take::<16>(rest) else { return Ok(false) };
                 let mut reader = Reader::new(extent);
-                slot.extent(reader.u64(), reader.u64())?;
+                slot.extent(reader.u64(), reader.u64(), &mut self.extents)?;
                 chunk.len -= 16;
             }
             Body::ErrorHead(kind) => {
@@ -478,12 +498,15 @@ impl Transmission {
 
     fn complete(&mut self, cookie: u64) -> Result<(), ReplyError> {
         let slot = self.outstanding.remove(cookie).ok_or(ReplyError::Cookie(cookie))?;
+        self.extents -= slot.extents.iter().map(Vec::len).sum::<usize>();
         let result = match (slot.refusal, slot.request.command) {
             (Some(refusal), _) => Err(Refusal { message: message(&slot.text), ..refusal }),
             (None, Command::READ) => Ok(Answer::Data(slot.read.finish()?)),
             (None, Command::BLOCK_STATUS) => {
-                let (len, flags) = slot.extent.ok_or(ReplyError::NoExtent)?;
-                Ok(Answer::Extent { len, flags })
+                if slot.extents.is_empty() || slot.extents.iter().any(Vec::is_empty) {
+                    return Err(ReplyError::NoExtent);
+                }
+                Ok(Answer::Extents(slot.extents))
             }
             (None, _) => Ok(Answer::Done),
         };
@@ -510,19 +533,31 @@ impl Outstanding {
         Ok(())
     }
 
-    fn context(&mut self, id: u32, agreed: Option<u32>) -> Result<(), ReplyError> {
-        if agreed != Some(id) {
-            return Err(ReplyError::Context(id));
+    fn begin_context(&mut self, id: u32, agreed: &[u32]) -> Result<(), ReplyError> {
+        let index = agreed.iter().position(|agreed| *agreed == id);
+        self.context = index.ok_or(ReplyError::Context(id))?;
+        match self.extents.get(self.context) {
+            Some(extents) if extents.is_empty() => Ok(()),
+            _ => Err(ReplyError::RepeatedContext),
         }
-        if self.extent.is_some() { Err(ReplyError::RepeatedContext) } else { Ok(()) }
     }
 
-    /// Only the first extent is kept: we always ask for one.
-    fn extent(&mut self, len: Option<u64>, flags: Option<u64>) -> Result<(), ReplyError> {
+    /// `kept`: how many there are of all requests.
+    fn extent(
+        &mut self,
+        len: Option<u64>,
+        flags: Option<u64>,
+        kept: &mut usize,
+    ) -> Result<(), ReplyError> {
         let (Some(len @ 1..), Some(flags)) = (len, flags) else {
             return Err(ReplyError::EmptyExtent);
         };
-        self.extent.get_or_insert((len, flags));
+        if let Some(extents) = self.extents.get_mut(self.context)
+            && (extents.is_empty() || *kept < EXTENTS_MAX)
+        {
+            extents.push(Extent { len, flags });
+            *kept += 1;
+        }
         Ok(())
     }
 

@@ -4,7 +4,7 @@ mod target;
 
 use std::sync::Arc;
 
-use brep_block::{BlockDevice, CopyOptions, copy_device};
+use brep_block::{BlockDevice, CopyOptions, FlushLevel, copy_device};
 
 use self::target::Target;
 use crate::args::{CopyArgs, STREAM};
@@ -31,7 +31,9 @@ async fn between_disks(args: &CopyArgs, connecting: &Connecting) -> Result<(), F
     let size = source.device.size();
     let target = Target::open(args, connecting, Some(size)).await?;
     let result = copy(args, &source.device, &target).await;
-    target.end(result, args.no_flush).await
+    let ended = target.end(result, args.no_flush).await;
+    leave(&source).await;
+    ended
 }
 
 async fn open_source(args: &CopyArgs, connecting: &Connecting) -> Result<Source, Failure> {
@@ -87,7 +89,15 @@ async fn to_stdout(args: &CopyArgs, connecting: &Connecting) -> Result<(), Failu
     let source = open_source(args, connecting).await?;
     let bar = output::progress("copying");
     bar.set_length(source.device.size());
-    stream::to_stdout(args, &source.device, &bar).await?;
+    let copied = stream::to_stdout(args, &source.device, &bar).await;
     bar.finish_and_clear();
-    Ok(())
+    leave(&source).await;
+    copied
+}
+
+/// Ends the use of what was only read.
+async fn leave(source: &Source) {
+    if let Err(failure) = source.close_to(FlushLevel::Process).await {
+        tracing::debug!("{failure}");
+    }
 }

@@ -1,5 +1,6 @@
 //! `brep nbd serve`: one image as an export.
 mod captive;
+mod contexts;
 mod last_client;
 mod pid_file;
 
@@ -87,14 +88,17 @@ async fn serve_until(
     tls: Option<ServerTls>,
     shutdown: CancellationToken,
 ) -> Result<u8, Failure> {
-    let source = open(&args).await?;
+    let layers = layers(&args).await?;
+    let source = &layers[0];
     let listeners = place.listeners().await?;
     for listener in &listeners {
         args.tls.check_open(listener.endpoint())?;
     }
     let required =
         tls.as_ref().is_some_and(|tls| listeners.iter().any(|l| tls.is_required_at(l.endpoint())));
-    let (exports, gone) = exports(&args, part(&args, &source)?, tls.as_ref());
+    let allowed = tls.as_ref().and_then(|tls| tls.allowed_clients.clone());
+    let export = export(&args, part(&args, source)?).allowed_subjects(allowed);
+    let (exports, gone) = exports(&args, contexts::add(export, &args, &layers).await?);
     let config = ServerConfig::default()
         .connections_max(args.max_connections)
         .tls(tls.map(|tls| tls.server), required);
@@ -127,8 +131,18 @@ async fn serve_until(
     code
 }
 
-async fn open(args: &ServeArgs) -> Result<Source, Failure> {
-    Source::open_file(&args.file, args.format, args.read_only, args.cache).await
+/// The image, and what lies below it, from the top down.
+async fn layers(args: &ServeArgs) -> Result<Vec<Source>, Failure> {
+    let mut layers: Vec<Source> = Vec::new();
+    for file in args.backing.iter().rev() {
+        let below = layers.last().map(|layer| Arc::clone(&layer.device));
+        layers.push(Source::open_over(file, None, true, args.cache, below).await?);
+    }
+    let below = layers.last().map(|layer| Arc::clone(&layer.device));
+    let image = Source::open_over(&args.file, args.format, args.read_only, args.cache, below);
+    layers.push(image.await?);
+    layers.reverse();
+    Ok(layers)
 }
 
 /// The disk, or the part of it that is wanted.
@@ -145,19 +159,17 @@ fn part(args: &ServeArgs, source: &Source) -> Result<Arc<dyn BlockDevice>, Failu
     }
 }
 
-/// What is served, and a token that is cancelled when the last client has gone, if that matters.
-fn exports(
-    args: &ServeArgs,
-    device: Arc<dyn BlockDevice>,
-    tls: Option<&ServerTls>,
-) -> (Arc<dyn Exports>, CancellationToken) {
-    let table = StaticExports::new();
-    let allowed = tls.and_then(|tls| tls.allowed_clients.clone());
-    let export = Export::new(&args.export, device)
+fn export(args: &ServeArgs, device: Arc<dyn BlockDevice>) -> Export {
+    Export::new(&args.export, device)
         .read_only(args.read_only)
+        .resizable(args.resizable)
         .description(args.description.clone())
         .multi_conn(args.max_connections > 1)
-        .allowed_subjects(allowed);
+}
+
+/// What is served, and a token that is cancelled when the last client has gone, if that matters.
+fn exports(args: &ServeArgs, export: Export) -> (Arc<dyn Exports>, CancellationToken) {
+    let table = StaticExports::new();
     table.add(export);
     let gone = CancellationToken::new();
     match args.exit_with_last_client {

@@ -1,0 +1,115 @@
+"""Bitmaps and layers of a served image are told as qemu-nbd tells them, to libnbd's and QEMU's clients.
+
+Seen to fail with: bits of a bitmap counted from the most significant of a byte; a depth counted from 0.
+"""
+
+import json
+
+import brep_iotest
+
+CONTEXTS = ["base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:nightly"]
+
+
+def run(t):
+    t.require("nbdinfo")
+    make_image(t)
+    serve = ["--read-only", "--allocation-depth", "--backing", "middle.qcow2", "--backing", "base.raw"]
+    # One after the other: each has the image's lock.
+    theirs = t.qemu_nbd("theirs", "top.qcow2", "theirs.sock", "-r", "-A", "-B", "nightly")
+    expected = maps(t, "theirs.sock")
+    theirs.stop()
+    ours = t.serve("ours", "top.qcow2", "ours.sock", *serve, "--all-bitmaps")
+    for what, map in maps(t, "ours.sock").items():
+        t.equal(map, expected[what], what)
+    shown(t)
+    t.log("contexts:", *t.brep("nbd", "info", t.uri("ours.sock"), "--json").json["exports"][0]["contexts"])
+    weekly = nbdinfo(t, "ours.sock", "qemu:dirty-bitmap:weekly")
+    t.equal(weekly, [(0, 64 << 20, 0)], "a bitmap without marks")
+    ours.stop()
+    one(t, serve)
+    refusals(t, serve)
+    outdated(t)
+
+
+def make_image(t):
+    t.pattern_file("base.raw", 40 << 20)
+    t.qemu_img("create", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "middle.qcow2", "64M")
+    t.qemu_io("middle.qcow2", "write -P 1 1M 1M", "write -z 3M 64k")
+    t.qemu_img("create", "-f", "qcow2", "-b", "middle.qcow2", "-F", "qcow2", "top.qcow2", "64M")
+    t.qemu_img("bitmap", "--add", "-g", "4k", "top.qcow2", "nightly")
+    t.qemu_io("top.qcow2", "write -P 2 5M 512", "write -P 3 6M 2M", "write -P 4 64000k 1536k")
+    t.qemu_img("bitmap", "--add", "top.qcow2", "weekly")
+    # qemu-nbd serves a bitmap read-only only if it is disabled.
+    t.qemu_img("bitmap", "--disable", "top.qcow2", "nightly")
+
+
+def one(t, serve):
+    ours = t.serve("one", "top.qcow2", "one.sock", *serve, "-B", "nightly")
+    info = t.brep("nbd", "info", t.uri("one.sock"), "--json").json
+    t.log("one:", *info["exports"][0]["contexts"])
+    ours.stop()
+
+
+def refusals(t, serve):
+    listen = ["--listen", "nbd+unix:///?socket=no.sock"]
+    for args in [["top.qcow2", *serve, "-B", "nightly", "-B", "monthly"],
+                 ["base.raw", "--read-only", "--all-bitmaps"],
+                 ["base.raw", "--backing", "middle.qcow2"],
+                 ["top.qcow2", "-B", "nightly"],
+                 ["top.qcow2", "--read-only"]]:
+        t.log_brep("nbd", "serve", *args, *listen)
+
+
+def outdated(t):
+    """A writer that does not keep bitmaps says so, in the image."""
+    layers = ["--backing", "middle.qcow2", "--backing", "base.raw"]
+    writer = t.serve("writer", "top.qcow2", "writer.sock", *layers)
+    t.qemu_io(t.uri("writer.sock"), "write -P 9 0 64k")
+    writer.stop()
+    t.expect("outdated" in writer.log(), f"a warning: {writer.log()}")
+    t.log_brep("nbd", "serve", "top.qcow2", "--read-only", *layers, "-B", "nightly",
+               "--listen", "nbd+unix:///?socket=no.sock")
+    info = json.loads(t.qemu_img("info", "--output=json", "top.qcow2").stdout)
+    bitmaps = info["format-specific"]["data"].get("bitmaps", [])
+    t.expect(all("in-use" in b["flags"] for b in bitmaps), f"QEMU takes none for good: {bitmaps}")
+
+
+def maps(t, socket):
+    found = {context: nbdinfo(t, socket, context) for context in CONTEXTS}
+    return {**found, "qemu-img map": qemu_map(t, socket, "nightly")}
+
+
+def shown(t):
+    """By our own client: each alone, and all in one go."""
+    uri = t.uri("ours.sock")
+    for context in CONTEXTS:
+        t.log(context)
+        for line in t.brep("nbd", "info", uri, f"--map={context}").stdout.splitlines():
+            t.log(" ", *line.split())
+    together = [f"--map={context}" for context in CONTEXTS]
+    t.log("together")
+    for line in t.brep("nbd", "info", uri, *together).stdout.splitlines():
+        t.log(" ", *line.split())
+    totals = t.brep("nbd", "info", uri, *together, "--totals", "--json").json
+    t.log(*[e["length"] for e in totals], [e["states"]["qemu:allocation-depth"]["type"] for e in totals])
+
+
+def nbdinfo(t, socket, context):
+    extents = json.loads(t.run("nbdinfo", f"--map={context}", "--json", t.uri(socket)).stdout)
+    runs = []
+    for e in extents:
+        if runs and runs[-1][2] == e["type"]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + e["length"], e["type"])
+        else:
+            runs.append((e["offset"], e["length"], e["type"]))
+    return runs
+
+
+def qemu_map(t, socket, bitmap):
+    options = (f"driver=nbd,server.type=unix,server.path={t.dir / socket},"
+               f"x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}")
+    extents = json.loads(t.qemu_img("map", "--output=json", "--image-opts", options).stdout)
+    return [(e["start"], e["length"], e["data"]) for e in extents]
+
+
+brep_iotest.main(run)
