@@ -9,6 +9,7 @@
 mod handshake;
 mod info;
 mod option_reply;
+mod outstanding;
 mod read_buffer;
 mod slab;
 mod transmission;
