@@ -27,44 +27,6 @@ pub fn is_zero(data: &[u8]) -> bool {
         && rest.iter().all(|&byte| byte == 0)
 }
 
-/// A zeroed buffer whose address is a multiple of an alignment, as direct I/O demands it.
-#[derive(Debug)]
-pub(crate) struct AlignedBuffer {
-    memory: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl AlignedBuffer {
-    /// `align` is a power of two.
-    pub(crate) fn new(len: usize, align: usize) -> Self {
-        debug_assert!(align.is_power_of_two());
-        let memory = vec![0; len + align - 1];
-        let start = memory.as_ptr().addr().wrapping_neg() & (align - 1);
-        AlignedBuffer { memory, start, len }
-    }
-
-    /// The part of the buffer that is wanted, without a copy.
-    pub(crate) fn into_bytes(self, from: usize, len: usize) -> Bytes {
-        assert!(from + len <= self.len, "a part of the buffer");
-        Bytes::from(self.memory).slice(self.start + from..self.start + from + len)
-    }
-}
-
-impl std::ops::Deref for AlignedBuffer {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.memory[self.start..self.start + self.len]
-    }
-}
-
-impl std::ops::DerefMut for AlignedBuffer {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.len]
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,19 +53,5 @@ mod tests {
             assert!(is_zero(&data));
         }
         assert_eq!(zeroes(512).as_ptr(), zeroes(4096).as_ptr(), "short ones share memory");
-    }
-
-    #[test]
-    fn aligned_buffers_are_aligned_and_keep_their_bytes() {
-        for align in [1, 4, 512, 4096, 65536] {
-            let mut buffer = AlignedBuffer::new(1000, align);
-            assert_eq!(buffer.len(), 1000);
-            assert_eq!(buffer.as_ptr().addr() % align, 0);
-            buffer[10..13].copy_from_slice(&[1, 2, 3]);
-            let address = buffer[10..].as_ptr();
-            let bytes = buffer.into_bytes(10, 3);
-            assert_eq!(bytes, [1, 2, 3][..]);
-            assert_eq!(bytes.as_ptr(), address, "no copy");
-        }
     }
 }

@@ -11,6 +11,7 @@ mod io;
 mod memory;
 #[cfg(feature = "simulation")]
 pub mod plant;
+mod pool;
 mod range_lock;
 mod raw;
 pub mod storage;
@@ -28,5 +29,6 @@ pub use device::{
 pub use error::{Error, ErrorKind, Operation, Result};
 pub use io::Io;
 pub use memory::Memory;
+pub use pool::Buffer;
 pub use range_lock::{LockMode, RangeGuard, RangeLock};
 pub use raw::{CacheMode, RawFile, RawFileOptions};

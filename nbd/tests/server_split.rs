@@ -8,7 +8,7 @@ use brep_nbd::proto::server::{
     SelectedContext, Step, TlsPolicy, check,
 };
 use brep_nbd::proto::wire::{
-    ClientFlags, Command, CommandFlags, EXTENDED_REQUEST_MAGIC, OptionCode, REQUEST_MAGIC,
+    ClientFlags, Command, CommandFlags, EXTENDED_REQUEST_MAGIC, Errno, OptionCode, REQUEST_MAGIC,
     RequestHeader, TransmissionMode,
 };
 use bytes::{Bytes, BytesMut};
@@ -304,5 +304,49 @@ proptest! {
             prop_assert!(decoder.missing(&input) > 0 || !input.is_empty());
         }
         prop_assert!(input.len() <= bytes.len() + 4);
+    }
+}
+
+#[tokio::test]
+async fn large_payloads_are_taken_whole_and_nothing_of_their_neighbours_with_them() {
+    let fixture = Fixture::device(Memory::new("memory", 16 << 20)).await;
+    let lens = [5, 300 << 10, (1 << 20) + 3, 28, 700 << 10, 600 << 10, 4096];
+    for extended in [false, true] {
+        let mut script = Vec::new();
+        let mut expected = Vec::new();
+        for (len, cookie) in lens.into_iter().zip(1_u8..) {
+            let header = request(Command::WRITE, cookie.into(), expected.len() as u64, len as u32);
+            let payload: Vec<u8> = (0..len).map(|at| (at / 7) as u8 ^ cookie).collect();
+            match extended {
+                true => {
+                    let header = RequestHeader { flags: CommandFlags::PAYLOAD_LEN, ..header };
+                    script.extend(header.encode_extended());
+                    script.extend(&payload);
+                }
+                false => script.extend(request_bytes(header, &payload)),
+            }
+            expected.extend(payload);
+        }
+        // Between the first header and its payload, in the midst of large ones, at their ends.
+        for cut in [0, 30, 61, 200 << 10, (300 << 10) + 60, (300 << 10) + 70, 1 << 20] {
+            let mut raw = match extended {
+                true => fixture.extended().await,
+                false => fixture.session(false).await,
+            };
+            raw.send(&script[..cut]).await;
+            // The server has to see the first piece alone.
+            tokio::task::yield_now().await;
+            raw.send(&script[cut..]).await;
+            for _ in lens {
+                match extended {
+                    true => drop(raw.extended_chunk().await),
+                    false => assert_eq!(raw.simple().await.0, Errno::OK),
+                }
+            }
+            let mut reader = fixture.session(false).await;
+            let found = reader.read(0, expected.len() as u32).await;
+            assert!(found == expected, "extended: {extended}, cut at {cut}");
+            assert_eq!(reader.write(0, &vec![0; expected.len()]).await, Errno::OK);
+        }
     }
 }

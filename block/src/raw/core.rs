@@ -12,7 +12,7 @@ use super::direct::Direct;
 use super::engine;
 use super::flush::Flusher;
 use super::sys;
-use crate::buffer::AlignedBuffer;
+use crate::Buffer;
 use crate::{Error, ErrorKind, Limits, Operation, Result};
 
 /// A file's state, shared by the device and by the operations that outlive their callers.
@@ -143,19 +143,14 @@ impl Core {
     }
 
     /// The rest of a read of which `done` bytes are in the buffer already.
-    pub(super) fn read_rest(
-        &self,
-        offset: u64,
-        mut buffer: AlignedBuffer,
-        done: usize,
-    ) -> Result<Bytes> {
+    pub(super) fn read_rest(&self, offset: u64, mut buffer: Buffer, done: usize) -> Result<Bytes> {
         let len = buffer.len();
         let read = engine::read_full(&self.file, offset + done as u64, &mut buffer[done..], 1)
             .map_err(|error| self.error(Operation::Read, offset, len as u64, &error))?;
         if done + read < len {
             return Err(self.ended_early(offset, len as u64, offset + (done + read) as u64));
         }
-        Ok(buffer.into_bytes(0, len))
+        Ok(buffer.freeze())
     }
 
     pub(super) fn ended_early(&self, offset: u64, len: u64, end: u64) -> Error {
@@ -211,7 +206,7 @@ mod tests {
         assert!(error.is_err());
         assert_eq!((core.size(), core.file.metadata().unwrap().len()), (1000, 1000));
         core.extend(2000).unwrap();
-        let found = core.read_rest(0, AlignedBuffer::new(2000, 1), 0).unwrap();
+        let found = core.read_rest(0, Buffer::new(2000), 0).unwrap();
         assert_eq!((&found[..1000], &found[1000..]), (&[1; 1000][..], &[0; 1000][..]));
     }
 }

@@ -13,7 +13,7 @@ use bytes::Bytes;
 
 use super::core::Core;
 use super::engine;
-use crate::buffer::AlignedBuffer;
+use crate::Buffer;
 use crate::{Error, LockMode, Operation, RangeLock, Result};
 
 /// Longest piece of a misaligned write that is copied to aligned memory at a time, in bytes.
@@ -84,7 +84,8 @@ impl Direct {
             let end = (at + data.len() as u64).min(start + BOUNCE_LEN);
             let (now, rest) = data.split_at((end - at) as usize);
             let len = round_up(end, self.block_len) - start;
-            let mut buffer = AlignedBuffer::new(len as usize, self.memory_align);
+            let mut buffer = Buffer::aligned(len as usize, self.memory_align);
+            buffer.fill(0);
             self.read_edges(core, start, at..end, &mut buffer)?;
             buffer[(at - start) as usize..][..now.len()].copy_from_slice(now);
             self.write_blocks(core, start, &buffer, durable)?;
@@ -125,12 +126,12 @@ pub(super) async fn read(core: Arc<Core>, offset: u64, len: usize) -> Result<Byt
     };
     let start = round_down(offset, block_len);
     let end = round_up(offset + len as u64, block_len);
-    let buffer = AlignedBuffer::new((end - start) as usize, memory_align);
+    let buffer = Buffer::aligned((end - start) as usize, memory_align);
     let skip = (offset - start) as usize;
     // The last block may be a short one: less than the whole buffer is enough.
     let (mut buffer, read) = engine::read_by_ring(&core, start, buffer, 0).await?;
     if read >= skip + len {
-        return Ok(buffer.into_bytes(skip, len));
+        return Ok(buffer.freeze().slice(skip..skip + len));
     }
     engine::run(&core, Operation::Read, move |core| {
         let read = engine::read_full(&core.file, start, &mut buffer, block_len as usize)
@@ -138,7 +139,7 @@ pub(super) async fn read(core: Arc<Core>, offset: u64, len: usize) -> Result<Byt
         if read < skip + len {
             return Err(core.ended_early(offset, len as u64, start + read as u64));
         }
-        Ok(buffer.into_bytes(skip, len))
+        Ok(buffer.freeze().slice(skip..skip + len))
     })
     .await
 }

@@ -9,7 +9,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use super::core::Core;
 use super::sys::ring::{self, Outcome, Read};
-use crate::buffer::AlignedBuffer;
+use crate::Buffer;
 use crate::{Error, ErrorKind, Operation, Result};
 
 /// Runs `work` where it may block.
@@ -41,9 +41,9 @@ pub(super) fn shutdown(core: &Core, operation: Operation) -> Error {
 pub(super) async fn read_by_ring(
     core: &Arc<Core>,
     offset: u64,
-    buffer: AlignedBuffer,
+    buffer: Buffer,
     from: usize,
-) -> Result<(AlignedBuffer, usize)> {
+) -> Result<(Buffer, usize)> {
     let read = Read { core: Arc::clone(core), offset, buffer, from };
     match ring::read(read).await {
         Outcome::Done(len, buffer) => Ok((buffer, from + len)),

@@ -16,7 +16,7 @@ use bytes::Bytes;
 
 use self::core::Core;
 pub use self::open::{CacheMode, RawFileOptions};
-use crate::buffer::AlignedBuffer;
+use crate::Buffer;
 use crate::device::{check_request, check_request_write};
 use crate::{
     BlockDevice, BlockStatus, FlushLevel, Io, Limits, Operation, Result, WriteFlags, ZeroFlags,
@@ -81,24 +81,20 @@ impl RawFile {
 }
 
 /// Reads what the page cache did not have, from index `done` of the buffer on.
-async fn read_rest(
-    core: Arc<Core>,
-    offset: u64,
-    buffer: AlignedBuffer,
-    done: usize,
-) -> Result<Bytes> {
+async fn read_rest(core: Arc<Core>, offset: u64, buffer: Buffer, done: usize) -> Result<Bytes> {
     let len = buffer.len();
     let start = offset + done as u64;
     let (buffer, done) = engine::read_by_ring(&core, start, buffer, done).await?;
     if done == len {
-        return Ok(buffer.into_bytes(0, len));
+        return Ok(buffer.freeze());
     }
     engine::run(&core, Operation::Read, move |core| core.read_rest(offset, buffer, done)).await
 }
 
-/// From this length on a request through the page cache is carried out by another thread: to copy so
-/// much takes longer than to hand it over, and this thread has other requests to see to meanwhile.
-const INLINE_BYTES_MAX: usize = 256 << 10;
+/// A longer request through the page cache is carried out by another thread: this one has other
+/// requests to see to meanwhile. To hand a shorter one over costs more than it gains: another
+/// processor has none of its data at hand.
+const INLINE_BYTES_MAX: usize = 1 << 20;
 
 impl BlockDevice for RawFile {
     fn name(&self) -> &str {
@@ -123,13 +119,13 @@ impl BlockDevice for RawFile {
         if self.core.direct.is_some() {
             return Io::future(direct::read(self.core(), offset, len));
         }
-        let mut buffer = AlignedBuffer::new(len, 1);
-        let done = match len < INLINE_BYTES_MAX {
+        let mut buffer = Buffer::new(len);
+        let done = match len <= INLINE_BYTES_MAX {
             true => self.core.read_cached(offset, &mut buffer),
             false => 0,
         };
         if done == len {
-            return Io::ok(buffer.into_bytes(0, len));
+            return Io::ok(buffer.freeze());
         }
         Io::future(read_rest(self.core(), offset, buffer, done))
     }
@@ -146,7 +142,7 @@ impl BlockDevice for RawFile {
             return Io::future(direct::write(core, offset, data, flags.fua));
         }
         if !flags.fua {
-            if data.len() < INLINE_BYTES_MAX || offset + data.len() as u64 > core.size() {
+            if data.len() <= INLINE_BYTES_MAX || offset + data.len() as u64 > core.size() {
                 return self.core.write_cached(offset, &data).into();
             }
             return Io::future(async move {

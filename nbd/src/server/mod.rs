@@ -4,6 +4,7 @@
 //! [`StaticExports`] is a table of them. Every client is a [`Connection`], which can be watched,
 //! closed, and drained.
 
+mod arriving;
 mod budget;
 mod config;
 mod connection;

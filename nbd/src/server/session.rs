@@ -12,11 +12,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker, ready};
 
-use bytes::{BufMut, BytesMut};
+use bytes::BytesMut;
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio::time::{Instant, Sleep};
 use tokio_util::sync::ReusableBoxFuture;
 
+use super::arriving::Arriving;
 use super::budget::Budget;
 use super::config::ServerConfig;
 use super::connection::{Completion, Connection, Stop, Ticket};
@@ -32,8 +33,6 @@ use crate::proto::wire::{Command, Errno, PAYLOAD_LEN_MAX, RequestHeader};
 /// How much the socket is asked for at once; grows while the socket fills it.
 const READ_LEN_MIN: usize = 16 << 10;
 const READ_LEN_MAX: usize = 256 << 10;
-/// Most memory for input that an idle connection keeps: enough for writes of 1 MiB.
-const IDLE_LEN_MAX: usize = (1 << 20) + (64 << 10);
 /// While more than this waits to be sent, no further request is started: whatever a client does
 /// not fetch need not be read from the disk yet.
 const OUTPUT_LEN_MAX: usize = 1 << 20;
@@ -65,9 +64,9 @@ pub(super) struct Session<'a> {
     encoder: ReplyEncoder,
     decoder: Decoder,
     input: BytesMut,
+    /// A large payload that is arriving, in memory of its own.
+    payload: Option<Arriving>,
     read_len: usize,
-    /// The memory behind `input` is larger than what an idle connection may keep.
-    input_is_large: bool,
     output: Output,
     /// Something that was written may wait in the stream.
     unflushed: bool,
@@ -112,8 +111,8 @@ impl<'a> Session<'a> {
             decoder: Decoder::new(agreed.mode),
             agreed,
             input,
+            payload: None,
             read_len: READ_LEN_MIN,
-            input_is_large: false,
             output: Output::new(),
             unflushed: false,
             operation: idle(),
@@ -160,16 +159,7 @@ impl<'a> Session<'a> {
             if self.is_over(stop, &waiting) {
                 return Poll::Ready(());
             }
-            self.slim();
             return Poll::Pending;
-        }
-    }
-
-    /// An idle connection does not keep the memory of an unusually large payload.
-    fn slim(&mut self) {
-        if self.input_is_large && self.decoder.is_between_requests(&self.input) {
-            self.input = BytesMut::new();
-            self.input_is_large = false;
         }
     }
 
@@ -228,11 +218,22 @@ impl<'a> Session<'a> {
                 self.running_cost += cost;
                 self.admitted = Some(cost);
             }
-            let Some(request) = self.decoder.request(&mut self.input) else {
-                return Waiting::Input;
-            };
+            let Some(request) = self.next_request(&header) else { return Waiting::Input };
             let cost = self.admitted.take().unwrap_or_default();
             self.start(request, cost, stop);
+        }
+    }
+
+    /// The request of this header, as soon as its payload has arrived.
+    fn next_request(&mut self, header: &RequestHeader) -> Option<Request> {
+        if self.payload.is_none() && self.decoder.missing(&self.input) > READ_LEN_MAX {
+            let len = usize::try_from(self.decoder.payload_len(header)).ok()?;
+            self.payload = Some(Arriving::new(len, &mut self.input));
+        }
+        match self.payload.take_if(|payload| payload.is_complete()) {
+            Some(payload) => self.decoder.request_with(payload.finish(&mut self.input)),
+            None if self.payload.is_some() => None,
+            None => self.decoder.request(&mut self.input),
         }
     }
 
@@ -380,24 +381,16 @@ impl<'a> Session<'a> {
 
     /// Reads what there is; whether there was something (the end counts).
     fn receive(&mut self, cx: &mut Context<'_>) -> bool {
-        let missing = self.decoder.missing(&self.input);
-        let limit = if missing > READ_LEN_MAX {
-            // A large payload gets memory of its own, filled exactly: nothing that follows it has
-            // to be moved. Only the next header may come with it.
-            let want = missing + RequestHeader::EXTENDED_SIZE;
-            self.input.reserve(want);
-            self.input_is_large |= want > IDLE_LEN_MAX;
-            want
-        } else {
-            let spare = self.input.capacity() - self.input.len();
-            if spare < missing.max(self.read_len / 4) {
-                self.input.reserve(missing.max(self.read_len));
+        let read = match &mut self.payload {
+            Some(payload) => payload.receive(&mut self.stream, cx),
+            None => {
+                let missing = self.decoder.missing(&self.input);
+                let spare = self.input.capacity() - self.input.len();
+                if spare < missing.max(self.read_len / 4) {
+                    self.input.reserve(missing.max(self.read_len));
+                }
+                pin!(self.stream.read_buf(&mut self.input)).poll(cx)
             }
-            self.input.capacity() - self.input.len()
-        };
-        let read = {
-            let mut space = (&mut self.input).limit(limit);
-            pin!(self.stream.read_buf(&mut space)).poll(cx)
         };
         match read {
             Poll::Pending => return false,

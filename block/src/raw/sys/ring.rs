@@ -18,7 +18,7 @@ use tokio::runtime::{Handle, Id, RuntimeFlavor};
 use tokio::sync::{Notify, oneshot};
 
 use super::super::core::Core;
-use crate::buffer::AlignedBuffer;
+use crate::Buffer;
 
 /// Reads that the kernel has at a time; the others wait their turn.
 const IN_FLIGHT_MAX: usize = 256;
@@ -35,7 +35,7 @@ thread_local! {
 pub(in crate::raw) struct Read {
     pub(in crate::raw) core: Arc<Core>,
     pub(in crate::raw) offset: u64,
-    pub(in crate::raw) buffer: AlignedBuffer,
+    pub(in crate::raw) buffer: Buffer,
     /// The index from which on the buffer is filled.
     pub(in crate::raw) from: usize,
 }
@@ -43,9 +43,9 @@ pub(in crate::raw) struct Read {
 /// What became of a read.
 pub(in crate::raw) enum Outcome {
     /// The kernel has read this many bytes.
-    Done(usize, AlignedBuffer),
+    Done(usize, Buffer),
     /// Use plain calls.
-    Refused(AlignedBuffer),
+    Refused(Buffer),
     /// The runtime is shutting down.
     Shutdown,
 }

@@ -71,8 +71,14 @@ impl Decoder {
         if input.len() < len {
             return None;
         }
-        self.header = None;
         let payload = if len == 0 { Bytes::new() } else { input.split_to(len).freeze() };
+        self.request_with(payload)
+    }
+
+    /// The request whose header has been seen, with a payload that a driver has received into
+    /// memory of its own: [`payload_len`](Self::payload_len) bytes.
+    pub fn request_with(&mut self, payload: Bytes) -> Option<Request> {
+        let header = self.header.take()?;
         Some(Request { header, payload })
     }
 
