@@ -15,14 +15,15 @@ import contenders as c
 import moments
 import outage
 import report
+import serving as s
 from loads import LOADS
 
 
 class Group:
     """`ours` are compared with `peers`; `others` are only shown."""
 
-    def __init__(self, name, title, ours, peers, others=()):
-        self.name, self.title = name, title
+    def __init__(self, name, title, ours, peers, others=(), loads=LOADS):
+        self.name, self.title, self.loads = name, title, loads
         self.ours, self.peers, self.others = ours, peers, list(others)
 
     def all(self):
@@ -32,18 +33,23 @@ class Group:
 def groups(t):
     return [
         Group("primary", "The guest's export of a pair",
-              [c.BrepPair(t, "sync"), c.BrepPair(t, "async")], [c.QemuPair(t)], [c.Null(t)]),
+              [c.BrepPair(t, "sync"), c.BrepPair(t, "async")], [c.QemuPair(t)], [s.Nbdkit(t, "null", "unix")]),
         Group("secondary", "The secondary alone, written to by a plain client",
               [c.BrepPlainSecondary(t)], [c.QemuParent(t)]),
-        Group("server", "A plain server",
-              [c.BrepServer(t)], [c.QemuNbd(t), c.NbdkitFile(t)], [c.Null(t)]),
+        *(Group(f"serve-{socket}", f"A plain server on {where}", [s.Brep(t, socket)],
+                [s.Nbdkit(t, "file", socket), s.QemuNbd(t, socket)], [s.Nbdkit(t, "null", socket)],
+                s.LOADS[socket])
+          for socket, where in s.SOCKETS.items()),
+        Group("serve-copy", "A plain server on a unix socket, read-only, that is copied",
+              [s.Brep(t, "unix", True)],
+              [s.Nbdkit(t, "file", "unix", True), s.QemuNbd(t, "unix", True)], [], s.LOADS["copy"]),
     ]
 
 
 def main(t):
     options = parse()
     groups_all = groups(t)
-    rows = [(group, load) for group in groups_all for load in LOADS
+    rows = [(group, load) for group in groups_all for load in group.loads
             if wanted(options, f"{group.name}/{load.name}")]
     dirtied = [mib for mib in moments.DIRTY_MIB if wanted(options, f"moments/{mib}")]
     outages = [kind for kind in outage.OUTAGES if wanted(options, f"outage/{kind}")]
@@ -79,7 +85,7 @@ def main(t):
 def parse():
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--runtime", type=int, default=2)
+    parser.add_argument("--runtime", type=float, default=2)
     parser.add_argument("--size-mib", type=int, default=1024)
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--list", action="store_true")
@@ -107,8 +113,7 @@ def measure_group(rows, group, loads, base, number, options):
         results = rows.setdefault(f"{group.name}/{load.name}", {})
         for contender in rotated(group.all(), number):
             contender.checkpoint()
-            if load.writes:
-                # Pairs run for long: what counts is an epoch that has one like it before it.
+            if load.warms_up:
                 load.measure(contender, options.runtime)
                 contender.checkpoint()
             result = load.measure(contender, options.runtime)

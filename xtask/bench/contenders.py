@@ -43,55 +43,6 @@ class Contender:
         self.server.stop()
 
 
-class Nbdkit(Contender):
-    """One of its plugins."""
-
-    def serve(self, *plugin):
-        self.server = self.t.daemon(
-            self.name, "nbdkit", "--foreground", "--unix", self.socket_name, *plugin,
-            ready=lambda: self.t.listens(self.socket_name))
-
-    def stop(self):
-        self.server.stop()
-        # It leaves its socket behind.
-        (self.t.dir / self.socket_name).unlink()
-
-
-class Null(Nbdkit):
-    """Answers at once and keeps nothing: what the load generator itself can do."""
-
-    def __init__(self, t):
-        super().__init__(t, "null", "ceiling (nbdkit null)", "none")
-
-    def start(self, base):
-        self.serve("null", f"size={base.stat().st_size}")
-
-
-class NbdkitFile(Nbdkit):
-    def __init__(self, t):
-        super().__init__(t, "nbdkit", "nbdkit file", "page cache of this host")
-
-    def start(self, base):
-        self.serve("file", self.disk("disk", base))
-
-
-class QemuNbd(Contender):
-    def __init__(self, t):
-        super().__init__(t, "qemu-nbd", "qemu-nbd", "page cache of this host")
-
-    def start(self, base):
-        self.server = self.t.qemu_nbd(self.name, self.disk("disk", base), self.socket_name,
-                                      "--cache=writeback")
-
-
-class BrepServer(Contender):
-    def __init__(self, t):
-        super().__init__(t, "serve", "brep nbd serve", "page cache of this host")
-
-    def start(self, base):
-        self.server = self.t.serve(self.name, self.disk("disk", base), self.socket_name)
-
-
 class BrepPair(Contender):
     """Both sides; replication over TCP, the guest on a unix socket."""
 

@@ -48,12 +48,29 @@ def print_rows(rows, measured):
         table(["load"] + head, [
             [load.title] + cells(measured[f"{group.name}/{load.name}"], group.all(), pairs)
             for load in loads])
+        for figure, title in COSTS.items():
+            of = [load for load in loads if all(
+                figure in result for each in measured[f"{group.name}/{load.name}"].values()
+                for result in each)]
+            if of and group.name.startswith("serve"):
+                print(f"\n{group.title}, {title}:\n")
+                table(["load"] + head, [
+                    [load.title]
+                    + cells(measured[f"{group.name}/{load.name}"], group.all(), pairs, figure)
+                    for load in of])
 
 
-def cells(results, contenders, pairs):
-    iops = {title: [result["iops"] for result in each] for title, each in results.items()}
-    return ([f"{statistics.median(iops[x.title]):.0f}" for x in contenders]
-            + [ratio(iops[a.title], iops[b.title]) for a, b in pairs])
+# What is told of a server besides its operations a second.
+COSTS = {"server_us": "processor time of the server in microseconds an operation",
+         "p50_us": "median latency in microseconds",
+         "load_processors": "processors that the load keeps busy"}
+
+
+def cells(results, contenders, pairs, figure="iops"):
+    values = {title: [result[figure] for result in each] for title, each in results.items()}
+    digits = 0 if figure == "iops" else 2 if figure == "load_processors" else 1
+    return ([f"{statistics.median(values[x.title]):.{digits}f}" for x in contenders]
+            + [ratio(values[a.title], values[b.title]) for a, b in pairs])
 
 
 def print_moments(measured):
@@ -84,7 +101,8 @@ def median(values):
 
 def ratio(dividends, divisors):
     """The median of what the rounds give, each by itself."""
-    return f"{statistics.median(a / b for a, b in zip(dividends, divisors)):.2f}"
+    both = [a / b for a, b in zip(dividends, divisors) if b]
+    return f"{statistics.median(both):.2f}" if both else "–"
 
 
 def table(head, rows):

@@ -2,7 +2,8 @@
 //!
 //! The measuring is done by `xtask/bench/bench.py`, which shares the end-to-end tests' library.
 
-pub(crate) mod read_load;
+pub(crate) mod nbd_load;
+mod usage;
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,7 +16,8 @@ use crate::programs;
 use crate::workspace::Workspace;
 
 /// Those that are compared with, and those that load.
-const PROGRAMS: [&str; 5] = ["qemu-system-x86_64", "qemu-nbd", "nbdkit", "fio", "python3"];
+const PROGRAMS: [&str; 6] =
+    ["qemu-system-x86_64", "qemu-nbd", "nbdkit", "nbdcopy", "fio", "python3"];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -29,8 +31,8 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 5)]
     rounds: u32,
     /// Seconds of each load
-    #[arg(long, default_value_t = 2)]
-    runtime: u32,
+    #[arg(long, default_value_t = 2.0)]
+    runtime: f64,
     /// Size of the disks, in MiB
     #[arg(long, default_value_t = 1024, value_name = "MIB")]
     size_mib: u32,

@@ -38,9 +38,9 @@ enum Task {
     Fuzz(fuzz::Args),
     /// Compare speeds with a pair of QEMUs, qemu-nbd and nbdkit
     Bench(bench::Args),
-    /// Read at random over NBD with simple replies: a load of the bench
+    /// Read or write at random over NBD: a load of the bench
     #[command(hide = true)]
-    ReadLoad(bench::read_load::Args),
+    NbdLoad(bench::nbd_load::Args),
     /// List the programs that the tests use, and install what is missing
     Deps(deps::Args),
 }
@@ -52,7 +52,7 @@ fn main() -> ExitCode {
         Task::Simulate(args) => simulate::main(&args),
         Task::Fuzz(args) => fuzz::main(&args),
         Task::Bench(args) => bench::main(&args),
-        Task::ReadLoad(args) => bench::read_load::main(&args),
+        Task::NbdLoad(args) => bench::nbd_load::main(&args),
         Task::Deps(args) => deps::main(&args),
     };
     match outcome {
