@@ -80,7 +80,17 @@ impl SharedListener {
 
     /// The exports under their names at the shared address.
     pub(crate) fn exports(&self, inner: Arc<dyn Exports>) -> Arc<dyn Exports> {
-        Arc::new(OfGroup { prefix: format!("{}/", self.group), inner })
+        Arc::new(OfGroup { place: self.clone(), inner })
+    }
+
+    /// The name at the shared address of an export of the group.
+    fn shared_name(&self, own: &str) -> String {
+        format!("{}/{own}", self.group)
+    }
+
+    /// What the group calls an export that has this name at the shared address.
+    pub(crate) fn own_name<'a>(&self, name: &'a str) -> Option<&'a str> {
+        name.strip_prefix(self.group.as_str())?.strip_prefix('/')
     }
 
     /// From now on clients of the group are served by `server`, in the present runtime.
@@ -168,27 +178,34 @@ impl Exports for Reception {
     }
 }
 
-/// A group's exports, whose names begin with the group's.
+/// A group's exports, whose names begin with the group's for everybody outside of it.
 struct OfGroup {
-    prefix: String,
+    place: SharedListener,
     inner: Arc<dyn Exports>,
 }
 
 impl Exports for OfGroup {
     fn list(&self) -> Vec<ExportDescription> {
         let mut list = self.inner.list();
-        list.iter_mut().for_each(|export| export.name.insert_str(0, &self.prefix));
+        list.iter_mut().for_each(|export| export.name = self.place.shared_name(&export.name));
         list
     }
 
     fn open(&self, name: &str, connection: &Arc<Connection>) -> Opened {
-        let own = name.strip_prefix(&self.prefix);
+        let own = self.place.own_name(name);
         let own = own.ok_or_else(|| Reception::refusal(Wanted::Export(name)))?;
-        self.inner.open(own, connection)
+        let mut export = self.inner.open(own, connection)?;
+        // The name by which others find it here.
+        export.canonical_name = self.place.shared_name(&export.canonical_name);
+        Ok(export)
     }
 
     fn begin(&self, export: &Export, connection: &Arc<Connection>) {
-        self.inner.begin(export, connection);
+        let mut export = export.clone();
+        if let Some(own) = self.place.own_name(&export.canonical_name) {
+            export.canonical_name = own.to_owned();
+        }
+        self.inner.begin(&export, connection);
     }
 
     fn private_option<'a>(
@@ -259,6 +276,43 @@ mod tests {
         assert_eq!(group_of(Wanted::Private(OPTION_BIND, &bind)), Some("web"));
         assert_eq!(group_of(Wanted::Private(OPTION_BIND, &bind[..19])), None);
         assert_eq!(group_of(Wanted::Private(7, &bind)), None);
+    }
+
+    /// Remembers what has begun.
+    #[derive(Default)]
+    struct Begun(Mutex<Vec<String>>);
+
+    impl Exports for Begun {
+        fn list(&self) -> Vec<ExportDescription> {
+            Vec::new()
+        }
+
+        fn open(&self, name: &str, _: &Arc<Connection>) -> Opened {
+            Ok(Export::new(name, brep_block::Memory::new(name, 4096)))
+        }
+
+        fn begin(&self, export: &Export, _: &Arc<Connection>) {
+            self.0.lock().unwrap().push(export.canonical_name.clone());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_group_is_told_its_own_names_and_a_client_those_of_the_address() {
+        let dir = tempfile::tempdir().unwrap();
+        let endpoint = Endpoint::Unix { path: dir.path().join("s.sock") };
+        let place = &SharedListener::places(&endpoint, &["web".to_owned()])[0];
+        assert_eq!(place.own_name("web/vda"), Some("vda"));
+        assert_eq!(place.own_name("webb/vda").or(place.own_name("vda")), None);
+        let begun = Arc::new(Begun::default());
+        let server = Server::new(place.exports(Arc::clone(&begun) as _), Default::default());
+        let listener = Server::bind(&endpoint).await.unwrap();
+        let serving = Arc::clone(&server);
+        tokio::spawn(async move { serving.serve(listener).await });
+        let options = brep_nbd::client::ConnectOptions::new(endpoint, "web/vda");
+        let client = brep_nbd::client::Connection::connect(&options).await.unwrap();
+        assert_eq!(client.export().canonical_name.as_deref(), Some("web/vda"));
+        brep_block::BlockDevice::read(&*client, 0, 512).await.unwrap();
+        assert_eq!(*begun.0.lock().unwrap(), ["vda"]);
     }
 
     #[test]

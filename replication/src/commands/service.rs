@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Arguments, CommandResult};
 use crate::control::{CommandError, EventBus};
+use crate::reception::SharedListener;
 use crate::tls::Exposure;
 use crate::{Error, Result};
 
@@ -37,6 +38,21 @@ pub(crate) struct Service {
 struct Running {
     server: Arc<Server>,
     accepting: tokio::task::JoinHandle<()>,
+    /// Where clients know the exports by other names.
+    shared: Option<SharedListener>,
+}
+
+impl Running {
+    /// The clients of a disk's export.
+    fn clients_of(&self, disk: &str) -> Vec<Arc<Connection>> {
+        let own = |name: &str| match &self.shared {
+            Some(shared) => shared.own_name(name) == Some(disk),
+            None => name == disk,
+        };
+        let mut clients = self.server.connections();
+        clients.retain(|client| client.export_name().is_some_and(own) && !client.is_closed());
+        clients
+    }
 }
 
 /// Exports, as far as they are listed, for those who are allowed to use them.
@@ -195,15 +211,17 @@ impl Service {
         let exports = Arc::clone(&self.exports) as Arc<dyn Exports>;
         if let Some(shared) = self.exposure.shared.as_ref().filter(|shared| shared.is_at(endpoint))
         {
-            let (shared, allowed) = (shared.clone(), self.allowed.clone());
             let server = Server::new(shared.exports(exports), config);
-            let attached = Arc::clone(&server);
-            let accepting = tokio::spawn(async move {
-                allowed.cancelled().await;
-                let _attached = shared.attach(&attached);
-                std::future::pending().await
+            let accepting = tokio::spawn({
+                let (server, allowed) = (Arc::clone(&server), self.allowed.clone());
+                let shared = shared.clone();
+                async move {
+                    allowed.cancelled().await;
+                    let _attached = shared.attach(&server);
+                    std::future::pending().await
+                }
             });
-            return Ok(Running { server, accepting });
+            return Ok(Running { server, accepting, shared: Some(shared.clone()) });
         }
         let server = Server::new(exports, config);
         // Bound at once, so that an address in use is known now; served when it is allowed.
@@ -215,7 +233,7 @@ impl Service {
                 server.serve(listener).await;
             }
         });
-        Ok(Running { server, accepting })
+        Ok(Running { server, accepting, shared: None })
     }
 
     /// Exports what is more than a disk, for reading and writing.
@@ -232,7 +250,7 @@ impl Service {
 
     /// Ends the server at the end of the process.
     pub(crate) async fn shut_down(&self) {
-        if let Some(Running { server, accepting }) = self.running.lock().await.take() {
+        if let Some(Running { server, accepting, .. }) = self.running.lock().await.take() {
             server.shutdown(STOP_GRACE).await;
             accepting.abort();
             let _ = accepting.await;
@@ -288,7 +306,7 @@ impl Service {
 
     /// `nbd-server-stop`: clients and exports are gone when this returns.
     pub(crate) async fn stop(&self) -> CommandResult<()> {
-        let Some(Running { server, accepting }) = self.running.lock().await.take() else {
+        let Some(Running { server, accepting, .. }) = self.running.lock().await.take() else {
             return Err(CommandError::refused("NBD server not running"));
         };
         accepting.abort();
@@ -357,7 +375,6 @@ impl Service {
     async fn remove(&self, id: &str, hard: bool) -> CommandResult<()> {
         let clients = {
             let running = self.running.lock().await;
-            let connections = running.as_ref().map(|r| r.server.connections()).unwrap_or_default();
             let mut entries = self.exports.entries();
             let Some((disk, entry)) = entries.iter_mut().find(|(_, entry)| entry.id == id) else {
                 return Err(CommandError::refused(format!("Export '{id}' is not found")));
@@ -366,8 +383,7 @@ impl Service {
                 let text = format!("Export '{id}' is already shutting down");
                 return Err(CommandError::refused(text));
             }
-            let uses = |c: &Arc<Connection>| c.export_name() == Some(disk) && !c.is_closed();
-            let clients: Vec<_> = connections.into_iter().filter(uses).collect();
+            let clients = running.as_ref().map_or_else(Vec::new, |r| r.clients_of(disk));
             if !clients.is_empty() && !hard {
                 return Err(CommandError::refused(format!("export '{id}' still in use")));
             }

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use brep_block::{BlockDevice, Operation, Rule};
 use brep_nbd::client::{ConnectOptions, Connection};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::common::{MIB, Scratch, Side, connect, file};
@@ -37,14 +37,19 @@ async fn primary(scratch: &Scratch, group: &str) -> Side {
     primary
 }
 
-async fn command(scratch: &Scratch, group: &str, name: &str) {
+async fn command(
+    scratch: &Scratch,
+    group: &str,
+    name: &str,
+    arguments: Value,
+) -> Result<(), String> {
     let control = scratch.path(&format!("s-{group}.state")).join("control.sock");
     let name = name.to_owned();
     let answer = tokio::task::spawn_blocking(move || {
         let mut client = crate::control::ControlClient::connect(&control, Duration::from_secs(30))?;
-        client.execute(&name, json!({}))
+        client.execute(&name, arguments)
     });
-    answer.await.unwrap().unwrap();
+    answer.await.unwrap().map(drop).map_err(|error| error.to_string())
 }
 
 /// One group's disk hangs, and its guest with it: the other one's writes, checkpoints and failover
@@ -73,12 +78,19 @@ async fn a_group_whose_disk_hangs_does_not_hold_up_another() {
     assert!(file(&scratch.path("s-db.raw")) == file(&scratch.path("p-db.raw")));
     guest.close();
     db.stop().await;
-    command(&scratch, "db", "failover").await;
+    command(&scratch, "db", "failover", json!({})).await.unwrap();
     let options = ConnectOptions::new(scratch.endpoint("s.sock"), "db/vda");
     let promoted = Connection::connect(&options).await.unwrap();
     assert_eq!(promoted.read(0, 4096).await.unwrap(), vec![8; 4096]);
     assert!(!stuck.is_finished(), "and still");
-    promoted.close();
+
+    // The name under which others find it here; the group itself calls it otherwise.
+    assert_eq!(promoted.export().canonical_name.as_deref(), Some("db/vda"));
+    let remove =
+        |mode| command(&scratch, "db", "block-export-del", json!({ "id": "vda", "mode": mode }));
+    assert!(remove("safe").await.unwrap_err().contains("still in use"));
+    remove("hard").await.unwrap();
+    promoted.read(0, 4096).await.unwrap_err();
 
     hang.release();
     stuck.await.unwrap().unwrap();
