@@ -1,7 +1,7 @@
 //! The disks of a group, which come and go while it runs.
 
 use std::ops::Deref;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 /// The disks there are.
 #[derive(Debug)]
@@ -10,6 +10,10 @@ pub(crate) struct DiskTable<T>(RwLock<Disks<T>>);
 /// The disks that there were when this was taken, in the order in which they came.
 #[derive(Debug)]
 pub(crate) struct Disks<T>(Arc<[Arc<T>]>);
+
+/// The same, without keeping one that goes.
+#[derive(Debug)]
+pub(crate) struct WeakDisks<T>(Vec<Weak<T>>);
 
 impl<T> DiskTable<T> {
     pub(crate) fn new(disks: Vec<Arc<T>>) -> Self {
@@ -45,9 +49,26 @@ impl<T> Disks<T> {
         self.iter().any(|d| Arc::ptr_eq(d, disk))
     }
 
+    /// Those that will still be there.
+    pub(crate) fn downgrade(&self) -> WeakDisks<T> {
+        WeakDisks(self.iter().map(Arc::downgrade).collect())
+    }
+
     /// Whether both were taken with no change in between.
     pub(crate) fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl<T> WeakDisks<T> {
+    /// Those that are still there.
+    pub(crate) fn upgrade(&self) -> Disks<T> {
+        Disks(self.0.iter().filter_map(Weak::upgrade).collect())
+    }
+
+    /// The one at this place when they were taken, if it is still there.
+    pub(crate) fn get(&self, place: usize) -> Option<Arc<T>> {
+        self.0.get(place)?.upgrade()
     }
 }
 
@@ -88,6 +109,9 @@ mod tests {
         let names = |disks: Disks<&'static str>| disks.into_iter().map(|d| *d).collect::<Vec<_>>();
         assert!(!table.get().is_same(&before));
         assert_eq!(names(table.get()), ["vdb", "vdc"]);
+        let weak = before.downgrade();
         assert_eq!(names(before), ["vda", "vdb"]);
+        assert_eq!(names(weak.upgrade()), ["vdb"]);
+        assert!(weak.get(0).is_none() && weak.get(1).is_some());
     }
 }

@@ -119,6 +119,7 @@ pub struct Options {
     size: u64,
     granularity_log2: u32,
     keep_granularity: bool,
+    keep_size: bool,
     after_power_loss: AfterPowerLoss,
     boot_id: Option<[u8; 16]>,
 }
@@ -133,6 +134,7 @@ impl Options {
             size,
             granularity_log2,
             keep_granularity,
+            keep_size: false,
             after_power_loss,
             boot_id: None,
         }
@@ -142,6 +144,13 @@ impl Options {
     #[must_use]
     pub fn keep_granularity(mut self) -> Self {
         self.keep_granularity = true;
+        self
+    }
+
+    /// A file that exists keeps the size that it has, which is not more than that of the options.
+    #[must_use]
+    pub fn keep_size(mut self) -> Self {
+        self.keep_size = true;
         self
     }
 

@@ -20,10 +20,11 @@ pub(super) fn open(path: &Path, options: &Options, maps: usize) -> Result<MapFil
     let mut file = open_as_is(path, options, maps)?;
     let Header { size, granularity_log2: found, .. } = file.header;
     let wanted = if options.keep_granularity { found } else { options.granularity_log2 };
-    if (size, found) == (options.size, wanted) {
+    let wanted_size = if options.keep_size { size } else { options.size };
+    if (size, found) == (wanted_size, wanted) {
         return Ok(file);
     }
-    rebuild(&mut file, options.size, wanted)
+    rebuild(&mut file, wanted_size, wanted)
 }
 
 /// The same, with the size and the granularity that the file has.

@@ -24,6 +24,7 @@ pub(super) fn rebuild(old: &mut MapFile, size: u64, granularity_log2: u32) -> Re
         size,
         granularity_log2,
         keep_granularity: false,
+        keep_size: false,
         after_power_loss: AfterPowerLoss::Refuse,
         boot_id: Some(header.boot_id),
     };

@@ -189,6 +189,8 @@ pub(crate) struct Core {
     connections: BTreeMap<usize, Arc<Connection>>,
     /// One a disk, by its number: what is known of the differences to the peer.
     maps: BTreeMap<usize, MapSet>,
+    /// The disk whose maps are being made larger beside the others, and its bytes that differ.
+    growing: Option<(usize, u64)>,
     /// One a disk, by its number, if a loss of power is to be survived.
     hot: BTreeMap<usize, HotExtents>,
     /// What the peer has said last of its disks.
@@ -319,6 +321,7 @@ impl Group {
             epochs: Epochs::new(side.record.get().epoch),
             connections: BTreeMap::new(),
             maps: maps.into_iter().enumerate().collect(),
+            growing: None,
             hot,
             peer_disks: None,
             ages: Ages::default(),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use brep_nbd::Stream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::group::Group;
@@ -17,7 +17,7 @@ use crate::{Epoch, Error, ErrorKind, Result};
 /// Messages that wait to be sent.
 const OUTBOX_LEN: usize = 64;
 
-/// Checkpoints that the secondary may wait for at a time; it asks for fewer.
+/// Checkpoints, and switchovers, that the secondary may wait for at a time; it asks for fewer.
 pub(super) const ASKED_MAX: usize = 256;
 
 /// How long a commit may take on the secondary. The guest does not wait for it.
@@ -42,6 +42,8 @@ pub(super) struct Link {
     hashes: Mutex<HashMap<(u32, u64), HashesSender>>,
     /// Who waits to hear whether the secondary could take over.
     switchover: Mutex<Option<oneshot::Sender<Option<String>>>>,
+    /// Places for switchovers that the secondary's operator may wait for.
+    wishes: Arc<Semaphore>,
 }
 
 /// What the tasks take with them.
@@ -113,6 +115,7 @@ impl Link {
                 .collect(),
             hashes: Mutex::new(HashMap::new()),
             switchover: Mutex::default(),
+            wishes: Arc::new(Semaphore::new(ASKED_MAX)),
         }
     }
 
@@ -168,7 +171,10 @@ impl Link {
                 Ok(())
             }
             Message::SwitchoverWish { id, limit_ms } => {
-                self.spawn_switchover(id, Duration::from_millis(limit_ms));
+                let place = Arc::clone(&self.wishes).try_acquire_owned();
+                let place =
+                    place.map_err(|_| Error::failed("link: too many switchovers are asked for"))?;
+                self.spawn_switchover(id, Duration::from_millis(limit_ms), place);
                 Ok(())
             }
             Message::SwitchoverAnswer { refusal } => match lock(&self.switchover).take() {
@@ -252,7 +258,7 @@ impl Link {
 
     /// Switches over because the secondary's operator asks for it, beside the link, which that
     /// needs. Nothing comes of it any more when the link has ended: nobody waits there then.
-    fn spawn_switchover(&self, id: u64, limit: Duration) {
+    fn spawn_switchover(&self, id: u64, limit: Duration, place: OwnedSemaphorePermit) {
         let (group, outbox) = (Arc::clone(&self.group), self.outbox.clone());
         tokio::spawn(async move {
             let result = tokio::select! {
@@ -262,6 +268,7 @@ impl Link {
             };
             // That it has taken over the secondary knows itself.
             let _ = outbox.send(answer(id, &result)).await;
+            drop(place);
         });
     }
 

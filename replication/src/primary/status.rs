@@ -25,8 +25,9 @@ impl Group {
         let promoted = record.secondary.promotion.is_some() && record.session.is_none();
         let merges = self.promoted.as_ref().map(|secondary| secondary.merges());
         let parts = self.disks();
-        let disks = parts.iter().zip(behind).enumerate();
-        let disks = disks.map(|(index, (disk, behind))| {
+        let disks = parts.iter().enumerate().map(|(index, disk)| {
+            // At the end of a role there are no maps any more.
+            let behind = behind.get(index).copied().unwrap_or_default();
             let merging = merges.as_ref().and_then(|merges| merges[index]);
             let merging = merging.filter(|_| held.is_none());
             DiskStatus {

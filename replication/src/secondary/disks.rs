@@ -7,6 +7,7 @@ use brep_nbd::server::{OptionError, OptionErrorCode};
 use super::Group;
 use super::disk::ReplicaDisk;
 use super::opening::{joining, open_disk};
+use super::rejoin::maps_of;
 use super::session::{Session, SessionDisks};
 use crate::config::DiskConfig;
 use crate::daemon;
@@ -75,7 +76,8 @@ impl Group {
             let joining = disk.joining();
             !has(disk) && removed.any(|r| joining.is_none() || joining == r.joining)
         };
-        Ok(SessionDisks { leaving: told.only(removed), taking_part, told })
+        let leaving = told.only(removed).downgrade();
+        Ok(SessionDisks { leaving, taking_part, told: told.downgrade() })
     }
 
     /// The disks that the next checkpoint does not hold any more: none while a view of the last one is
@@ -84,7 +86,7 @@ impl Group {
     pub(super) fn leaving_disks(&self, session: &Session) -> Disks<ReplicaDisk> {
         let (is_tested, there) = (self.has_open_test(), self.disks());
         let is_there = |disk: &ReplicaDisk| there.iter().any(|d| std::ptr::eq(&**d, disk));
-        session.disks.leaving.only(|disk| !is_tested && is_there(disk))
+        session.disks.leaving.upgrade().only(|disk| !is_tested && is_there(disk))
     }
 
     /// Disks that a session has nothing to do with: they are being added here, or stay a while.
@@ -100,6 +102,8 @@ impl Group {
     /// # Errors
     /// Refused, or the file cannot be used; nothing was changed.
     pub(super) async fn add_disk(self: &Arc<Self>, config: DiskConfig) -> Result<bool> {
+        // One that has just gone may have had this name, or this file.
+        self.side.closing.ended().await?;
         let _transition = self.transition.lock().await;
         let configs = self.disk_configs();
         daemon::check_disks(std::slice::from_ref(&config))?;
@@ -144,7 +148,7 @@ impl Group {
     /// # Errors
     /// Refused; nothing was changed.
     pub(super) async fn remove_disk(self: &Arc<Self>, name: &str, force: bool) -> Result<bool> {
-        let _transition = self.transition.lock().await;
+        let transition = self.transition.lock().await;
         let disks = self.disks();
         let Some(disk) = disks.iter().find(|disk| disk.name == name) else {
             return match self.record().has_removed(name) {
@@ -177,8 +181,12 @@ impl Group {
         // At once: whatever is recorded meanwhile knows it no more.
         self.replicas.remove(disk);
         self.secure_record().await?;
-        self.take_out(disk).await;
+        self.take_out(disk);
         self.tell_disks();
+        drop(transition);
+        if let Err(error) = self.side.closing.ended().await {
+            tracing::warn!(%error, "the disk is out of the group all the same");
+        }
         Ok(true)
     }
 
@@ -219,8 +227,9 @@ impl Group {
     }
 
     /// A disk that neither the record nor the table of disks has any more goes; its file stays what
-    /// it is.
-    pub(super) async fn take_out(&self, disk: &Arc<ReplicaDisk>) {
+    /// it is. It is closed beside whoever calls this: neither a commit nor a failover waits for
+    /// storage that nobody wants any more.
+    pub(super) fn take_out(&self, disk: &Arc<ReplicaDisk>) {
         self.note_removed(&disk.name);
         if let Ok(service) = self.service() {
             service.forget_disk(&disk.name);
@@ -228,16 +237,25 @@ impl Group {
         self.core().own_maps.remove(&disk.name);
         disk.gate().open();
         self.guest.remove_door(disk.gate().door());
-        let closed = async {
-            disk.drop_buffers().await?;
-            disk.close().await?;
-            disk.pool.remove_files()?;
-            self.maps_file(disk).remove_all()
-        };
-        if let Err(error) = closed.await {
-            tracing::warn!(disk = disk.name, %error, "a disk that was removed was not closed cleanly");
-        }
         tracing::info!(disk = disk.name, "the disk is not part of the group any more");
+        let closing = self.side.closing.begin(&disk.name);
+        let (state_dir, record) = (self.config.state_dir.clone(), self.record());
+        let disk = Arc::clone(disk);
+        tokio::spawn(async move {
+            let closed = async {
+                disk.drop_buffers().await?;
+                disk.close().await?;
+                disk.pool.remove_files()?;
+                maps_of(&state_dir, &record, &disk.name, disk.size()).remove_all()
+            };
+            let (closed, name) = (closed.await, disk.name.clone());
+            // Its files are nobody's when the others hear of it.
+            drop(disk);
+            if let Err(error) = closed {
+                tracing::warn!(disk = name, %error, "a disk that was removed was not closed cleanly");
+            }
+            drop(closing);
+        });
     }
 }
 
@@ -253,10 +271,10 @@ impl LeftOut {
     }
 
     /// The record does not name them any more.
-    pub(super) async fn gone(mut self) {
+    pub(super) fn gone(mut self) {
         for disk in std::mem::take(&mut self.disks) {
             tracing::warn!(disk = disk.name, "left out: it was not copied completely");
-            self.group.take_out(&disk).await;
+            self.group.take_out(&disk);
         }
     }
 }

@@ -75,6 +75,7 @@ impl Group {
         if let Some(report) = self.check_failover(wanted)? {
             return Ok(report);
         }
+        self.check_not_superseded().await?;
         self.colo.begin_failover();
         let report = self.take_over(wanted, begun).await;
         self.colo.end_failover(report.is_ok(), &self.events);
@@ -138,7 +139,8 @@ impl Group {
             return Some("the other side has no checkpoint yet".to_owned());
         }
         let session = self.session().filter(|_| self.has_open_test())?;
-        let shown = session.disks.leaving.iter().find(|disk| self.disks().has(disk))?;
+        let leaving = session.disks.leaving.upgrade();
+        let shown = leaving.iter().find(|disk| self.disks().has(disk))?;
         Some(format!(
             "a test view on the other side still shows disk {}, which has been removed: end it \
              first, with brep failover --test-end there",
@@ -201,7 +203,7 @@ impl Group {
         let left_out = self.leave_out_joining();
         let configs = left_out.configs();
         let differing_bytes = self.promote(wanted, &configs).await?;
-        left_out.gone().await;
+        left_out.gone();
         Ok((differing_bytes, configs.into_iter().map(|disk| disk.name).collect()))
     }
 
@@ -232,6 +234,7 @@ impl Group {
             disk.gate().replace(Arc::new(PrimaryDisk::new(&group, part)));
         }
         *self.primary() = Some(Primary::start(&group, &self.service()?));
+        self.watch_space();
         Ok(())
     }
 

@@ -2,15 +2,13 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use brep_block::detach;
 use brep_nbd::tls::TlsPeer;
 use futures_util::future::join_all;
 use serde_json::json;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::buffers::Buffer;
-use super::disk::{Fresh, ReplicaDisk};
+use super::disk::ReplicaDisk;
 use super::durable::after_power_loss;
 use super::opening::{check_known_disks, joining, open_disk};
 use super::plain::{Claim, Plain};
@@ -67,6 +65,8 @@ pub(crate) struct Core {
     /// The last primary that came did not begin a session.
     pub(crate) refused: Option<Refused>,
     pub(super) own_maps: OwnMaps,
+    /// The side that this one has made room for has said that it has taken over.
+    pub(super) other_is_primary: bool,
     pub(crate) peer: Option<String>,
     /// The last link's TLS.
     pub(crate) link_tls: Option<Arc<TlsPeer>>,
@@ -87,6 +87,8 @@ pub(crate) struct Core {
     pub(super) full: Option<String>,
     /// No room is kept for a failover.
     pub(super) unreserved: bool,
+    /// While a failover is held: what the file system has left, as it was asked last.
+    pub(super) space_bytes: Option<u64>,
     /// When buffers were opened again last.
     pub(super) reopened: Option<Instant>,
     pub(super) test: Option<Test>,
@@ -177,6 +179,7 @@ impl Group {
             link_error: None,
             full: None,
             unreserved: false,
+            space_bytes: None,
             reopened: None,
             test: None,
             session: None,
@@ -185,6 +188,7 @@ impl Group {
             reason,
             refused: None,
             own_maps,
+            other_is_primary: false,
             peer: None,
             link_tls: None,
             peer_durability: None,
@@ -298,9 +302,8 @@ impl Group {
         let Some(session) = self.core().closing.clone() else { return Ok(()) };
         session.close(reason).await?;
         session.committed().await?;
-        for disk in &*session.disks.taking_part {
-            disk.settle().await?;
-        }
+        let settled = join_all(session.disks.taking_part.iter().map(|disk| disk.settle())).await;
+        settled.into_iter().fold(Ok(()), Result::and)?;
         let mut core = self.core();
         if core.closing.as_ref().is_some_and(|s| Arc::ptr_eq(s, &session)) {
             core.closing = None;
@@ -322,12 +325,16 @@ impl Group {
         let keep_checkpoint = self.record().has_checkpoint();
         // Whose buffers they are is known before one is taken: a file that somebody else has named
         // is taken for ours again after a kill only by its set.
-        self.update_record(|record| {
-            record.set = Some(terms.set);
-            // From here on an old primary's disks are not its own line any more.
-            record.secondary.inconsistent |= record.secondary.outdated;
+        let follow = |record: &mut Record| {
             record.follow_line(terms.cur, terms.history.clone());
             record.epoch = record.epoch.max(terms.epoch);
+        };
+        self.update_record(|record| {
+            record.set = Some(terms.set);
+            // An old primary can be one again as long as nothing can be written to its disks.
+            if !record.secondary.outdated {
+                follow(record);
+            }
         })?;
         self.secure_record().await?;
         for disk in &*session.disks.taking_part {
@@ -336,9 +343,11 @@ impl Group {
             disk.begin_session(terms.set, self.has_guest(), keep).await?;
         }
         self.update_record(|record| {
+            follow(record);
             self.record_disks(record, |disk| disk.record());
             record.session = Some(session.token);
             let secondary = &mut record.secondary;
+            // From here on an old primary's disks are not its own line any more.
             secondary.inconsistent = !keep_checkpoint;
             secondary.made_room = false;
             // Until a commit says otherwise: a copy begins, or writes that may be missing.
@@ -355,6 +364,7 @@ impl Group {
         }
         let mut core = self.core();
         core.refused = None;
+        core.other_is_primary = false;
         core.receiving = terms.epoch;
         // Every session begins with a copy, and no cut is made before it has ended.
         core.copying = true;
@@ -377,168 +387,7 @@ impl Group {
         secondary.buffer_seq = secondary.buffer_seq.max(seq);
     }
 
-    /// Ends `epoch` on all disks at once. Nothing of the primary is in flight, as it says; this
-    /// checks it.
-    pub(crate) async fn cut(&self, session: &Session, epoch: Epoch) -> Result<()> {
-        let begun = Instant::now();
-        for disk in &*session.disks.taking_part {
-            disk.drain(self.config.peer_timeout).await?;
-        }
-        self.check_current(session)?;
-        // From here to the end there is no await: no write can come between two disks.
-        for disk in &*session.disks.taking_part {
-            // A plain primary may not have been stopped: all are cut, or none is.
-            disk.check_switch()?;
-        }
-        for disk in &*session.disks.taking_part {
-            disk.switch()?;
-        }
-        session.forget_failed_writes();
-        self.core().receiving = epoch.next();
-        let pause_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.counters.last_pause_us.store(pause_us, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Commits `epoch`: one record names the new chain, and the older buffers are given up.
-    pub(crate) async fn commit(
-        self: &Arc<Self>,
-        session: &Arc<Session>,
-        epoch: Epoch,
-    ) -> Result<()> {
-        // The next epoch is being written meanwhile; that some of it is flushed too does no harm.
-        for flushed in
-            join_all(session.disks.taking_part.iter().map(|disk| disk.flush_image())).await
-        {
-            flushed.inspect_err(|_| self.note_failed_flushes())?;
-        }
-        // A link does not wait whose session has ended meanwhile; nothing of this is left half done
-        // then, and no buffer is lost.
-        let (group, session) = (Arc::clone(self), Arc::clone(session));
-        detach(async move { group.commit_flushed(&session, epoch).await }).await
-    }
-
-    async fn commit_flushed(self: &Arc<Self>, session: &Session, epoch: Epoch) -> Result<()> {
-        let retired = {
-            let _held = match self.has_guest() {
-                true => Some(self.hold_guest().await?),
-                false => None,
-            };
-            self.commit_held(session, epoch).await?
-        };
-        {
-            let mut core = self.core();
-            core.last_commit = Some(Instant::now());
-            core.copying = false;
-            core.full = None;
-        }
-        self.errors.clear_latch();
-        self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
-        self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
-        let group = Arc::clone(self);
-        tokio::spawn(async move { group.recycle(retired).await });
-        Ok(())
-    }
-
-    async fn commit_held(
-        &self,
-        session: &Session,
-        epoch: Epoch,
-    ) -> Result<Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>> {
-        let Some(set) = self.record().set else {
-            return Err(Error::failed("no set: the session was never begun"));
-        };
-        let fresh = self.fresh(set, &session.disks.taking_part).await?;
-        // Whoever ends the session waits for what follows.
-        let _committing = session.committing.lock().await;
-        let mut disks: Vec<_> = session
-            .disks
-            .taking_part
-            .iter()
-            .zip(&fresh)
-            .map(|(d, f)| d.record_after_commit(f))
-            .collect();
-        let leaving = self.leaving_disks(session);
-        disks.extend(self.bystanders(session).map(|disk| disk.record()));
-        let seq = self.disks().iter().map(|d| d.pool.seq()).max().unwrap_or(0);
-        // A write may fail while this is saved; it then finds the record saved and clears the
-        // flag again, for both run on the thread of the disks.
-        let latest_ok = session.is_complete();
-        // The last await was above: a failover, a stop or a newer session has ended this one
-        // before that, or finds the commit done.
-        if let Err(error) = self.check_current(session) {
-            self.give_back(fresh, &session.disks.taking_part).await;
-            return Err(error);
-        }
-        let save = |record: &mut Record| {
-            if let Some(cur) = record.cur {
-                record.com = Some(Commit { cur, epoch });
-            }
-            record.epoch = record.epoch.max(epoch.next());
-            let secondary = &mut record.secondary;
-            secondary.inconsistent = false;
-            secondary.outdated = false;
-            secondary.discard_local = false;
-            secondary.latest_ok = latest_ok;
-            secondary.disks = disks;
-            secondary.buffer_seq = secondary.buffer_seq.max(seq);
-            leaving.iter().for_each(|disk| record.remove_disk(&disk.name));
-        };
-        #[cfg(feature = "simulation")]
-        let Some(fresh) = self.drop_early(fresh, &session.disks.taking_part).await? else {
-            return self.update_record(save).map(|()| Vec::new());
-        };
-        self.update_record(save)?;
-        // Nor is there one between the record and what follows it here.
-        leaving.iter().for_each(|disk| self.replicas.remove(disk));
-        let mut retired = Vec::new();
-        for (disk, fresh) in session.disks.taking_part.iter().zip(fresh) {
-            retired.push((Arc::clone(disk), disk.committed(fresh).await?));
-            // The first commit is also the first time that there is something to show.
-            disk.show_guest().await?;
-        }
-        // Before anything that it drops is given up, and before the guest goes on.
-        self.secure_record().await?;
-        self.drop_own_maps();
-        for disk in &*leaving {
-            self.take_out(disk).await;
-        }
-        Ok(retired)
-    }
-
-    /// Takes the buffers that a commit is going to name, on all disks or on none.
-    async fn fresh(&self, set: crate::SetId, disks: &Disks<ReplicaDisk>) -> Result<Vec<Fresh>> {
-        let mut fresh = Vec::new();
-        for disk in &**disks {
-            match disk.fresh(set).await {
-                Ok(buffers) => fresh.push(buffers),
-                Err(error) => {
-                    self.give_back(fresh, disks).await;
-                    return Err(error);
-                }
-            }
-        }
-        Ok(fresh)
-    }
-
-    /// Gives buffers up that no record has named.
-    async fn give_back(&self, fresh: Vec<Fresh>, disks: &Disks<ReplicaDisk>) {
-        let unused = disks.iter().zip(fresh);
-        self.recycle(unused.map(|(d, f)| (Arc::clone(d), f.into_buffers())).collect()).await;
-    }
-
-    pub(super) async fn recycle(&self, retired: Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>) {
-        for (disk, buffers) in retired {
-            for buffer in buffers {
-                if let Err(error) = disk.pool.recycle(buffer).await {
-                    // The buffer is lost as a spare; a new one will be made.
-                    tracing::warn!(disk = disk.name, %error, "a retired buffer was not emptied");
-                }
-            }
-        }
-    }
-
-    fn check_current(&self, session: &Session) -> Result<()> {
+    pub(super) fn check_current(&self, session: &Session) -> Result<()> {
         match self.core().is_current(session) {
             true => Ok(()),
             false => Err(Error::failed("the session has ended")),

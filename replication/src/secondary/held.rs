@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
+
 use super::group::Group;
 use crate::Result;
 
@@ -16,9 +18,9 @@ impl Group {
         let turn = Arc::clone(&self.guest_hold).lock_owned().await;
         // Made before anything is held: whoever gives up in the middle lets the guest go on.
         let held = GuestHeld { group: Arc::clone(self), _turn: turn };
-        for disk in self.disks() {
-            disk.gate().hold(GUEST_HOLD_LIMIT).await?;
-        }
+        let disks = self.disks();
+        let holding = disks.iter().map(|disk| disk.gate().hold(GUEST_HOLD_LIMIT));
+        join_all(holding).await.into_iter().collect::<brep_block::Result<()>>()?;
         Ok(held)
     }
 }

@@ -23,6 +23,9 @@ const MAY_BE_MIXED: &str = "power was lost while it was held, with --durability 
                             may be a mixture of several moments; check it, or bring the other \
                             side's disks back";
 
+/// How often the room is looked at while a failover is held.
+const SPACE_PAUSE: Duration = Duration::from_secs(1);
+
 /// The time in which the guest's requests have to end before a failover is undone.
 const GUEST_LIMIT: Duration = Duration::from_secs(30);
 
@@ -119,6 +122,20 @@ impl Group {
         Ok(Discard { bytes: disks.iter().map(|disk| disk.bytes).sum(), disks, dry_run })
     }
 
+    /// Asks the file system of the state directory for its room, again and again while a failover is
+    /// held: whoever wants to know the status does not wait for it.
+    pub(super) fn watch_space(self: &Arc<Self>) {
+        let group = Arc::clone(self);
+        let watching = async move {
+            while group.record().held().is_some() {
+                let space = group.space_bytes().await;
+                group.core().space_bytes = space;
+                tokio::time::sleep(SPACE_PAUSE).await;
+            }
+        };
+        tokio::spawn(self.leaving().run_until_cancelled_owned(watching));
+    }
+
     /// How a failover is doing that can be undone; `written_bytes` is what the maps have.
     pub(crate) fn held_status(&self, written_bytes: u64) -> Option<HeldStatus> {
         let record = self.record();
@@ -127,7 +144,7 @@ impl Group {
             since_s: held.since_s,
             age_ms: now_s().saturating_sub(held.since_s).saturating_mul(1000),
             written_bytes,
-            space_bytes: self.space_bytes(),
+            space_bytes: self.core().space_bytes,
         })
     }
 

@@ -26,6 +26,9 @@ const HASHES_MAX: u64 = 4096;
 /// meanwhile, and no failover.
 const TERMS_TIMEOUTS: u32 = 10;
 
+/// How long what is queued for a primary may take when its session has ended.
+const LAST_WORDS_LIMIT: Duration = Duration::from_millis(200);
+
 impl Group {
     /// Serves one link from its first byte to its end.
     pub(crate) async fn serve_link(self: Arc<Self>, stream: TakenStream, peer: String) {
@@ -116,6 +119,10 @@ impl Group {
                         primary.refused_by(&hello.side.name, &refused);
                     }
                     let mut core = self.core();
+                    if core.session.is_some() {
+                        // Whoever declines this side is not the one that replicates to it.
+                        return Err(Error::refused(reason));
+                    }
                     core.link = LinkState::Refused;
                     core.peer = Some(format!("{} ({peer})", hello.side.name));
                     core.reason = None;
@@ -125,7 +132,7 @@ impl Group {
                 other => return Err(Error::failed(format!("unexpected message {other:?}"))),
             }
         };
-        if let Some((reason, advice)) = self.objection(&terms) {
+        if let Some((reason, advice)) = self.objection(&terms).await {
             return refuse(writer, limit, reason, advice).await;
         }
         let disks = self.disks_of_session(told, &hello.side)?;
@@ -169,7 +176,7 @@ impl Group {
     }
 
     /// Why these terms cannot be accepted, if they cannot, and what resolves it.
-    fn objection(&self, terms: &Terms) -> Option<(String, Option<&'static str>)> {
+    async fn objection(&self, terms: &Terms) -> Option<(String, Option<&'static str>)> {
         let record = self.record();
         if record.is_primary() {
             return Some(("this side has been promoted".to_owned(), None));
@@ -186,7 +193,7 @@ impl Group {
         if let Some(reason) = self.broken() {
             return Some((reason, Some(START_AGAIN)));
         }
-        let full = self.no_room().filter(|_| !terms.discard_checkpoint)?;
+        let full = self.no_room().await.filter(|_| !terms.discard_checkpoint)?;
         let advice = "make room beside the secondary's state directory, or give its \
                       --buffer-limit more; to give its last checkpoint up for it: brep resync \
                       --discard-checkpoint";
@@ -214,8 +221,10 @@ impl Group {
         if !session.ending.is_cancelled() {
             abort.abort();
         } else {
+            // The primary holds its guest for the last word of a promotion, as long as it may.
+            let grace = if session.is_promoting() { limit } else { LAST_WORDS_LIMIT };
             tokio::spawn(async move {
-                tokio::time::sleep(Duration::from_millis(200)).await;
+                let _ = tokio::time::timeout(grace, writing).await;
                 abort.abort();
             });
         }
@@ -309,7 +318,7 @@ impl Group {
         let (disk, offset, length) = range;
         let told = session.disks.told.get(disk as usize);
         let result = match told {
-            Some(replica) => self.hash_chunks(replica, offset, length, chunk).await,
+            Some(replica) => self.hash_chunks(&replica, offset, length, chunk).await,
             None => Err(Error::usage("no such disk")),
         };
         let (hashes, error) = match result {

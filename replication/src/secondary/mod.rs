@@ -2,6 +2,7 @@
 //! checkpoint, and can become the disk.
 mod buffers;
 mod commands;
+mod commit;
 mod disk;
 mod disks;
 mod durable;

@@ -149,7 +149,13 @@ impl OwnMaps {
     }
 }
 
-fn maps_of<'a>(state_dir: &'a Path, record: &Record, disk: &'a str, size: u64) -> MapsOf<'a> {
+/// Where the maps of a disk are that a side had as a primary.
+pub(super) fn maps_of<'a>(
+    state_dir: &'a Path,
+    record: &Record,
+    disk: &'a str,
+    size: u64,
+) -> MapsOf<'a> {
     MapsOf { state_dir, set: record.set, disk, size, granularity_log2: None }
 }
 
@@ -266,5 +272,38 @@ impl Group {
         let wrote_nothing = self.own_writes().is_some_and(|i| i.bytes.iter().all(|b| *b == 0));
         let asks = secondary.outdated && !secondary.discard_local && !wrote_nothing;
         asks.then(|| "this side was a primary, and its writes have not been given up".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use brep_hbitmap::Role as Map;
+
+    use super::*;
+    use crate::{Commit, Epoch, Generation, SetId};
+
+    /// What is added when the new primary's disk has grown is nothing that this side has written.
+    #[test]
+    fn what_an_old_primary_wrote_does_not_grow_with_its_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut record = Record::blank("p", Role::Secondary);
+        record.set = Some(SetId::random());
+        record.secondary.outdated = true;
+        let com = Commit { cur: Generation::random(), epoch: Epoch(3) };
+        let size = 1 << 20;
+        let file = maps_of(dir.path(), &record, "vda", size);
+        let mut maps = file.create(crate::primary::Since::Commit(com)).unwrap();
+        maps.set(Map::Differs, 0, 1);
+        maps.close().unwrap();
+        for _ in 0..2 {
+            let own = OwnMaps::open(&record, dir.path(), &[("vda", 4 * size)]).unwrap();
+            let told = own.describe(["vda"].into_iter()).unwrap();
+            assert_eq!(told.bytes, [65536], "{told:?}");
+            own.close().unwrap();
+        }
+        // When it counts again, it counts all of the disk.
+        let grown =
+            MapsOf { granularity_log2: Some(16), ..maps_of(dir.path(), &record, "vda", 4 * size) };
+        assert_eq!(grown.open().unwrap().map(Map::Differs).dirty_bytes(), 65536 + 3 * size);
     }
 }

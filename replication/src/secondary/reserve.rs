@@ -35,7 +35,7 @@ impl Group {
         let reserved = async {
             let bytes = self.failover_bytes()?;
             let path = self.config.state_dir.join(NAME);
-            let space = self.space_bytes().map(|space| space.saturating_sub(SPACE_MIN_BYTES));
+            let space = self.space_bytes().await.map(|space| space.saturating_sub(SPACE_MIN_BYTES));
             let reserved = storage::beside(move || reserve(&path, bytes, space)).await;
             reserved.and_then(|reserved| reserved).map_err(|e| Error::failed(e.to_string()))
         };

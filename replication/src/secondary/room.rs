@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use brep_block::{Error as BlockError, ErrorKind, Operation};
+use brep_block::{Error as BlockError, ErrorKind, Operation, storage};
 
 use super::disk::ReplicaDisk;
 use super::group::Group;
@@ -31,10 +31,17 @@ impl Group {
         self.disks().iter().map(|disk| disk.hidden_bytes()).sum()
     }
 
-    /// Bytes that the file system of the buffers has left, as far as it says.
-    pub(super) fn space_bytes(&self) -> Option<u64> {
-        let stat = rustix::fs::statvfs(&self.config.state_dir).ok()?;
-        stat.f_bavail.checked_mul(stat.f_frsize)
+    /// Bytes that the file system of the buffers has left, as far as it says. It is asked beside the
+    /// thread of the disks: it may hang.
+    pub(super) async fn space_bytes(&self) -> Option<u64> {
+        let dir = self.config.state_dir.clone();
+        let asked = storage::beside(move || {
+            #[cfg(test)]
+            crate::state::faults::pass_by(&dir, crate::state::faults::Kind::Space);
+            let stat = rustix::fs::statvfs(&dir).ok()?;
+            stat.f_bavail.checked_mul(stat.f_frsize)
+        });
+        asked.await.ok().flatten()
     }
 
     /// Why no pre-image may be kept any more.
@@ -62,12 +69,12 @@ impl Group {
 
     /// Why a session with pre-images is of no use now. Once room has run out, it has to come back
     /// first.
-    pub(super) fn no_room(&self) -> Option<String> {
+    pub(super) async fn no_room(&self) -> Option<String> {
         if let Some(reason) = self.over_budget() {
             return Some(reason);
         }
         let full = self.core().full.clone()?;
-        self.space_bytes().filter(|space| *space < SPACE_MIN_BYTES)?;
+        self.space_bytes().await.filter(|space| *space < SPACE_MIN_BYTES)?;
         // Without the number, which changes: the same is said once.
         let least = SPACE_MIN_BYTES >> 20;
         Some(format!(
@@ -83,7 +90,7 @@ impl Group {
         }
         loop {
             tokio::time::sleep(LOOK_PAUSE).await;
-            if self.core().copying || !self.is_short() {
+            if self.core().copying || !self.is_short().await {
                 continue;
             }
             tracing::info!("room for pre-images is short: asking for an early checkpoint");
@@ -116,11 +123,11 @@ impl Group {
         Ok(())
     }
 
-    fn is_short(&self) -> bool {
+    async fn is_short(&self) -> bool {
         let kept = self.kept_bytes();
         let of_budget = self.config.buffer_limit.is_some_and(|limit| kept >= limit / 2);
         of_budget
             || kept >= EARLY_MIN_BYTES
-                && self.space_bytes().is_some_and(|space| space < SPACE_LOW_BYTES)
+                && self.space_bytes().await.is_some_and(|space| space < SPACE_LOW_BYTES)
     }
 }

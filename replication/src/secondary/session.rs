@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use brep_nbd::server::Connection;
+use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -11,7 +12,7 @@ use uuid::Uuid;
 use super::disk::ReplicaDisk;
 use crate::link::{Message, StopReason, timeout_ms};
 use crate::primary::RequestKind;
-use crate::table::Disks;
+use crate::table::{Disks, WeakDisks};
 use crate::{Epoch, Error, Result};
 
 /// Messages that wait to be sent; more than any exchange of the link has at a time.
@@ -65,18 +66,19 @@ pub(crate) struct Session {
 /// What a session does with this side's disks.
 #[derive(Debug)]
 pub(crate) struct SessionDisks {
-    /// All, as hello told them.
-    pub(crate) told: Disks<ReplicaDisk>,
+    /// All, as hello told them. One that goes takes its file with it: it may be added again.
+    pub(crate) told: WeakDisks<ReplicaDisk>,
     /// Those that its checkpoints hold.
     pub(crate) taking_part: Disks<ReplicaDisk>,
     /// Those that its first checkpoint does not hold any more.
-    pub(crate) leaving: Disks<ReplicaDisk>,
+    pub(crate) leaving: WeakDisks<ReplicaDisk>,
 }
 
 impl SessionDisks {
     /// All take part.
     pub(crate) fn all(disks: Disks<ReplicaDisk>) -> Self {
-        SessionDisks { leaving: disks.only(|_| false), taking_part: disks.clone(), told: disks }
+        let leaving = disks.only(|_| false).downgrade();
+        SessionDisks { leaving, told: disks.downgrade(), taking_part: disks }
     }
 }
 
@@ -179,12 +181,27 @@ impl Session {
             Promoted::No => {
                 vec![Message::NotPromoted, Message::Stop { reason: StopReason::Replaced }]
             }
-            Promoted::Unknown => Vec::new(),
+            Promoted::Unknown => {
+                // Nobody is to wait for a word.
+                self.promoting.store(false, Ordering::Release);
+                Vec::new()
+            }
         };
-        for message in last_words {
-            let _ = self.outbox.try_send(message);
-        }
+        // Behind whatever is queued already; it ends with the link.
+        let outbox = self.outbox.clone();
+        tokio::spawn(async move {
+            for message in last_words {
+                if outbox.send(message).await.is_err() {
+                    return;
+                }
+            }
+        });
         self.ending.cancel();
+    }
+
+    /// The primary was told that this side is about to be promoted.
+    pub(super) fn is_promoting(&self) -> bool {
+        self.promoting.load(Ordering::Acquire)
     }
 
     /// Closes every data connection and waits until nothing that they started goes on. May be
@@ -196,7 +213,7 @@ impl Session {
             self.ending.cancel();
             return Ok(());
         }
-        let promoting = self.promoting.load(Ordering::Acquire);
+        let promoting = self.is_promoting();
         let bound: Vec<_> = {
             let mut slots = self.slots();
             if !std::mem::replace(&mut slots.closed, true) && !promoting {
@@ -208,10 +225,8 @@ impl Session {
         for connection in &bound {
             connection.close();
         }
-        let mut result = Ok(());
-        for connection in &bound {
-            result = result.and(close_and_drain(connection).await);
-        }
+        let drained = join_all(bound.iter().map(close_and_drain)).await;
+        let result = drained.into_iter().fold(Ok(()), Result::and);
         if !promoting {
             self.ending.cancel();
         }

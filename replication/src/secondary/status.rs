@@ -192,6 +192,11 @@ fn explain_refusal(record: &Record, refused: &Refused) -> (Option<String>, Optio
             "this side has more: stop the primary, and brep failover here; or give up what it \
              lacks: brep resync --discard-local",
         ),
+        RefusalKind::SplitBrain if record.has_checkpoint() && !given_up => Some(
+            "to keep this side's checkpoint: stop the primary, and brep failover here; to give up \
+             what the primary lacks: brep resync --discard-local (--dry-run only says what would be \
+             lost)",
+        ),
         RefusalKind::StalePrimary if record.is_primary() => None,
         RefusalKind::Other => refused.advice.as_deref(),
         _ if given_up => refused.advice.as_deref(),

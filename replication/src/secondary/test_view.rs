@@ -73,6 +73,7 @@ impl Group {
             return Err(Error::usage(format!("test view {name:?}: a disk has this name")));
         }
         self.check_test()?;
+        self.room_for_test(0).await?;
         let disks = self.disks();
         let scratch = self.take_scratch(&disks).await?;
         // From here to the end there is no await: no commit comes between two disks. One may have
@@ -153,8 +154,7 @@ impl Group {
                 disk.name
             )));
         }
-        self.disks().iter().try_for_each(|disk| disk.check_test_view())?;
-        self.room_for_test(0)
+        self.disks().iter().try_for_each(|disk| disk.check_test_view())
     }
 
     /// Ends the view of this name, and waits until its room has been given back.
@@ -219,8 +219,8 @@ impl Group {
     }
 
     /// Whether the view may take so many bytes more.
-    fn room_for_test(&self, len: u64) -> Result<()> {
-        match (self.config.buffer_limit, self.space_bytes()) {
+    async fn room_for_test(&self, len: u64) -> Result<()> {
+        match (self.config.buffer_limit, self.space_bytes().await) {
             (Some(limit), _) if self.buffer_bytes().saturating_add(len) > limit => {
                 Err(Error::refused(format!("no room for it within --buffer-limit ({limit} bytes)")))
             }
@@ -236,13 +236,13 @@ impl Group {
 
     /// The same, counted anew if it seems that there is none.
     pub(super) async fn check_test_room(&self, len: u64) -> Result<()> {
-        if self.room_for_test(len).is_ok() {
+        if self.room_for_test(len).await.is_ok() {
             return Ok(());
         }
         for disk in self.disks() {
             disk.count_test_bytes().await?;
         }
-        self.room_for_test(len)
+        self.room_for_test(len).await
     }
 
     /// Pre-images of the last checkpoint, and what is kept for the view.

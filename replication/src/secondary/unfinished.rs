@@ -63,7 +63,9 @@ impl Group {
         if !self.made_room() {
             return;
         }
-        let reason = match self.ask_to_take_over(peer).await {
+        let told = self.ask_to_take_over(peer).await;
+        self.core().other_is_primary = matches!(told, Ok(Told::IsPrimary));
+        let reason = match told {
             Ok(Told::IsPrimary) => None,
             Ok(Told::Refused(reason)) => Some(format!("the other side does not: {reason}")),
             Err(error) => Some(error.to_string()),
@@ -72,6 +74,24 @@ impl Group {
             format!("this side has made room for the other one, and asks it to take over: {reason}")
         });
         self.core().reason = reason;
+    }
+
+    /// Whether this side may be promoted: not if the one that it has made room for has taken over,
+    /// and still says so.
+    ///
+    /// # Errors
+    /// It does.
+    pub(super) async fn check_not_superseded(&self) -> Result<()> {
+        let Some(peer) = self.peer().filter(|_| self.made_room()) else { return Ok(()) };
+        if !self.core().other_is_primary {
+            return Ok(());
+        }
+        match self.ask_to_take_over(&peer).await {
+            Ok(Told::IsPrimary) => Err(Error::refused(
+                "the other side has taken over, as it says: it is the primary; nothing was changed",
+            )),
+            Ok(Told::Refused(_)) | Err(_) => Ok(()),
+        }
     }
 
     async fn ask_to_take_over(&self, peer: &PeerAddress) -> Result<Told> {

@@ -1,4 +1,5 @@
 //! One process of a pair: what stays while it is a secondary, is promoted, and is a primary.
+mod closing;
 mod disks;
 mod handler;
 mod peer;
@@ -13,6 +14,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use self::closing::Closing;
 use self::handler::SideHandler;
 pub(crate) use self::handler::{Managed, RoleCommands, peer_argument};
 use crate::commands::Colo;
@@ -55,6 +57,9 @@ pub async fn run(config: SideConfig, shutdown: CancellationToken) -> Result<()> 
         }
         side.enter_role();
     };
+    if let Err(error) = side.closing.ended().await {
+        tracing::warn!(%error, "nobody waits for it any more");
+    }
     // What the commands work on would keep the side, and with it the locks of its files.
     side.commands(None);
     if let Some(control) = side.control().take() {
@@ -83,6 +88,7 @@ pub(crate) struct Side {
     /// The present role ends.
     leaving: Mutex<CancellationToken>,
     group: Mutex<Option<Weak<dyn Any + Send + Sync>>>,
+    pub(crate) closing: Closing,
 }
 
 impl std::fmt::Debug for Side {
@@ -127,6 +133,7 @@ impl Side {
             control: Mutex::default(),
             leaving: Mutex::new(leaving),
             group: Mutex::default(),
+            closing: Closing::default(),
         }))
     }
 

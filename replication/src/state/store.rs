@@ -315,6 +315,10 @@ pub(crate) mod faults {
     pub(crate) enum Kind {
         Write,
         Sync,
+        /// Not of the record: maps that are made larger.
+        Maps,
+        /// Not of the record: how much room the file system has.
+        Space,
     }
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -355,6 +359,11 @@ pub(crate) mod faults {
         /// Saves into a directory hang.
         pub(crate) fn stuck(dir: &Path) -> Self {
             Self::new(dir, Kind::Write, Fault::Hang { reached: false })
+        }
+
+        /// Whatever is no save hangs.
+        pub(crate) fn stuck_beside(dir: &Path, kind: Kind) -> Self {
+            Self::new(dir, kind, Fault::Hang { reached: false })
         }
 
         pub(crate) fn failing(dir: &Path, kind: Kind) -> Self {
@@ -405,6 +414,11 @@ pub(crate) mod faults {
         while hangs() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    /// Comes to a place that may hang.
+    pub(crate) fn pass_by(dir: &Path, kind: Kind) {
+        let _ = pass(&dir.join("state"), kind);
     }
 
     pub(super) fn pass(file: &Path, kind: Kind) -> io::Result<()> {

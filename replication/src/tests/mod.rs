@@ -12,6 +12,7 @@ mod flush;
 mod groups;
 mod grow;
 mod hot;
+mod hung;
 mod interrupted;
 mod invariants;
 mod kill_points;
@@ -74,6 +75,22 @@ impl Pair {
         let disk = faults::of(&scratch.path("s.raw"));
         Pair { scratch, primary, secondary, local, disk }
     }
+}
+
+/// Lets time pass, for the sides of this thread, in which nothing but timers is due: what hangs does
+/// so on purpose. Not longer than the machine takes for it: however slow that is, each second is long
+/// enough for what is done in one.
+async fn pass(time: Duration) {
+    const STEP: Duration = Duration::from_millis(50);
+    tokio::time::pause();
+    let end = tokio::time::Instant::now() + time;
+    while tokio::time::Instant::now() < end {
+        tokio::time::advance(STEP).await;
+        // Time stands still as long as this takes, and the thread has nothing else to do.
+        let rest = || std::thread::sleep(Duration::from_millis(2));
+        tokio::task::spawn_blocking(rest).await.unwrap();
+    }
+    tokio::time::resume();
 }
 
 /// A write of 4096 bytes that goes on by itself.

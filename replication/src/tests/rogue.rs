@@ -42,8 +42,10 @@ struct State {
     holding: u32,
     /// It says that it has been promoted, and then that it knows nothing.
     promotes: bool,
-    /// It asks for a switchover, once.
-    wishes: bool,
+    /// It asks for so many switchovers.
+    wishes: u64,
+    /// It has said what it had to say at a time.
+    said_all: bool,
     /// Cuts that it was asked for, and whether it could take over.
     cuts: u32,
     asked: u32,
@@ -137,6 +139,7 @@ impl Rogue {
             let mut answers = Vec::new();
             {
                 let mut state = self.state();
+                state.said_all = false;
                 match &message {
                     Ok(Ok(Message::Cut { .. })) => state.cuts += 1,
                     Ok(Ok(Message::SwitchoverRequest)) => state.asked += 1,
@@ -157,8 +160,8 @@ impl Rogue {
                     *state = State::default();
                     answers = vec![Message::Stop { reason: StopReason::Promoted }];
                 }
-                if std::mem::take(&mut state.wishes) {
-                    answers.push(Message::SwitchoverWish { id: 0, limit_ms: 60_000 });
+                for id in 0..std::mem::take(&mut state.wishes) {
+                    answers.push(Message::SwitchoverWish { id, limit_ms: 60_000 });
                 }
                 if std::mem::take(&mut state.hangs_up) {
                     return;
@@ -169,6 +172,7 @@ impl Rogue {
                     return;
                 }
             }
+            self.state().said_all = true;
         }
     }
 
@@ -369,8 +373,8 @@ async fn a_switchover_that_a_secondary_asked_for_is_not_made_when_it_has_gone_an
     let goes = async {
         let cuts = rogue.state().cuts;
         rogue.until(|state| state.cuts > cuts).await;
-        rogue.state().wishes = true;
-        rogue.until(|state| !state.wishes).await;
+        rogue.state().wishes = 1;
+        rogue.until(|state| state.wishes == 0).await;
         let mut state = rogue.state();
         (state.holds_cuts, state.hangs_up) = (false, true);
     };
@@ -382,7 +386,23 @@ async fn a_switchover_that_a_secondary_asked_for_is_not_made_when_it_has_gone_an
     primary.checkpoint().await;
     assert_eq!(rogue.state().asked, 0);
     // It would have been asked: it has the address, and nothing is in the way.
-    rogue.state().wishes = true;
+    rogue.state().wishes = 1;
     rogue.until(|state| state.asked == 1).await;
+    primary.stop().await;
+}
+
+/// I14: whatever is asked for waits somewhere.
+#[tokio::test]
+async fn i14_a_secondary_that_asks_for_too_many_switchovers_is_not_listened_to() {
+    let change = |c: &mut SideConfig| {
+        c.listen = Some(Endpoint::Unix { path: c.state_dir.with_extension("sock") });
+        c.peer_timeout = Duration::from_secs(60);
+    };
+    let (_scratch, rogue, primary) = in_sync(change).await;
+    // It reads nothing meanwhile: no answer leaves.
+    rogue.state().wishes = 20_000;
+    rogue.until(|state| state.starts.len() == 2).await;
+    assert!(!rogue.state().said_all, "all of them wait for their answers");
+    primary.wait_state("in-sync").await;
     primary.stop().await;
 }

@@ -5,14 +5,15 @@ use brep_block::{BlockDevice, Operation, Rule};
 use brep_nbd::Stream;
 use brep_nbd::client::{ConnectOptions, Connection, connect_private};
 use bytes::Bytes;
+use serde_json::json;
 use uuid::Uuid;
 
 use super::common::{MIB, Scratch, Side, file, fill};
-use super::write;
+use super::{Pair, write};
 use crate::image::faults;
 use crate::link::{
     CopyMode, DiskInfo, Hello, LINK_VERSION, LinkReader, LinkWriter, Message, OPTION_BIND,
-    OPTION_LINK, Side as Identity, split,
+    OPTION_LINK, Side as Identity, StopReason, split,
 };
 use crate::{Epoch, Generation, SetId};
 
@@ -61,6 +62,73 @@ async fn hello(scratch: &Scratch) -> (LinkReader<Stream>, LinkWriter<Stream>, Se
     (reader, writer, set, cur)
 }
 
+/// The same, up to the token.
+async fn session(scratch: &Scratch) -> (LinkReader<Stream>, LinkWriter<Stream>, Uuid) {
+    let (mut reader, mut writer, set, cur) = hello(scratch).await;
+    let start = Message::Start {
+        set,
+        cur,
+        epoch: Epoch(1),
+        copy: CopyMode::Full,
+        sync: true,
+        discard_checkpoint: false,
+    };
+    writer.send(&start, LIMIT).await.unwrap();
+    let Message::Started { token } = reader.receive_within(LIMIT).await.unwrap() else {
+        panic!("no token")
+    };
+    (reader, writer, token)
+}
+
+/// Reads up to the message that fits.
+async fn until(reader: &mut LinkReader<Stream>, fits: impl Fn(&Message) -> bool) {
+    while !fits(&reader.receive_within(LIMIT).await.expect("the link has ended")) {}
+}
+
+/// The primary holds its guest for it, and does not know otherwise that it is none any more.
+#[tokio::test]
+async fn i11_the_word_that_a_secondary_is_promoted_comes_over_a_link_that_is_slow() {
+    let scratch = Scratch::new();
+    scratch.raw("s.raw", MIB, 2);
+    let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    config.peer_timeout = Duration::from_secs(20);
+    let secondary = Side::run(config);
+    secondary.wait("up", |s| s["role"] == "secondary").await;
+    let (mut reader, mut writer, _) = session(&scratch).await;
+    writer.send(&Message::Cut { epoch: Epoch(1) }, LIMIT).await.unwrap();
+    until(&mut reader, |m| matches!(m, Message::Committed { .. })).await;
+    // More than the link takes at a time.
+    for _ in 0..16 {
+        let hashes = Message::HashRequest { disk: 0, offset: 0, length: MIB, chunk: 512 };
+        writer.send(&hashes, LIMIT).await.unwrap();
+    }
+    writer.send(&Message::Holding, LIMIT).await.unwrap();
+    secondary.command("failover", json!({})).await.unwrap();
+    secondary.wait("promoted", |s| s["role"] == "promoted").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    until(&mut reader, |m| matches!(m, Message::Stop { reason: StopReason::Promoted })).await;
+    secondary.stop().await;
+}
+
+/// A primary that is not that of the session only says something of itself.
+#[tokio::test]
+async fn a_primary_that_declines_a_secondary_changes_nothing_of_the_session_of_another() {
+    let Pair { scratch, primary, secondary, .. } = Pair::new().await;
+    let before = secondary.status().await;
+    let (mut reader, mut writer, ..) = hello(&scratch).await;
+    writer.send(&Message::refusal("of other disks".to_owned(), None), LIMIT).await.unwrap();
+    // It has been heard when the link has ended.
+    while reader.receive_within(LIMIT).await.is_ok() {}
+    let after = secondary.status().await;
+    for what in ["link", "peer", "reason"] {
+        assert_eq!(after[what], before[what], "{after:#}");
+    }
+    assert_eq!(after["disks"][0]["state"], "in-sync");
+    primary.checkpoint().await;
+    primary.stop().await;
+    secondary.stop().await;
+}
+
 /// I17: while a primary and a secondary come to terms nothing else begins, not even a failover.
 #[tokio::test]
 async fn i17_a_primary_that_only_asks_is_not_listened_to_for_ever() {
@@ -90,20 +158,7 @@ async fn i15_a_slot_changes_hands_only_when_its_old_holder_has_nothing_in_flight
     let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     secondary.wait("up", |s| s["role"] == "secondary").await;
 
-    let (mut reader, mut writer, set, cur) = hello(&scratch).await;
-    let start = Message::Start {
-        set,
-        cur,
-        epoch: Epoch(1),
-        copy: CopyMode::Full,
-        sync: true,
-        discard_checkpoint: false,
-    };
-    writer.send(&start, LIMIT).await.unwrap();
-    let Message::Started { token } = reader.receive_within(LIMIT).await.unwrap() else {
-        panic!("no token")
-    };
-
+    let (_reader, _writer, token) = session(&scratch).await;
     let old = Connection::connect(&bound(&scratch, token, 0)).await.unwrap();
     let hang = faults::of(&scratch.path("s.raw")).upper.hang(Rule::new(Operation::Write));
     let late = write(&old, 8192, 0x66);

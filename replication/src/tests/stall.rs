@@ -1,11 +1,14 @@
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use brep_block::{Operation, Rule};
 
 use super::common::{MIB, Scratch, Side, connect, file};
-use super::{Pair, write};
+use super::{Pair, pass, write};
 use crate::config::Ack;
 use crate::image::faults;
+use crate::state::faults::watch;
 
 /// The local disk hangs for longer than the peer may be silent, with so many writes to one range. The
 /// peer has the first and is there: it is not lost over that, and needs no copy afterwards.
@@ -17,7 +20,7 @@ async fn hang_locally(writes: u8) {
     hang.reached(1).await;
     let behind = (1..writes).map(|n| write(&guest, 8192, 0x66 + n));
     let writes: Vec<_> = std::iter::once(slow).chain(behind).collect();
-    tokio::time::sleep(Duration::from_millis(3500)).await;
+    pass(Duration::from_millis(3500)).await;
     assert_eq!(primary.status().await["link"], "connected");
     hang.release();
     for write in writes {
@@ -57,17 +60,26 @@ async fn a_checkpoint_that_waits_for_the_local_disk_does_not_lose_the_peer() {
     let hang = faults::of(&scratch.path("p.raw")).upper.hang(Rule::new(Operation::Write));
     let slow = write(&guest, 8192, 0x66);
     hang.reached(1).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let begun = Instant::now();
-    let mut waits = Vec::new();
-    while begun.elapsed() < Duration::from_millis(3500) {
-        let begun = Instant::now();
-        write(&guest, 65536, 0x67).await.unwrap().unwrap();
-        waits.push(begun.elapsed());
+    // It is tried once, and given up.
+    let cuts = Arc::new(AtomicU64::new(0));
+    let count = Arc::clone(&cuts);
+    let counts = move || {
+        count.fetch_add(1, Ordering::Relaxed);
+    };
+    watch(&scratch.path("p.state"), Some(Arc::new(counts)));
+    for _ in 0..35 {
+        let held = write(&guest, 65536, 0x67);
+        pass(Duration::from_millis(100)).await;
+        while !held.is_finished() {
+            pass(Duration::from_millis(50)).await;
+        }
+        held.await.unwrap().unwrap();
     }
-    assert_eq!(primary.status().await["cur"], line, "the peer was lost");
-    let held = waits.iter().filter(|wait| **wait > Duration::from_millis(500)).count();
-    assert!(held <= 1, "writes are held back for a local disk again and again: {held}");
+    watch(&scratch.path("p.state"), None);
+    let status = primary.status().await;
+    assert_eq!(status["cur"], line, "the peer was lost");
+    assert!(status["reason"].as_str().unwrap().contains("the local disk is stuck"), "{status:#}");
+    assert!(cuts.load(Ordering::Relaxed) <= 1, "cuts are tried again and again: {cuts:?}");
     hang.release();
     slow.await.unwrap().unwrap();
     primary.checkpoint().await;

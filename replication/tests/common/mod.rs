@@ -103,6 +103,19 @@ impl Side {
         Side { control, shutdown, task: tokio::spawn(task) }
     }
 
+    /// The same in a thread of its own, as a process has it: what holds that up does not hold up the
+    /// test.
+    pub fn run_in_thread(config: SideConfig) -> Self {
+        let control = config.state_dir.join("control.sock");
+        let shutdown = CancellationToken::new();
+        let running = shutdown.clone();
+        let task = tokio::task::spawn_blocking(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(brep_replication::run(config, running))
+        });
+        Side { control, shutdown, task }
+    }
+
     /// A clean stop.
     pub async fn stop(self) {
         self.shutdown.cancel();

@@ -67,8 +67,9 @@ impl MapsOf<'_> {
         let mut maps = self.open_after(AfterPowerLoss::Accept)?;
         if maps.last_stop() == LastStop::PowerLost {
             // This side's disk may have lost any of what is in the maps; of what was hot, the maps.
-            for range in hot {
-                maps.set(Role::Differs, range.start, range.end - range.start);
+            let size = maps.map(Role::Differs).size();
+            for range in hot.into_iter().filter(|range| range.start < size) {
+                maps.set(Role::Differs, range.start, range.end.min(size) - range.start);
             }
             maps.unite(Role::Differs, Role::Open);
             maps.unite(Role::Differs, Role::Pending);
@@ -140,18 +141,6 @@ async fn write(file: Arc<dyn PlainFile>, write: LogWrite) -> io::Result<()> {
 }
 
 impl Core {
-    /// The disk has grown: what is added differs. On stable storage when this returns, as is what was
-    /// set before.
-    pub(super) fn grow_maps(&mut self, disk: usize, size: u64) -> brep_hbitmap::Result<()> {
-        if let Some(maps) = self.maps.get_mut(&disk) {
-            maps.grow(size)?;
-        }
-        if let Some(hot) = self.hot.get_mut(&disk) {
-            hot.log.resize(size);
-        }
-        Ok(())
-    }
-
     /// Whether bits of a range may be set now.
     fn heat(&mut self, disk: usize, offset: u64, len: u64) -> bool {
         self.hot.get_mut(&disk).is_none_or(|hot| hot.log.heat(offset, len))
@@ -159,6 +148,23 @@ impl Core {
 }
 
 impl Group {
+    /// The disk has grown: what is added differs. On stable storage when this returns, as is what was
+    /// set before. The thread of the disks waits for the file system, and queries do not: they are
+    /// told what was known before.
+    pub(super) fn grow_maps(&self, disk: usize, size: u64) -> brep_hbitmap::Result<()> {
+        let Some(mut maps) = self.core().begin_growth(disk) else { return Ok(()) };
+        #[cfg(test)]
+        crate::state::faults::pass_by(&self.config.state_dir, crate::state::faults::Kind::Maps);
+        let grown = maps.grow(size);
+        let mut core = self.core();
+        core.end_growth(disk, maps);
+        grown?;
+        if let Some(hot) = core.hot.get_mut(&disk) {
+            hot.log.resize(size);
+        }
+        Ok(())
+    }
+
     /// Calls `work` with the core locked when the bits of a range may be set: at once, unless a loss
     /// of power could take them away unnoticed.
     ///

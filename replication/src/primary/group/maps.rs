@@ -1,5 +1,6 @@
 //! The maps: what the peer is not known to have.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -63,8 +64,8 @@ pub(crate) struct MapsOf<'a> {
     pub(crate) disk: &'a str,
     /// The disk's size in bytes.
     pub(crate) size: u64,
-    /// Bytes that a bit stands for, as a power of two. None: what the file has; in a new one, what
-    /// fits the size.
+    /// Bytes that a bit stands for, as a power of two. None: what the file has, and its size, which
+    /// may be less: nothing is counted in it any more. In a new one, what fits the size.
     pub(crate) granularity_log2: Option<u32>,
 }
 
@@ -96,7 +97,7 @@ impl<'a> MapsOf<'a> {
             Some(granularity_log2) => Options::new(identity, self.size, granularity_log2),
             None => {
                 let fitting = Options::granularity_log2_for(self.size);
-                Options::new(identity, self.size, fitting).keep_granularity()
+                Options::new(identity, self.size, fitting).keep_granularity().keep_size()
             }
         };
         in_boot(options, storage::boot_id(self.state_dir).as_deref())
@@ -183,6 +184,10 @@ fn in_boot(options: Options, boot: Option<&str>) -> Options {
         Some(_) => options,
         None => options.boot_id([0; 16]),
     }
+}
+
+fn bytes_behind(maps: &MapSet) -> u64 {
+    maps.map(Role::Differs).dirty_bytes()
 }
 
 /// From now on nobody knows since when they count.
@@ -381,13 +386,16 @@ impl Group {
     /// A file could not be written.
     pub(crate) fn close_maps(&self) -> Result<()> {
         self.stop_hot_tasks();
-        let mut core = self.core();
-        core.hot.clear();
-        let mut result = Ok(());
-        for maps in std::mem::take(&mut core.maps).into_values() {
-            result = result.and(maps.close().map_err(|e| Error::failed(e.to_string())));
-        }
-        result
+        let maps = {
+            let mut core = self.core();
+            core.hot.clear();
+            std::mem::take(&mut core.maps)
+        };
+        #[cfg(test)]
+        crate::state::faults::pass_by(&self.config.state_dir, crate::state::faults::Kind::Maps);
+        // Queries do not wait for the file system.
+        let close = |maps: MapSet| maps.close().map_err(|e| Error::failed(e.to_string()));
+        maps.into_values().map(close).fold(Ok(()), Result::and)
     }
 }
 
@@ -433,8 +441,23 @@ impl Drop for AssumedEqual<'_> {
 }
 
 impl Core {
+    /// In the order of the disks.
     pub(super) fn all_bytes_behind(&self) -> Vec<u64> {
-        self.maps.values().map(|maps| maps.map(Role::Differs).dirty_bytes()).collect()
+        let behind = |(disk, maps): (&usize, &MapSet)| (*disk, bytes_behind(maps));
+        let all: BTreeMap<usize, u64> = self.maps.iter().map(behind).chain(self.growing).collect();
+        all.into_values().collect()
+    }
+
+    /// Takes the maps of a disk, which nobody changes until they are given back.
+    pub(super) fn begin_growth(&mut self, disk: usize) -> Option<MapSet> {
+        let maps = self.maps.remove(&disk)?;
+        self.growing = Some((disk, bytes_behind(&maps)));
+        Some(maps)
+    }
+
+    pub(super) fn end_growth(&mut self, disk: usize, maps: MapSet) {
+        self.growing = None;
+        self.maps.insert(disk, maps);
     }
 
     /// Marks whole granules as on their way.

@@ -50,7 +50,7 @@ impl Group {
             // A record of the other role must not be changed: from here on nothing comes in between.
             self.check_stays()?;
             // Before anybody can write there. What is added differs until it has been looked at.
-            let grown = self.core().grow_maps(disk.number, size);
+            let grown = self.grow_maps(disk.number, size);
             grown.map_err(|e| Error::failed(format!("maps of disk {name}: {e}")))
         };
         if let Err(error) = grown.await {

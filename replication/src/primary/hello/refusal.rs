@@ -51,12 +51,21 @@ impl Refusal {
 
     /// Both have what the other lacks.
     pub(super) fn split_brain(what: String, me: &Side, peer: &Side) -> Self {
-        let advice = format!(
-            "to keep the writes of {}: stop this side, and start it with brep secondary \
-             --discard-local and the same disks and state directory (with --dry-run it only says \
-             what would be lost); to keep this side's: the same on {}",
-            peer.name, peer.name
-        );
+        let name = &peer.name;
+        let keep_theirs = "stop this side, and start it with brep secondary --discard-local and the \
+                           same disks and state directory (with --dry-run it only says what would \
+                           be lost)";
+        let was_primary = peer.primary || peer.maps.is_some();
+        let advice = match was_primary {
+            true => format!(
+                "to keep the writes of {name}: {keep_theirs}; to keep this side's: the same on {name}"
+            ),
+            false => format!(
+                "to keep the checkpoint of {name}: brep failover there, then {keep_theirs}; to keep \
+                 this side's writes: brep resync --discard-local on {name}, then brep resync --full \
+                 here"
+            ),
+        };
         Refusal {
             superseded: true,
             kind: RefusalKind::SplitBrain,

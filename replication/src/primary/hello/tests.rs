@@ -272,6 +272,9 @@ fn a_secondary_on_an_unknown_line_is_a_split_brain_and_one_on_a_line_that_was_le
     let refused = pair.refused_always();
     assert_eq!(refused.kind, RefusalKind::SplitBrain);
     assert!(refused.superseded);
+    // It never was a primary, and has nothing of its own to be given up by a start.
+    let advice = refused.advice.unwrap();
+    assert!(advice.contains("brep failover there"), "{advice}");
     pair.me.history.push(at(pair.answer.side.cur.unwrap(), 6));
     assert_eq!(pair.with(RESYNC), copy(CopyMode::Full));
 }
