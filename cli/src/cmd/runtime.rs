@@ -1,8 +1,9 @@
 //! Threads, runtimes and signals of commands that run until they are told to end.
 use std::future::Future;
+use std::thread::JoinHandle;
 
 use anyhow::Context;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -59,6 +60,43 @@ where
     match data.join() {
         Ok(result) => result,
         Err(_) => Err(Failure::failed("the data thread has panicked; see the log")),
+    }
+}
+
+/// Threads that each drive a runtime of their own, until this is dropped.
+pub(crate) struct Workers {
+    threads: Vec<(Handle, JoinHandle<()>)>,
+    stop: CancellationToken,
+}
+
+impl Workers {
+    pub(crate) fn start(count: usize, name: &str) -> Result<Self, Failure> {
+        let mut workers = Workers { threads: Vec::new(), stop: CancellationToken::new() };
+        for number in 1..=count {
+            let (runtime, stop) = (current_thread()?, workers.stop.clone());
+            let handle = runtime.handle().clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("{name}-{number}"))
+                .spawn(move || runtime.block_on(stop.cancelled()))
+                .context("cannot start a thread")?;
+            workers.threads.push((handle, thread));
+        }
+        Ok(workers)
+    }
+
+    pub(crate) fn runtimes(&self) -> impl Iterator<Item = Handle> {
+        self.threads.iter().map(|(runtime, _)| runtime.clone())
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        for (_, thread) in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread has panicked");
+            }
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 use std::time::Duration;
 
+use tokio::runtime::Handle;
+
 use crate::tls::TlsServer;
 
 /// The limits of a server. Every default bounds what a stranger can cost, and is far from what a
@@ -25,6 +27,11 @@ pub struct ServerConfig {
     /// A client that takes none of its replies for this long is disconnected. Default: never; it
     /// costs a bounded amount of memory, and a paused virtual machine is no error.
     pub write_timeout: Option<Duration>,
+    /// Where connections are served: each in the runtime that has the fewest, where it stays. For
+    /// current-thread runtimes, each driven by a thread of its own until the server has ended; the
+    /// devices have to do well in several threads. Default: none, which means the runtime in which
+    /// [`Server::serve`](super::Server::serve) is called.
+    pub runtimes: Vec<Handle>,
     /// What TLS needs; without it there is none. Default: none.
     pub tls: Option<TlsServer>,
     /// Clients have to begin TLS before anything else; if not, they may, and have to before
@@ -41,6 +48,7 @@ impl Default for ServerConfig {
             connection_bytes_max: 64 << 20,
             server_bytes_max: 512 << 20,
             write_timeout: None,
+            runtimes: Vec::new(),
             tls: None,
             tls_required: true,
         }
@@ -87,6 +95,13 @@ impl ServerConfig {
     #[must_use]
     pub fn write_timeout(mut self, timeout: Option<Duration>) -> Self {
         self.write_timeout = timeout;
+        self
+    }
+
+    /// Sets [`runtimes`](Self::runtimes).
+    #[must_use]
+    pub fn runtimes(mut self, runtimes: Vec<Handle>) -> Self {
+        self.runtimes = runtimes;
         self
     }
 

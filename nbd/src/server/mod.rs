@@ -14,6 +14,7 @@ mod exports;
 mod handshake;
 mod holes;
 mod listener;
+mod seats;
 mod session;
 mod static_exports;
 mod taken;
@@ -41,6 +42,7 @@ use self::budget::Budget;
 use self::connection::Stop;
 use self::contexts::Target;
 use self::handshake::{Begin, Driver, HandshakeError, Moved, Outcome};
+use self::seats::Seats;
 use self::session::Session;
 use crate::proto::server::Ending;
 use crate::{Endpoint, Stream};
@@ -50,12 +52,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves exports to any number of clients on any number of listeners.
 ///
-/// Connections run as tasks of the runtime in which [`serve`](Self::serve) is called; on a
-/// current-thread runtime everything stays in one thread, which is the fastest way.
+/// Connections run as tasks of the runtime in which [`serve`](Self::serve) is called, or of those that
+/// [`ServerConfig::runtimes`] names. A connection on a current-thread runtime stays in one thread,
+/// which is the fastest way.
 pub struct Server {
     exports: Arc<dyn Exports>,
     config: ServerConfig,
     budget: Budget,
+    seats: Seats,
     slots: Arc<Semaphore>,
     connections: Mutex<BTreeMap<u64, Arc<Connection>>>,
     next_id: AtomicU64,
@@ -68,6 +72,7 @@ impl Server {
     pub fn new(exports: Arc<dyn Exports>, config: ServerConfig) -> Arc<Self> {
         Arc::new(Server {
             budget: Budget::new(config.server_bytes_max),
+            seats: Seats::new(&config.runtimes),
             slots: Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS))),
             exports,
             config,
@@ -141,11 +146,23 @@ impl Server {
 
     fn spawn(self: &Arc<Self>, stream: Stream, slot: OwnedSemaphorePermit) {
         let registration = self.register(stream.peer());
-        self.tasks.spawn(async move {
-            let _slot = slot;
+        let Some((runtime, seat)) = self.seats.take() else {
+            self.tasks.spawn(async move {
+                let _slot = slot;
+                let registration = registration;
+                registration.run(Begin::New(stream)).await;
+            });
+            return;
+        };
+        let seated = async move {
+            let (_slot, _seat) = (slot, seat);
             let registration = registration;
-            registration.run(Begin::New(stream)).await;
-        });
+            match stream.rehome() {
+                Ok(stream) => registration.run(Begin::New(stream)).await,
+                Err(error) => tracing::warn!(%error, "an NBD client is lost"),
+            }
+        };
+        self.tasks.spawn_on(seated, runtime);
     }
 
     /// Goes on with a client of another server, in `runtime`.

@@ -11,18 +11,21 @@ use anyhow::Context;
 use brep_block::{BlockDevice, Part};
 use brep_nbd::server::{Export, Exports, Listener, Server, ServerConfig, StaticExports};
 use brep_nbd::{Endpoint, NbdUri, TlsParameters};
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use self::last_client::LastClient;
 use self::pid_file::PidFile;
 use crate::args::{ServeArgs, ServerTls};
 use crate::cmd::image::Source;
-use crate::cmd::runtime::until_signal;
+use crate::cmd::runtime::{Workers, until_signal};
 use crate::exit::{Failure, OK, Outcome};
 use crate::{output, systemd};
 
 /// How long clients may take to get their last answers when the server stops.
 const STOP_GRACE: Duration = Duration::from_secs(10);
+/// More do not serve a single file any faster.
+const THREADS_MAX: usize = 8;
 
 pub(crate) fn run(args: ServeArgs) -> Outcome {
     let tls = args.tls.server()?;
@@ -99,8 +102,10 @@ async fn serve_until(
     let allowed = tls.as_ref().and_then(|tls| tls.allowed_clients.clone());
     let export = export(&args, part(&args, source)?).allowed_subjects(allowed);
     let (exports, gone) = exports(&args, contexts::add(export, &args, &layers).await?);
+    let workers = Workers::start(threads(&args, source) - 1, "data")?;
     let config = ServerConfig::default()
         .connections_max(args.max_connections)
+        .runtimes([Handle::current()].into_iter().chain(workers.runtimes()).collect())
         .tls(tls.map(|tls| tls.server), required);
     let server = Server::new(exports, config);
     let uris: Vec<NbdUri> = listeners.iter().map(|l| uri_of(&args, l, required)).collect();
@@ -127,8 +132,18 @@ async fn serve_until(
     };
     systemd::notify("STOPPING=1");
     server.shutdown(STOP_GRACE).await;
+    drop(workers);
     source.close().await?;
     code
+}
+
+/// How many threads serve clients: a raw file gains by several, an image shares its metadata.
+fn threads(args: &ServeArgs, source: &Source) -> usize {
+    if source.qcow2().is_some() {
+        return 1;
+    }
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    processors.min(args.max_connections).clamp(1, THREADS_MAX)
 }
 
 /// The image, and what lies below it, from the top down.
