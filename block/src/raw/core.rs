@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -11,6 +12,7 @@ use super::data_runs::DataRuns;
 use super::direct::Direct;
 use super::engine;
 use super::flush::Flusher;
+use super::pace::Pace;
 use super::sys;
 use crate::Buffer;
 use crate::{Error, ErrorKind, Limits, Operation, Result};
@@ -35,6 +37,8 @@ pub(super) struct Core {
     in_memory: bool,
     pub(super) can_zero_range: AtomicBool,
     pub(super) data_runs: DataRuns,
+    /// Of writes into the page cache.
+    pub(super) pace: Pace,
 }
 
 impl Core {
@@ -60,6 +64,7 @@ impl Core {
             in_memory,
             can_zero_range: AtomicBool::new(true),
             data_runs: DataRuns::default(),
+            pace: Pace::new(Instant::now()),
         }
     }
 
@@ -161,8 +166,10 @@ impl Core {
     /// A write into the page cache.
     pub(super) fn write_cached(&self, offset: u64, data: &[u8]) -> Result<()> {
         let end = offset + data.len() as u64;
+        let started = Instant::now();
         let write = || engine::write_full(&self.file, offset, data, 1, false);
         let result = if end > self.size() { self.grow(end, write) } else { write() };
+        self.pace.note(started, Instant::now());
         result.map_err(|e| self.error(Operation::Write, offset, data.len() as u64, &e))
     }
 

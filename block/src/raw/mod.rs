@@ -6,11 +6,13 @@ mod direct;
 mod engine;
 mod flush;
 mod open;
+mod pace;
 mod space;
 mod sys;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -142,7 +144,8 @@ impl BlockDevice for RawFile {
             return Io::future(direct::write(core, offset, data, flags.fua));
         }
         if !flags.fua {
-            if data.len() <= INLINE_BYTES_MAX || offset + data.len() as u64 > core.size() {
+            let is_quick = data.len() <= INLINE_BYTES_MAX && !core.pace.is_slow(Instant::now);
+            if is_quick || offset + data.len() as u64 > core.size() {
                 return self.core.write_cached(offset, &data).into();
             }
             return Io::future(async move {
