@@ -93,7 +93,7 @@ fn connector(directory: &Directory<'_>) -> Result<TlsConnector, TlsError> {
         .with_safe_default_protocol_versions()
         .map_err(|error| directory.unusable(error))?
         .with_webpki_verifier(servers);
-    let config = if directory.has_identity("client") {
+    let config = if directory.has_identity("client")? {
         let identity = directory.identity("client")?;
         config
             .with_client_auth_cert(identity.chain, identity.key)

@@ -9,7 +9,7 @@ use rustls::pki_types::pem::{Error as PemError, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 
 const CA_CERT: &str = "ca-cert.pem";
-const CA_CRL: &str = "ca-crl.pem";
+pub(super) const CA_CRL: &str = "ca-crl.pem";
 
 /// All files that count.
 pub(super) const FILES: [&str; 6] =
@@ -55,7 +55,7 @@ impl Directory<'_> {
 
     /// Empty if there is no file of them.
     pub(super) fn revoked(&self) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
-        if self.has(CA_CRL) { self.all(CA_CRL) } else { Ok(Vec::new()) }
+        if self.has(CA_CRL)? { self.all(CA_CRL) } else { Ok(Vec::new()) }
     }
 
     /// `role` is `server` or `client`.
@@ -65,16 +65,23 @@ impl Directory<'_> {
         Ok(identity)
     }
 
-    pub(super) fn has_identity(&self, role: &str) -> bool {
-        self.has(&format!("{role}-cert.pem")) || self.has(&format!("{role}-key.pem"))
+    pub(super) fn has_identity(&self, role: &str) -> Result<bool, TlsError> {
+        Ok(self.has(&format!("{role}-cert.pem"))? || self.has(&format!("{role}-key.pem"))?)
     }
 
     pub(super) fn unusable(&self, reason: impl ToString) -> TlsError {
         TlsError::Unusable { directory: self.0.to_owned(), reason: reason.to_string() }
     }
 
-    fn has(&self, file: &str) -> bool {
-        self.0.join(file).exists()
+    /// Only what is surely not there is not: a list of what is revoked must not be left out because
+    /// it cannot be looked at, or because a link leads nowhere.
+    fn has(&self, file: &str) -> Result<bool, TlsError> {
+        let path = self.0.join(file);
+        match path.symlink_metadata() {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(TlsError::File { path, source }),
+        }
     }
 
     /// Everything of one kind in a file; at least one.

@@ -108,6 +108,14 @@ async fn a_revoked_certificate_is_refused() {
     revoke(77);
     let (_server, endpoint) = serve_disk(pki.required()).await;
     refused(&pki.options(&endpoint, "disk")).await;
+
+    // Nor does a list that cannot be looked at let anybody in.
+    let options = pki.options(&endpoint, "disk");
+    pki.remove("ca-crl.pem");
+    refused(&options).await;
+    std::os::unix::fs::symlink("nowhere", pki.path().join("ca-crl.pem")).unwrap();
+    refused(&options).await;
+    assert!(matches!(TlsServer::load(pki.path()), Err(TlsError::File { .. })));
 }
 
 #[tokio::test]
