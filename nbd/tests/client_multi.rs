@@ -70,6 +70,18 @@ async fn requests_go_to_the_connections_in_turn() {
     written.into_iter().for_each(|written| written.expect("written"));
 }
 
+#[tokio::test(start_paused = true)]
+async fn connections_that_a_server_has_no_place_for_are_done_without() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let listener = Listener::bind(directory.path());
+    let options = listener.options();
+    // The others stay in the queue of the socket: nobody says anything to them.
+    let exports = [Export::default(); 2];
+    let serving = accept(&listener, &exports);
+    let (disk, servers) = join!(MultiConnection::connect(&options, 4), serving);
+    assert_eq!((disk.expect("connected").connections(), servers.len()), (2, 2));
+}
+
 #[tokio::test]
 async fn a_server_that_does_not_allow_it_gets_one_connection() {
     let alone = Export { flags: ALONE, ..Export::default() };

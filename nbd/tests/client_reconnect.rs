@@ -244,6 +244,76 @@ async fn a_failed_flush_stays_failed_over_a_reconnect() {
     drop(server);
 }
 
+#[tokio::test]
+async fn a_flush_that_was_pending_when_another_failed_does_not_succeed_later() {
+    let Pair { client, listener, mut server, directory: _directory } =
+        pair(Export::default(), policy(PATIENCE)).await;
+    let flush = || client.flush(FlushLevel::Durable);
+    let (first, second) = (flush(), flush());
+    let (header, _) = soon(server.expect_request()).await;
+    soon(server.expect_request()).await;
+    server.simple(header.cookie, Errno::EIO, &[]).await;
+    assert_eq!(kind(soon(first).await), ErrorKind::Io);
+    drop(server);
+    let serving = async {
+        let mut server = soon(listener.accept(Export::default())).await;
+        // A flush that is sent again would be answered.
+        let (header, _) = server.expect_request().await;
+        server.simple(header.cookie, Errno::OK, &[]).await;
+    };
+    let second = tokio::select! {
+        second = soon(second) => second,
+        () = serving => panic!("it was sent again"),
+    };
+    assert_eq!(kind(second), ErrorKind::Sticky);
+}
+
+#[tokio::test]
+async fn what_a_leaving_server_refuses_is_sent_again_to_the_next_one() {
+    let Pair { client, listener, mut server, directory: _directory } =
+        pair(Export::default(), policy(PATIENCE)).await;
+    let write = client.write(0, Bytes::from_static(&[1; 512]), WriteFlags::default());
+    let serving = async {
+        let (header, _) = soon(server.expect_request()).await;
+        server.simple(header.cookie, Errno::ESHUTDOWN, &[]).await;
+        // We do not stay with it until it goes.
+        assert_eq!(soon(server.expect_request()).await.0.command, Command::DISC);
+        let mut next = soon(listener.accept(Export::default())).await;
+        let (header, data) = soon(next.expect_request()).await;
+        assert_eq!((header.command, data), (Command::WRITE, vec![1; 512]));
+        next.simple(header.cookie, Errno::OK, &[]).await;
+        next
+    };
+    let (written, _next) = soon(async { join!(write, serving) }).await;
+    written.expect("written by the next one");
+}
+
+#[tokio::test]
+async fn a_write_that_took_too_long_is_not_sent_again() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let listener = Listener::bind(directory.path());
+    let options =
+        ConnectOptions { request_timeout: Duration::from_millis(50), ..listener.options() };
+    let client = Client::new(options, policy(PATIENCE));
+    let (connected, mut server) =
+        soon(async { join!(client.connect(), listener.accept(Export::default())) }).await;
+    connected.expect("connected");
+    let write = client.write(0, Bytes::from_static(&[1; 512]), WriteFlags::default());
+    let (written, _) = soon(async { join!(write, server.expect_request()) }).await;
+    assert_eq!(kind(written), ErrorKind::TimedOut);
+    // A read may be: nothing comes of it twice.
+    let read = client.read(0, 512);
+    let serving = async {
+        let mut next = soon(listener.accept(Export::default())).await;
+        let (header, _) = soon(next.expect_request()).await;
+        assert_eq!(header.command, Command::READ);
+        next.simple(header.cookie, Errno::OK, &[7; 512]).await;
+        next
+    };
+    let (read, _next) = soon(async { join!(read, serving) }).await;
+    assert_eq!(read.expect("read"), [7; 512][..]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn attempts_pause_for_up_to_1_2_4_8_and_then_16_seconds() {
     let Pair { client, listener, server, directory: _directory } =

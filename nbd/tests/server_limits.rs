@@ -172,6 +172,26 @@ async fn payloads_in_flight_are_bounded_per_connection() {
 }
 
 #[tokio::test]
+async fn what_is_read_ahead_counts_for_what_it_holds() {
+    let fault = Fault::new(Memory::new("memory", 4 * MIB));
+    let config = ServerConfig::default().connection_bytes_max(4 * MIB);
+    let fixture = Fixture::device_with(fault.clone(), config).await;
+    let mut raw = fixture.session(false).await;
+    let hang = fault.hang(Rule::new(Operation::Read).forever());
+    for cookie in 0..20 {
+        raw.request(request(Command::CACHE, cookie, 0, 1 << 20), &[]).await;
+    }
+    let connection = fixture.connection().await;
+    until(|| (connection.counters().requests >= 3).then_some(())).await;
+    // One after the other is taken in one go.
+    assert_eq!(connection.counters().requests, 3, "three fit");
+    hang.release();
+    for _ in 0..20 {
+        assert_eq!(raw.simple().await.0, Errno::OK);
+    }
+}
+
+#[tokio::test]
 async fn a_single_request_larger_than_the_limit_is_let_in() {
     let config = ServerConfig::default().connection_bytes_max(1000).server_bytes_max(1000);
     let fixture = Fixture::device_with(Memory::new("memory", 4 * MIB), config).await;

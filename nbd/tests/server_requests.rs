@@ -186,15 +186,18 @@ async fn block_status_needs_a_context_of_the_same_export() {
     other.request(status, &[]).await;
     assert_error_chunk(&mut other, Errno::EINVAL, "context of another export").await;
 
-    let mut failed = fixture.client().await;
-    failed.structured().await;
-    failed.select_allocation("disk").await;
-    let data = meta_data("nobody", &["base:allocation"]);
-    let outcome = failed.outcome(OptionCode::SET_META_CONTEXT, &data).await;
-    assert_eq!(outcome, ReplyType::ERR_UNKNOWN);
-    failed.go("disk").await;
-    failed.request(status, &[]).await;
-    assert_error_chunk(&mut failed, Errno::EINVAL, "a selection that failed").await;
+    for (data, refusal) in [
+        (meta_data("nobody", &["base:allocation"]), ReplyType::ERR_UNKNOWN),
+        (vec![0; 200_000], ReplyType::ERR_TOO_BIG),
+    ] {
+        let mut failed = fixture.client().await;
+        failed.structured().await;
+        failed.select_allocation("disk").await;
+        assert_eq!(failed.outcome(OptionCode::SET_META_CONTEXT, &data).await, refusal);
+        failed.go("disk").await;
+        failed.request(status, &[]).await;
+        assert_error_chunk(&mut failed, Errno::EINVAL, "a selection that failed").await;
+    }
 }
 
 #[tokio::test]

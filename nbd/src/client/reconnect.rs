@@ -228,6 +228,12 @@ struct RequestRange {
     len: u64,
 }
 
+impl RequestRange {
+    fn changes(self) -> bool {
+        matches!(self.operation, Operation::Write | Operation::WriteZeroes | Operation::Discard)
+    }
+}
+
 impl Shared {
     /// Adopts a first connection, and starts the task that replaces it when it is lost.
     fn open(self: &Arc<Self>, connection: Arc<Connection>) {
@@ -277,22 +283,45 @@ impl Shared {
         loop {
             if let Some((connection, io)) = sent.take() {
                 let result = io.await;
-                let lost = match &result {
+                let again = match &result {
                     Ok(_) => false,
-                    Err(error) => {
-                        matches!(error.kind(), ErrorKind::NotConnected | ErrorKind::TimedOut)
-                            && connection.failure().is_some()
-                    }
+                    Err(error) => match error.kind() {
+                        ErrorKind::NotConnected => true,
+                        // The server may carry it out at any time: sent again, it could undo what
+                        // is written after it.
+                        ErrorKind::TimedOut => !request.changes() && connection.failure().is_some(),
+                        // Not begun, as no further one will be: the server is leaving.
+                        ErrorKind::Shutdown => {
+                            connection.close();
+                            true
+                        }
+                        _ => false,
+                    },
                 };
-                if !lost || give_up.is_some_and(|deadline| deadline <= Instant::now()) {
+                if !again || give_up.is_some_and(|deadline| deadline <= Instant::now()) {
                     return result;
                 }
                 self.wait_until_replaced(&connection).await;
+                if connection.flush_has_failed() {
+                    self.flush_failed.store(true, Ordering::Relaxed);
+                }
             }
             let connection = self.wait_for_connection(request, &mut give_up).await?;
+            if request.operation == Operation::Flush {
+                self.check_flushes()?;
+            }
             let io = start(&connection);
             sent = Some((connection, io));
         }
+    }
+
+    /// What a server could not flush may be told once only, and on a connection that has ended.
+    fn check_flushes(&self) -> Result<()> {
+        if !self.flush_failed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let detail = "a flush has failed before the last reconnect; what was lost is not known";
+        Err(Error::new(Operation::Flush, ErrorKind::Sticky, self.options.name.as_str(), detail))
     }
 
     /// The keeper may hear of the end a little later than we do.
@@ -450,9 +479,8 @@ impl BlockDevice for Client {
 
     fn flush(&self, level: FlushLevel) -> Io<'_, ()> {
         let request = RequestRange { operation: Operation::Flush, offset: 0, len: 0 };
-        if self.shared.flush_failed.load(Ordering::Relaxed) {
-            let detail = "a flush has failed before the last reconnect; what was lost is not known";
-            return Io::err(Error::new(Operation::Flush, ErrorKind::Sticky, self.name(), detail));
+        if let Err(error) = self.shared.check_flushes() {
+            return Io::err(error);
         }
         self.run(request, move |connection| connection.start_flush(level))
     }

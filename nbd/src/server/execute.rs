@@ -18,7 +18,7 @@ const EXTENTS_MAX: usize = 1024;
 /// Most questions about one context for a block status reply, because neighbours may be equal.
 const STATUS_CALLS_MAX: usize = 4096;
 /// How much a `CACHE` reads at a time, in bytes.
-const CACHE_LEN: u64 = 1 << 20;
+pub(super) const CACHE_LEN: u64 = 1 << 20;
 /// Most that a `CACHE` reads, in bytes; it is a hint, and has to come to an end.
 const CACHE_LEN_MAX: u64 = PAYLOAD_LEN_MAX as u64;
 

@@ -22,7 +22,7 @@ use super::budget::Budget;
 use super::config::ServerConfig;
 use super::connection::{Completion, Connection, Stop, Ticket};
 use super::contexts::Target;
-use super::execute::execute;
+use super::execute::{CACHE_LEN, execute};
 use super::holes::HoleSearch;
 use crate::Stream;
 use crate::proto::server::{
@@ -305,6 +305,7 @@ impl<'a> Session<'a> {
     fn cost(&self, header: &RequestHeader) -> u64 {
         let transfer = match header.command {
             Command::READ => header.len,
+            Command::CACHE => header.len.min(CACHE_LEN),
             _ => self.decoder.payload_len(header),
         };
         // What is longer is refused.

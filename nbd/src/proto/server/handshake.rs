@@ -315,6 +315,9 @@ impl Handshake {
                 self.phase = Phase::Skip { option: header.option, left, refusal };
             }
         } else if let Some(refusal) = refused_unread(header) {
+            if header.option == OptionCode::SET_META_CONTEXT {
+                self.selection = None;
+            }
             let left = header.len as usize;
             self.phase = Phase::Skip { option: header.option, left, refusal };
         } else {
