@@ -265,3 +265,28 @@ async fn as_many_requests_are_in_flight_as_were_allowed_and_no_more() {
     hang.release();
     timeout(PATIENCE, copying).await.expect("it hangs").unwrap().unwrap();
 }
+
+#[tokio::test]
+async fn what_is_being_zeroed_at_a_time_is_bounded() {
+    let size = 256 << 20;
+    let source: Arc<dyn BlockDevice> = Memory::new("source", size);
+    let faults = Fault::new(Memory::new("target", size));
+    let counted = Count::new(Arc::clone(&faults) as _);
+    let target = Arc::clone(&counted) as Arc<dyn BlockDevice>;
+    let hang = faults.hang(Rule::new(Operation::WriteZeroes).forever());
+    let copying = tokio::spawn(async move {
+        // Zeroes that have to be written.
+        let options = CopyOptions { allocate: true, ..CopyOptions::default() };
+        copy(&source, &target, &options).await
+    });
+    timeout(PATIENCE, hang.reached(4)).await.expect("begun");
+    // Whoever could begin has had a turn.
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    let zeroing = counted.of(Operation::WriteZeroes).bytes;
+    assert!(zeroing <= 128 << 20, "{zeroing} bytes at a time");
+    faults.clear();
+    hang.release();
+    assert_eq!(timeout(PATIENCE, copying).await.expect("it hangs").unwrap().unwrap(), size);
+}

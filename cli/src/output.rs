@@ -9,9 +9,22 @@ use crate::exit::{self, Failure};
 
 /// Prints a text and a line end. That nobody reads it any more is no failure.
 pub(crate) fn line(text: &str) -> Result<(), Failure> {
-    let mut stdout = io::stdout().lock();
-    match writeln!(stdout, "{text}").and_then(|()| stdout.flush()) {
+    match print(text) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => std::process::exit(0),
+        result => result.map_err(|error| Failure::failed(format!("stdout: {error}"))),
+    }
+}
+
+fn print(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{text}")?;
+    stdout.flush()
+}
+
+/// As [`line`], for a program that goes on whether anybody reads it or not.
+pub(crate) fn note(text: &str) -> Result<(), Failure> {
+    match print(text) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         result => result.map_err(|error| Failure::failed(format!("stdout: {error}"))),
     }
 }

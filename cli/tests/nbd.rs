@@ -129,3 +129,75 @@ fn what_is_in_the_way_is_named() {
     assert_eq!(run.code, 1);
     assert!(run.stderr.contains("gone.sock"), "{}", run.stderr);
 }
+
+#[test]
+fn an_export_is_resized_where_it_may_be_and_shrinks_only_if_that_is_meant() {
+    let dir = Dir::new();
+    std::fs::write(dir.file("a.raw"), vec![3; 1 << 20]).unwrap();
+    assert_eq!(dir.brep(&["image", "create", "b.qcow2", "1M"]).code, 0);
+    for (file, shrinks) in [("a.raw", true), ("b.qcow2", false)] {
+        let server = Server::start(
+            &dir,
+            &[file, "--resizable", "--listen", "nbd+unix:///?socket=resizable.sock"],
+        );
+        let resize = |args: &[&str]| dir.brep(&[&["nbd", "resize", &server.uri], args].concat());
+        let size = || dir.brep(&["nbd", "info", &server.uri, "--size"]).stdout;
+        let grown = resize(&["+1M"]);
+        assert_eq!((grown.code, size().as_str()), (0, "2097152\n"), "{}", grown.stderr);
+        assert_eq!((resize(&["3M"]).code, size().as_str()), (0, "3145728\n"));
+        let refused = resize(&["1M"]);
+        assert_eq!((refused.code, size().as_str()), (2, "3145728\n"));
+        assert!(refused.stderr.contains("--shrink"), "{}", refused.stderr);
+        let shrunk = resize(&["1M", "--shrink"]);
+        let expected = if shrinks { (0, "1048576\n") } else { (1, "3145728\n") };
+        assert_eq!((shrunk.code, size().as_str()), expected, "{file}: {}", shrunk.stderr);
+    }
+    let server = Server::start(&dir, &["a.raw", "--listen", "nbd+unix:///?socket=fixed.sock"]);
+    let refused = dir.brep(&["nbd", "resize", &server.uri, "2M"]);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("does not let"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_server_goes_on_when_nobody_reads_what_it_says() {
+    let dir = Dir::new();
+    std::fs::write(dir.file("a.raw"), vec![3; 1 << 20]).unwrap();
+    let uri = "nbd+unix:///?socket=a.sock";
+    let mut command = dir.command(&["nbd", "serve", "a.raw", "--listen", uri]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let child = command.stdout(writer).spawn().unwrap();
+    let server = Server { child, uri: uri.to_owned() };
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while dir.brep(&["nbd", "info", uri, "--size"]).stdout != "1048576\n" {
+        assert!(std::time::Instant::now() < deadline, "it does not serve");
+    }
+    assert_eq!(server.signal(rustix::process::Signal::TERM), Some(0));
+}
+
+#[test]
+fn a_list_of_certificates_is_not_ignored() {
+    let dir = Dir::new();
+    std::fs::write(dir.file("a.raw"), [0; 512]).unwrap();
+    let listen = ["--listen", "nbd+unix:///?socket=a.sock"];
+    let tls = ["--tls-dir", "pki", "--tls", "off", "--tls-allow", "CN=x"];
+    let run = dir.brep(&[&["nbd", "serve", "a.raw"], &listen[..], &tls].concat());
+    assert_eq!(run.code, 2, "{}", run.stderr);
+    assert!(run.stderr.contains("--tls-allow"), "{}", run.stderr);
+    let long = "x".repeat(5000);
+    let run = dir.brep(&[&["nbd", "serve", "a.raw", "--export", &long], &listen[..]].concat());
+    assert_eq!(run.code, 2, "{}", run.stderr);
+}
+
+#[test]
+fn zeroes_that_do_not_fit_have_not_been_copied() {
+    let dir = Dir::new();
+    std::fs::write(dir.file("a.raw"), vec![0; 1 << 20]).unwrap();
+    let server = Server::start(&dir, &["a.raw", "--listen", "nbd+unix:///?socket=a.sock"]);
+    for (len, code) in [(1 << 20, 0), (2 << 20, 1)] {
+        std::fs::write(dir.file("zeroes"), vec![0; len]).unwrap();
+        let mut command = dir.command(&["nbd", "copy", "-", &server.uri, "--destination-is-zero"]);
+        let output = command.stdin(std::fs::File::open(dir.file("zeroes")).unwrap()).output();
+        assert_eq!(output.unwrap().status.code(), Some(code), "{len} bytes");
+    }
+}

@@ -3,15 +3,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 use tokio::task::JoinSet;
 
 use super::range::zero_range;
 use crate::{BlockDevice, Error, ErrorKind, Operation, Result, WriteFlags, ZeroFlags, is_zero};
 
-/// Longest range that is zeroed by one request, in bytes: even a target that has to write them
-/// then answers in time.
-const ZERO_LEN_MAX: u64 = 128 << 20;
+/// Longest range that is zeroed by one request, and all that is being zeroed at a time, in bytes:
+/// even a target that has to write them then answers each in time.
+const ZERO_LEN_MAX: u64 = 32 << 20;
+const ZEROING_MAX: u64 = 128 << 20;
+/// What zeroing is counted in, in bytes.
+const ZERO_UNIT: u64 = 1 << 20;
 
 /// How [`copy_device`] copies.
 #[derive(Debug, Clone)]
@@ -112,6 +115,8 @@ struct Copier {
     block_len: u64,
     piece_len: u64,
     scan: Mutex<Scan>,
+    /// How many more units may be zeroed now.
+    zeroing: Semaphore,
     failed: AtomicBool,
     progress: Box<dyn Fn(u64) + Send + Sync>,
 }
@@ -154,6 +159,7 @@ impl Copier {
             block_len,
             piece_len,
             scan,
+            zeroing: Semaphore::new((ZEROING_MAX / ZERO_UNIT) as usize),
             failed: AtomicBool::new(false),
             progress,
         })
@@ -270,11 +276,14 @@ impl Copier {
     }
 
     async fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        if self.options.target_is_zero && !self.options.allocate {
+            return Ok(());
+        }
+        // One request is no longer than all that may be zeroed; the semaphore is never closed.
+        let units = len.min(ZEROING_MAX).div_ceil(ZERO_UNIT) as u32;
+        let _permit = self.zeroing.acquire_many(units).await;
         if self.options.allocate {
             return self.target.write_zeroes(offset, len, ZeroFlags::default()).await;
-        }
-        if self.options.target_is_zero {
-            return Ok(());
         }
         zero_range(&*self.target, offset, offset + len).await
     }

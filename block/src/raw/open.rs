@@ -123,7 +123,10 @@ impl Opening<'_> {
         match self.open(true) {
             Ok(file) => {
                 if let Err(error) = self.prepare(&file, size) {
-                    let _ = std::fs::remove_file(self.path);
+                    // Who has locked it meanwhile uses it.
+                    if error.kind() != ErrorKind::Locked {
+                        let _ = std::fs::remove_file(self.path);
+                    }
                     return Err(error);
                 }
                 Ok((file, true))

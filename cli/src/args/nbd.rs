@@ -52,11 +52,11 @@ pub(crate) struct ServeArgs {
     pub(crate) listen: Option<NbdUri>,
 
     /// Name of the export; clients that name none get it too
-    #[arg(long, value_name = "NAME", default_value = "")]
+    #[arg(long, value_name = "NAME", default_value = "", value_parser = parse_string)]
     pub(crate) export: String,
 
     /// A text for people, which clients are shown
-    #[arg(short = 'D', long, value_name = "TEXT", default_value = "", value_parser = parse_description)]
+    #[arg(short = 'D', long, value_name = "TEXT", default_value = "", value_parser = parse_string)]
     pub(crate) description: String,
 
     /// Accept no writes
@@ -256,7 +256,7 @@ fn parse_max_connections(text: &str) -> Result<usize, String> {
     }
 }
 
-fn parse_description(text: &str) -> Result<String, String> {
+fn parse_string(text: &str) -> Result<String, String> {
     match text.len() {
         0..=STRING_LEN_MAX => Ok(text.to_owned()),
         len => Err(format!("{len} bytes; at most {STRING_LEN_MAX} can be sent")),

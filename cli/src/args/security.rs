@@ -103,7 +103,14 @@ impl TlsFlags {
 
     /// Reads what a server needs.
     pub(crate) fn server(&self) -> Result<Option<ServerTls>, Failure> {
-        let Some(dir) = self.dir() else { return Ok(None) };
+        let Some(dir) = self.dir() else {
+            return match self.tls_allow.is_empty() {
+                true => Ok(None),
+                false => Err(Failure::usage(
+                    "--tls-allow: without TLS nobody shows a certificate; leave out --tls off",
+                )),
+            };
+        };
         Ok(Some(ServerTls {
             server: TlsServer::load(dir).map_err(Failure::failed)?,
             required: self.tls == TlsMode::Required,

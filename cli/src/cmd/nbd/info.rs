@@ -69,7 +69,10 @@ async fn show(args: &NbdInfoArgs, tls: Option<&TlsClient>) -> Result<(), Failure
         let listed = list_exports(&uri.endpoint, tls, args.client.timeout).await;
         let listed = listed.context("cannot ask for the exports")?;
         names = listed.into_iter().map(|export| export.name).collect();
-        names.truncate(EXPORTS_MAX);
+        if names.len() > EXPORTS_MAX {
+            tracing::warn!("{} exports: only the first {EXPORTS_MAX} are shown", names.len());
+            names.truncate(EXPORTS_MAX);
+        }
     }
     let mut exports = Vec::new();
     let mut mode = None;

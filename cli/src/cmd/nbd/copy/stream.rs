@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use anyhow::Context;
-use brep_block::{BlockDevice, WriteFlags, ZeroFlags, is_zero};
+use brep_block::{BlockDevice, Operation, WriteFlags, ZeroFlags, is_zero};
 use bytes::Bytes;
 use indicatif::ProgressBar;
 use tokio::task::{JoinHandle, JoinSet, spawn_blocking};
@@ -47,7 +47,12 @@ pub(super) async fn from_stdin(
         }
         let len = data.len() as u64;
         let zero = args.sparse > 0 && !args.allocated && is_zero(&data);
-        if !(zero && target.is_zero) {
+        let left_out = zero && target.is_zero;
+        if left_out && !target.grows() {
+            // What does not fit has not been copied, whatever it holds.
+            device.check_range(Operation::WriteZeroes, at, len)?;
+        }
+        if !left_out {
             let device = Arc::clone(device);
             writes.spawn(async move {
                 if zero {

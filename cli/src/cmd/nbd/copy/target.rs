@@ -5,6 +5,7 @@ use std::sync::Arc;
 use brep_block::{BlockDevice, FlushLevel, RawFile, RawFileOptions};
 use brep_qcow2::{CreateOptions, OpenOptions, Qcow2};
 use brep_replication::config::DiskFormat;
+use rustix::io::Errno;
 
 use crate::args::CopyArgs;
 use crate::cmd::image::{Connecting, Source, failed, nbd_uri, refused, stated_format};
@@ -48,15 +49,20 @@ impl Target {
             return Ok(Target { source, is_zero, created: false, name });
         }
         let format = stated_format(path, args.target_format)?;
-        let created = std::fs::symlink_metadata(path).is_err();
-        let made = match format {
-            DiskFormat::Raw => make_raw(path, size).await,
-            DiskFormat::Qcow2 => make_qcow2(path, size).await,
+        let qcow2_size = match format {
+            DiskFormat::Raw => None,
+            DiskFormat::Qcow2 => Some(qcow2_size(path, size)?),
         };
+        let growable = qcow2_size.is_some() || size.is_none();
+        let (file, created) = open_file(path, growable)?;
         if created {
             let name = name.clone();
             end_on_signal(move || remove_if(true, &name))?;
         }
+        let made = match qcow2_size {
+            None => make_raw(file, size).await,
+            Some(size) => make_qcow2(path, file, size).await,
+        };
         match made {
             Ok(source) => Ok(Target { source, is_zero: true, created, name }),
             Err(failure) => {
@@ -107,23 +113,30 @@ fn remove_if(created: bool, name: &str) {
     }
 }
 
-/// Opens a file, and takes its lock, before anything of it is given up.
-async fn empty_file(path: &Path, growable: bool) -> Result<Arc<dyn BlockDevice>, Failure> {
-    let options = RawFileOptions { create: Some(0), growable, ..RawFileOptions::default() };
-    let file: Arc<dyn BlockDevice> = RawFile::open(path, options).map_err(failed)?;
-    file.truncate(0).await.map_err(failed)?;
-    Ok(file)
+/// Opens a file, and takes its lock, before anything of it is given up; says whether it is new.
+fn open_file(path: &Path, growable: bool) -> Result<(Arc<dyn BlockDevice>, bool), Failure> {
+    let new =
+        RawFileOptions { create: Some(0), create_new: true, growable, ..RawFileOptions::default() };
+    let there = RawFileOptions { create_new: false, ..new.clone() };
+    // In this order: another copy may make the file at the same time, and it is its file then.
+    match RawFile::open(path, new) {
+        Ok(file) => Ok((file, true)),
+        Err(error) if error.errno() == Errno::EXIST.raw_os_error() => {
+            Ok((RawFile::open(path, there).map_err(failed)?, false))
+        }
+        Err(error) => Err(failed(error)),
+    }
 }
 
-async fn make_raw(path: &Path, size: Option<u64>) -> Result<Source, Failure> {
-    let file = empty_file(path, size.is_none()).await?;
+async fn make_raw(file: Arc<dyn BlockDevice>, size: Option<u64>) -> Result<Source, Failure> {
+    file.truncate(0).await.map_err(failed)?;
     if let Some(size) = size {
         file.truncate(size).await.map_err(failed)?;
     }
     Ok(Source::of_raw(file))
 }
 
-async fn make_qcow2(path: &Path, size: Option<u64>) -> Result<Source, Failure> {
+fn qcow2_size(path: &Path, size: Option<u64>) -> Result<u64, Failure> {
     let Some(size) = size else {
         return Err(Failure::usage(format!(
             "{}: a qcow2 image has to be as long as what comes: make it with `brep image create`, \
@@ -131,10 +144,12 @@ async fn make_qcow2(path: &Path, size: Option<u64>) -> Result<Source, Failure> {
             path.display()
         )));
     };
-    let Some(size) = size.checked_next_multiple_of(SECTOR_LEN) else {
-        return Err(Failure::failed(format!("{size} bytes are too long for a qcow2 image")));
-    };
-    let file = empty_file(path, true).await?;
+    size.checked_next_multiple_of(SECTOR_LEN)
+        .ok_or_else(|| Failure::failed(format!("{size} bytes are too long for a qcow2 image")))
+}
+
+async fn make_qcow2(path: &Path, file: Arc<dyn BlockDevice>, size: u64) -> Result<Source, Failure> {
+    file.truncate(0).await.map_err(failed)?;
     let options = CreateOptions::new(size);
     Qcow2::create(&file, &options).await.map_err(|error| refused(path, error))?;
     let options = OpenOptions { name: path.display().to_string(), ..OpenOptions::default() };

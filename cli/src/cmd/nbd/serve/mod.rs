@@ -116,7 +116,7 @@ async fn serve_until(
     }
     if args.run.is_none() {
         for uri in &uris {
-            output::line(&format!("serving {} as {uri}", args.file.display()))?;
+            output::note(&format!("serving {} as {uri}", args.file.display()))?;
         }
     }
     systemd::notify("READY=1");
