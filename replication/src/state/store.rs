@@ -315,6 +315,8 @@ pub(crate) mod faults {
     pub(crate) enum Kind {
         Write,
         Sync,
+        /// A sync that somebody waits for without holding the thread up, and no other.
+        SyncBeside,
         /// Not of the record: maps that are made larger.
         Maps,
         /// Not of the record: how much room the file system has.
@@ -351,6 +353,9 @@ pub(crate) mod faults {
 
     static FAULTS: Mutex<Option<HashMap<(PathBuf, Kind), Fault>>> = Mutex::new(None);
     static CHANGED: Condvar = Condvar::new();
+
+    /// Longer than any test lets a thread hang: what waits for itself fails then.
+    const HANG_MAX: Duration = Duration::from_secs(40);
 
     /// What is done to a record hangs, or fails, until this is dropped.
     pub(crate) struct Faulty(PathBuf, Kind);
@@ -403,15 +408,17 @@ pub(crate) mod faults {
 
     /// Waits as long as flushes hang.
     pub(crate) async fn until_synced(file: &Path) {
-        let key = (file.to_owned(), Kind::Sync);
-        let hangs = || match FAULTS.lock().unwrap().get_or_insert_default().get_mut(&key) {
-            Some(Fault::Hang { reached }) => {
-                *reached = true;
-                true
+        let hangs = |kind| {
+            let key = (file.to_owned(), kind);
+            match FAULTS.lock().unwrap().get_or_insert_default().get_mut(&key) {
+                Some(Fault::Hang { reached }) => {
+                    *reached = true;
+                    true
+                }
+                _ => false,
             }
-            _ => false,
         };
-        while hangs() {
+        while hangs(Kind::Sync) || hangs(Kind::SyncBeside) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -429,7 +436,12 @@ pub(crate) mod faults {
                 Fault::Fail => return Err(io::ErrorKind::StorageFull.into()),
                 Fault::Hang { reached } => *reached = true,
             }
-            faults = CHANGED.wait(faults).unwrap();
+            let (woken, timeout) = CHANGED.wait_timeout(faults, HANG_MAX).unwrap();
+            faults = woken;
+            if timeout.timed_out() {
+                drop(faults);
+                panic!("{kind:?}: nobody lets the thread of the disks go on");
+            }
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::common::{MIB, Scratch, Side, connect, file, fill};
 use crate::config::{Durability, SideConfig};
 use crate::image::faults;
-use crate::state::faults::{Faulty, watch};
+use crate::state::faults::{Faulty, Kind, watch};
 
 fn here(scratch: &Scratch, disks: &[&str]) -> SideConfig {
     scratch.primary(disks.iter().map(|d| scratch.disk(d, &format!("p-{d}.raw"))).collect())
@@ -140,7 +140,9 @@ async fn a_disk_that_was_removed_and_added_again_does_not_leave_with_the_old_one
 #[tokio::test]
 async fn no_record_of_a_checkpoint_has_a_disk_that_is_being_removed() {
     let scratch = scratch(&["vda", "vdb"]);
-    let secondary = Arc::new(Side::run(there(&scratch, &["vda"])));
+    let mut config = there(&scratch, &["vda"]);
+    config.durability = Durability::Power;
+    let secondary = Arc::new(Side::run(config));
     let primary = Arc::new(Side::run(here(&scratch, &["vda"])));
     primary.wait_state("in-sync").await;
     let dir = scratch.path("s.state");
@@ -160,21 +162,36 @@ async fn no_record_of_a_checkpoint_has_a_disk_that_is_being_removed() {
         }
     };
     watch(&dir, Some(Arc::new(look)));
-    for _ in 0..8 {
-        secondary.command("disk-add", added(&scratch, "vdb", "s-vdb.raw")).await.unwrap();
-        let checkpoints = tokio::spawn({
-            let primary = Arc::clone(&primary);
-            async move {
-                loop {
-                    primary.checkpoint().await;
-                }
-            }
-        });
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        secondary.command("disk-remove", json!({ "name": "vdb" })).await.unwrap();
-        checkpoints.abort();
-        let _ = checkpoints.await;
-    }
+    let run = |side: &Arc<Side>, command: &'static str, arguments: Value| {
+        let side = Arc::clone(side);
+        tokio::spawn(async move { side.command(command, arguments).await.unwrap() })
+    };
+    let add = || secondary.command("disk-add", added(&scratch, "vdb", "s-vdb.raw"));
+    let vdb = || json!({ "name": "vdb" });
+
+    // It is removed while a checkpoint is about to be recorded.
+    add().await.unwrap();
+    let disk = faults::of(&scratch.path("s-vda.raw"));
+    let hang = disk.upper.hang(Rule::new(Operation::Flush));
+    let checkpoint = run(&primary, "checkpoint", json!({}));
+    hang.reached(1).await;
+    secondary.command("disk-remove", vdb()).await.unwrap();
+    hang.release();
+    checkpoint.await.unwrap();
+
+    // A checkpoint is recorded while its removal is being put on stable storage.
+    add().await.unwrap();
+    let epoch = record(&dir)["com"]["epoch"].as_u64();
+    let stuck = Faulty::stuck_beside(&dir, Kind::SyncBeside);
+    let removal = run(&secondary, "disk-remove", vdb());
+    stuck.reached().await;
+    let checkpoint = run(&primary, "checkpoint", json!({}));
+    secondary.wait("the checkpoint", |_| record(&dir)["com"]["epoch"].as_u64() > epoch).await;
+    assert!(!removal.is_finished() && !checkpoint.is_finished());
+    drop(stuck);
+    removal.await.unwrap();
+    checkpoint.await.unwrap();
+    drop(disk);
     watch(&dir, None);
     assert_eq!(*wrong.lock().unwrap(), Vec::<Value>::new());
     Arc::into_inner(primary).unwrap().stop().await;
