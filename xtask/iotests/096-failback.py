@@ -2,7 +2,7 @@
 returns as a secondary with what is missing and no more, and a switchover brings the guest home. What
 the failover promises is there, and in the end both disks are equal.
 
-Seen to fail with: an old primary that is not told what its new one has written since.
+Seen to fail with: maps of the new primary that do not count what it has written since.
 """
 
 import threading
