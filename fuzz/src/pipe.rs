@@ -10,7 +10,7 @@ use std::time::Duration;
 use brep_nbd::proto::server::{ExportInfo, Handshake, Step};
 use brep_nbd::simulation::{self, Acceptor, Network, Pending, Pipe};
 use brep_nbd::{Endpoint, Stream};
-use bytes::{Buf, BytesMut};
+use bytes::BytesMut;
 use tokio::io::ReadBuf;
 
 /// Longer than every deadline of ours; time passes only while nobody has anything to do.

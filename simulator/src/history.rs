@@ -352,7 +352,7 @@ impl History {
         let file = file.map_or_else(|| self.good_child(side, disk), |file| Ok(Some(file)))?;
         let file = file.ok_or_else(|| format!("{name} is gone"))?;
         let file = file.lock().expect("one thread");
-        stamps(disk, &file.data)
+        Ok(stamps(disk, &file.data))
     }
 }
 

@@ -2,6 +2,9 @@
 
 use crate::file::SECTOR;
 
+/// Instead of a stamp: a mixture, or what belongs elsewhere.
+pub(crate) const MIXTURE: u64 = u64::MAX;
+
 /// A write of a guest to a sector. Times are the world's ticks.
 #[derive(Debug, Clone, Copy)]
 struct Write {
@@ -17,12 +20,19 @@ struct Write {
     /// When a loss of power may have taken it, though it was answered: from then on it may have
     /// happened or not. The end of time if nothing can take it, or has.
     doubtful_from: u64,
+    /// It may have left whatever its image's file held there before.
+    anything: bool,
 }
 
 impl Write {
     fn new(stamp: u64, start: u64) -> Self {
         let (end, doubtful_from) = (u64::MAX, u64::MAX);
-        Write { stamp, start, end, acked: false, through: false, doubtful_from }
+        Write { stamp, start, end, acked: false, through: false, doubtful_from, anything: false }
+    }
+
+    /// Whether it may have left this.
+    fn leaves(&self, stamp: u64) -> bool {
+        self.anything || self.stamp == stamp
     }
 
     /// It is known to have happened, as far as is known at a time.
@@ -122,7 +132,7 @@ impl Model {
     }
 
     /// The machine that has the disks has lost its power. `mapped`: what was written since the
-    /// beginning lies in an image, whose mapping may be left without the data: zeroes.
+    /// beginning lies in an image, whose mapping may be left without the data.
     pub(crate) fn power_lost(&mut self, now: u64, mapped: bool) {
         for (disk, flushed) in self.sectors.iter_mut().zip(&self.flushed) {
             for writes in disk {
@@ -131,10 +141,8 @@ impl Model {
                         write.doubtful_from = write.doubtful_from.min(now);
                     }
                 }
-                let is_doubtful = |write: &Write| !write.counts(now);
-                if mapped && writes.len() > 1 && writes[1..].iter().all(is_doubtful) {
-                    let zeroes = Write { end: now, ..Write::new(0, writes[1].start) };
-                    writes.push(zeroes);
+                if mapped && let Some(start) = mapped_anew(writes, now) {
+                    writes.push(Write { end: now, anything: true, ..Write::new(MIXTURE, start) });
                 }
             }
         }
@@ -153,7 +161,7 @@ impl Model {
         let last =
             writes.iter().filter(|o| o.counts(start) && o.end < start).map(|o| o.start).max();
         let last = last.unwrap_or(0);
-        let allowed = writes.iter().any(|w| w.stamp == stamp && w.start < end && w.end >= last);
+        let allowed = writes.iter().any(|w| w.leaves(stamp) && w.start < end && w.end >= last);
         if allowed {
             return Ok(());
         }
@@ -233,10 +241,21 @@ impl Model {
     }
 }
 
+/// When the image may have got a place for a sector whose data a loss of power has taken: nothing had
+/// been written there before, or it had become zeroes, which have no place.
+fn mapped_anew(writes: &[Write], now: u64) -> Option<u64> {
+    let since = writes.get(1..)?;
+    let safe = since.iter().rposition(|write| write.stamp != 0 && write.counts(now));
+    let later = &since[safe.map_or(0, |index| index + 1)..];
+    let had_no_place = safe.is_none() || later.iter().any(|write| write.stamp == 0);
+    let lost = later.iter().find(|write| write.stamp != 0 && !write.counts(now))?;
+    had_no_place.then_some(lost.start)
+}
+
 /// When a sector with these writes can have held `stamp` at a cut, which was made at `to` at the
 /// latest.
 fn moments_of(writes: &[Write], stamp: u64, to: u64) -> Vec<(u64, u64)> {
-    let of_stamp = writes.iter().enumerate().filter(|(_, w)| w.stamp == stamp);
+    let of_stamp = writes.iter().enumerate().filter(|(_, w)| w.leaves(stamp));
     let moments = of_stamp.map(|(index, w)| {
         // They are in the order in which they began.
         let later = writes[index..].iter().filter(|o| o.counts(to) && o.start > w.end);
@@ -275,15 +294,10 @@ pub(crate) fn stamp_of(disk: usize, sector: u64, data: &[u8]) -> Option<u64> {
     (uniform && second == place(disk, sector, first)).then_some(first)
 }
 
-/// The stamps of a whole disk.
-pub(crate) fn stamps(disk: usize, data: &[u8]) -> Result<Vec<u64>, String> {
-    data.chunks(SECTOR as usize)
-        .enumerate()
-        .map(|(sector, data)| {
-            stamp_of(disk, sector as u64, data)
-                .ok_or_else(|| format!("disk {disk} sector {sector} is a mixture"))
-        })
-        .collect()
+/// The stamps of a whole disk, and [`MIXTURE`].
+pub(crate) fn stamps(disk: usize, data: &[u8]) -> Vec<u64> {
+    let sectors = (0..).zip(data.chunks(SECTOR as usize));
+    sectors.map(|(sector, data)| stamp_of(disk, sector, data).unwrap_or(MIXTURE)).collect()
 }
 
 #[cfg(test)]
@@ -348,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_image_has_mapped_and_not_flushed_may_be_zeroes() {
+    fn what_an_image_has_mapped_and_not_flushed_may_be_anything() {
         let after = |flushed: bool, mapped| {
             let mut model = Model::new(&[vec![5]]);
             let write = model.begin(0, 0, 1, 7, 1);
@@ -359,11 +373,19 @@ mod tests {
             let write = model.begin(0, 0, 1, 8, 3);
             model.end(write, 4, true, false);
             model.power_lost(5, mapped);
-            [0, 5, 7, 8].map(|stamp| model.check_read(0, 0, stamp, (6, 7)).is_ok())
+            [MIXTURE, 5, 7, 8].map(|stamp| model.check_read(0, 0, stamp, (6, 7)).is_ok())
         };
         assert_eq!(after(false, false), [false, true, true, true]);
         assert_eq!(after(false, true), [true; 4]);
         assert_eq!(after(true, true), [false, false, true, true], "its data was there");
+        let mut model = Model::new(&[vec![5]]);
+        for (stamp, start) in [(7, 1), (0, 3), (8, 6)] {
+            let write = model.begin(0, 0, 1, stamp, start);
+            model.end(write, start + 1, true, false);
+            model.flushed(0, 5);
+        }
+        model.power_lost(8, true);
+        assert!(model.check_read(0, 0, MIXTURE, (9, 10)).is_ok(), "zeroes have no place");
     }
 
     #[test]

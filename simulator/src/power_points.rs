@@ -265,7 +265,7 @@ impl Pair {
         let file = self.world.lock().machines[side].names.get(&name).cloned();
         let file = file.ok_or("the disk is gone")?;
         let file = file.lock().expect("one thread");
-        stamps(0, &file.data)
+        Ok(stamps(0, &file.data))
     }
 
     /// What a side has become is the newest checkpoint that was acknowledged, or one that was asked

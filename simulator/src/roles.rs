@@ -308,7 +308,7 @@ impl History {
         for disk in disks {
             contents.resize(disk, Vec::new());
             let data = self.read_promoted(&reader, side, disk).await?;
-            contents.push(stamps(disk, &data).map_err(|why| format!("I3: promoted: {why}"))?);
+            contents.push(stamps(disk, &data));
         }
         if let Some(newest) = self.watch.newest()
             && epoch < newest

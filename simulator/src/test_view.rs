@@ -113,10 +113,7 @@ impl User {
         }
         let mut known = Vec::new();
         for (disk, connection) in disks.iter().enumerate() {
-            match self.contents(disk, connection).await? {
-                Ok(contents) => known.push(contents),
-                Err(wrong) => return Ok(Err(wrong)),
-            }
+            known.push(self.contents(disk, connection).await?);
         }
         self.show(&known);
         let rounds = self.world.with_rng(|rng| rng.range(1, 2));
@@ -127,10 +124,7 @@ impl User {
             }
             tokio::time::sleep(Duration::from_millis(ms)).await;
             for (disk, connection) in disks.iter().enumerate() {
-                let contents = match self.contents(disk, connection).await? {
-                    Ok(contents) => contents,
-                    Err(wrong) => return Ok(Err(wrong)),
-                };
+                let contents = self.contents(disk, connection).await?;
                 let changed = (0..contents.len()).find(|at| contents[*at] != known[disk][*at]);
                 if let Some(sector) = changed {
                     let (now, before) = (contents[sector], known[disk][sector]);
@@ -156,11 +150,7 @@ impl User {
         *self.shown.lock().expect("one thread") = Some(read);
     }
 
-    async fn contents(
-        &self,
-        disk: usize,
-        connection: &Connection,
-    ) -> Result<Result<Vec<u64>, Wrong>, ()> {
+    async fn contents(&self, disk: usize, connection: &Connection) -> Result<Vec<u64>, ()> {
         let mut data = Vec::new();
         let total = connection.size();
         while (data.len() as u64) < total {
@@ -168,7 +158,7 @@ impl User {
             let piece = connection.read(at, (total - at).min(PIECE_BYTES) as usize).await;
             data.extend_from_slice(&piece.map_err(drop)?);
         }
-        Ok(stamps(disk, &data).map_err(Wrong))
+        Ok(stamps(disk, &data))
     }
 
     async fn write(
