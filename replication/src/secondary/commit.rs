@@ -130,7 +130,7 @@ impl Group {
         };
         self.update_record(save)?;
         // Nor is there one between the record and what follows it here.
-        leaving.iter().for_each(|disk| self.replicas.remove(disk));
+        let gone: Vec<_> = leaving.iter().map(|disk| (disk, self.part_with(disk))).collect();
         let mut retired = Vec::new();
         for (disk, fresh) in session.disks.taking_part.iter().zip(fresh) {
             retired.push((Arc::clone(disk), disk.committed(fresh).await?));
@@ -140,8 +140,8 @@ impl Group {
         // Before anything that it drops is given up, and before the guest goes on.
         self.secure_record().await?;
         self.drop_own_maps();
-        for disk in &*leaving {
-            self.take_out(disk);
+        for (disk, closing) in gone {
+            self.take_out(disk, closing);
         }
         Ok(retired)
     }

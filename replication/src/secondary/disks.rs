@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use brep_nbd::server::{OptionError, OptionErrorCode};
+use tokio_util::sync::DropGuard;
 
 use super::Group;
 use super::disk::ReplicaDisk;
@@ -103,8 +104,7 @@ impl Group {
     /// Refused, or the file cannot be used; nothing was changed.
     pub(super) async fn add_disk(self: &Arc<Self>, config: DiskConfig) -> Result<bool> {
         // One that has just gone may have had this name, or this file.
-        self.side.closing.ended().await?;
-        let _transition = self.transition.lock().await;
+        let _transition = self.side.closing.lock_without(&config, &self.transition).await?;
         let configs = self.disk_configs();
         daemon::check_disks(std::slice::from_ref(&config))?;
         if let Some(known) = configs.iter().find(|disk| disk.name == config.name) {
@@ -179,12 +179,12 @@ impl Group {
         }
         self.update_record(|record| record.remove_disk(name))?;
         // At once: whatever is recorded meanwhile knows it no more.
-        self.replicas.remove(disk);
+        let closing = self.part_with(disk);
         self.secure_record().await?;
-        self.take_out(disk);
+        self.take_out(disk, closing);
         self.tell_disks();
         drop(transition);
-        if let Err(error) = self.side.closing.ended().await {
+        if let Err(error) = self.side.closing.ended(Some(&disk.config)).await {
             tracing::warn!(%error, "the disk is out of the group all the same");
         }
         Ok(true)
@@ -226,10 +226,17 @@ impl Group {
         LeftOut { group: Arc::clone(self), disks }
     }
 
+    /// The table of disks does not have this one any more, which is about to be
+    /// [taken out](Self::take_out): until then, and until it is closed, none of its name is added.
+    pub(super) fn part_with(&self, disk: &Arc<ReplicaDisk>) -> DropGuard {
+        self.replicas.remove(disk);
+        self.side.closing.begin(&disk.config)
+    }
+
     /// A disk that neither the record nor the table of disks has any more goes; its file stays what
     /// it is. It is closed beside whoever calls this: neither a commit nor a failover waits for
     /// storage that nobody wants any more.
-    pub(super) fn take_out(&self, disk: &Arc<ReplicaDisk>) {
+    pub(super) fn take_out(&self, disk: &Arc<ReplicaDisk>, closing: DropGuard) {
         self.note_removed(&disk.name);
         if let Ok(service) = self.service() {
             service.forget_disk(&disk.name);
@@ -238,7 +245,6 @@ impl Group {
         disk.gate().open();
         self.guest.remove_door(disk.gate().door());
         tracing::info!(disk = disk.name, "the disk is not part of the group any more");
-        let closing = self.side.closing.begin(&disk.name);
         let (state_dir, record) = (self.config.state_dir.clone(), self.record());
         let disk = Arc::clone(disk);
         tokio::spawn(async move {
@@ -274,7 +280,8 @@ impl LeftOut {
     pub(super) fn gone(mut self) {
         for disk in std::mem::take(&mut self.disks) {
             tracing::warn!(disk = disk.name, "left out: it was not copied completely");
-            self.group.take_out(&disk);
+            let closing = self.group.side.closing.begin(&disk.config);
+            self.group.take_out(&disk, closing);
         }
     }
 }

@@ -4,41 +4,73 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::config::DiskConfig;
 use crate::{Error, Result};
 
 /// How long is waited for them at a time.
 const CLOSE_LIMIT: Duration = Duration::from_secs(10);
 
-/// Which there are, by their names.
+/// Which there are.
 #[derive(Debug, Default)]
-pub(crate) struct Closing(Mutex<Vec<(String, CancellationToken)>>);
+pub(crate) struct Closing(Mutex<Vec<(DiskConfig, CancellationToken)>>);
 
 impl Closing {
-    /// A disk is being closed until the result is dropped.
-    pub(crate) fn begin(&self, disk: &str) -> DropGuard {
+    /// A disk that no table has any more is being closed until the result is dropped.
+    pub(crate) fn begin(&self, disk: &DiskConfig) -> DropGuard {
         let ended = CancellationToken::new();
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|(_, ended)| !ended.is_cancelled());
-        all.push((disk.to_owned(), ended.clone()));
+        all.push((disk.clone(), ended.clone()));
         ended.drop_guard()
     }
 
-    /// Waits until none is being closed: its files and its name can be used again.
+    /// Waits until none is being closed that has the name or the file of `disk`; without one, that
+    /// there is none.
     ///
     /// # Errors
     /// One does not end.
-    pub(crate) async fn ended(&self) -> Result<()> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    pub(crate) async fn ended(&self, disk: Option<&DiskConfig>) -> Result<()> {
         let until = tokio::time::Instant::now() + CLOSE_LIMIT;
-        for (disk, ended) in all {
+        for (leaving, ended) in self.of(disk) {
             tokio::time::timeout_at(until, ended.cancelled()).await.map_err(|_| {
                 Error::failed(format!(
-                    "disk {disk}, which was removed, is still being closed: its storage may hang"
+                    "disk {}, which was removed, is still being closed: its storage may hang",
+                    leaving.name
                 ))
             })?;
         }
         Ok(())
+    }
+
+    /// Takes the lock under which disks come and go when nothing is being closed that has the name or
+    /// the file of `disk`.
+    ///
+    /// # Errors
+    /// One does not end; the lock is free meanwhile.
+    pub(crate) async fn lock_without<'a, T>(
+        &self,
+        disk: &DiskConfig,
+        lock: &'a AsyncMutex<T>,
+    ) -> Result<MutexGuard<'a, T>> {
+        loop {
+            self.ended(Some(disk)).await?;
+            let locked = lock.lock().await;
+            // One may have gone while this waited for the lock.
+            if self.of(Some(disk)).is_empty() {
+                return Ok(locked);
+            }
+        }
+    }
+
+    fn of(&self, disk: Option<&DiskConfig>) -> Vec<(DiskConfig, CancellationToken)> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let concerns = |leaving: &DiskConfig| {
+            disk.is_none_or(|disk| disk.name == leaving.name || disk.path == leaving.path)
+        };
+        let open = all.iter().filter(|(leaving, ended)| concerns(leaving) && !ended.is_cancelled());
+        open.cloned().collect()
     }
 }

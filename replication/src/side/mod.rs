@@ -57,7 +57,7 @@ pub async fn run(config: SideConfig, shutdown: CancellationToken) -> Result<()> 
         }
         side.enter_role();
     };
-    if let Err(error) = side.closing.ended().await {
+    if let Err(error) = side.closing.ended(None).await {
         tracing::warn!(%error, "nobody waits for it any more");
     }
     // What the commands work on would keep the side, and with it the locks of its files.

@@ -83,11 +83,47 @@ async fn a_disk_that_is_still_being_closed_is_not_added_again() {
     let again = json!({ "name": "vdb", "file": file, "format": "raw" });
     let error = secondary.command("disk-add", again.clone()).await.unwrap_err().to_string();
     assert!(error.contains("still being closed"), "{error}");
+    scratch.raw("s-vdc.raw", MIB, 5);
+    let other = json!({ "name": "vdc", "file": scratch.path("s-vdc.raw"), "format": "raw" });
+    assert_eq!(secondary.command("disk-add", other).await.unwrap()["changed"], true);
     hang.release();
     drop(disk);
     assert_eq!(secondary.command("disk-add", again).await.unwrap()["changed"], true);
     primary.stop().await;
     secondary.stop().await;
+}
+
+/// Nor if it goes while the addition waits for it to have gone.
+#[tokio::test]
+async fn a_disk_that_goes_while_its_name_is_added_is_closed_first() {
+    let scratch = Scratch::new();
+    let (primary, secondary) = pair(&scratch).await;
+    let secondary = Arc::new(secondary);
+    primary.stop().await;
+    let dir = scratch.path("s.state");
+    let run = |command: &'static str, arguments: Value| {
+        let secondary = Arc::clone(&secondary);
+        tokio::spawn(async move { secondary.command(command, arguments).await })
+    };
+    let stuck = Faulty::stuck_beside(&dir, Kind::SyncBeside);
+    let removing = run("disk-remove", json!({ "name": "vdb", "force": true }));
+    stuck.reached().await;
+    let disk = faults::of(&scratch.path("s-vdb.raw"));
+    let hang = disk.upper.hang(Rule::new(Operation::Flush).forever());
+    scratch.raw("other.raw", MIB, 5);
+    let other = json!({ "name": "vdb", "file": scratch.path("other.raw"), "format": "raw" });
+    let adding = run("disk-add", other);
+    // It waits for the lock, or for the disk: it has been asked, and cannot be done.
+    secondary.command("query-status", json!({})).await.unwrap();
+    assert!(!adding.is_finished());
+    drop(stuck);
+    hang.reached(1).await;
+    let error = adding.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("still being closed"), "{error}");
+    hang.release();
+    drop(disk);
+    removing.await.unwrap().unwrap();
+    Arc::into_inner(secondary).unwrap().stop().await;
 }
 
 /// A primary whose thread may hang, and its secondary, in sync.

@@ -75,8 +75,7 @@ impl Group {
     /// # Errors
     /// Refused, or the file cannot be used; nothing was changed.
     pub(crate) async fn add_disk(&self, config: DiskConfig) -> Result<bool> {
-        self.side.closing.ended().await?;
-        let _one = self.changing_disks.lock().await;
+        let _one = self.side.closing.lock_without(&config, &self.changing_disks).await?;
         if self.is_there_already(&config)? {
             return Ok(false);
         }
