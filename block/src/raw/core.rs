@@ -94,8 +94,30 @@ impl Core {
         Ok(())
     }
 
-    /// What a failed write has left beyond the end would turn up as content once the file grows
-    /// over it.
+    /// Carries out a write that ends at `end`. The file is longer afterwards only if it may grow.
+    pub(super) fn write_to(
+        &self,
+        end: u64,
+        work: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<()> {
+        if end > self.size() && self.limits.growable {
+            return self.grow(end, work);
+        }
+        let result = work();
+        self.undo_overrun(end);
+        result
+    }
+
+    /// A write that was within the file when it was admitted may have been overtaken by a
+    /// truncation: then it is as if it had come first.
+    fn undo_overrun(&self, end: u64) {
+        if end > self.size() {
+            let _guard = self.resize.lock().unwrap_or_else(PoisonError::into_inner);
+            self.undo_growth();
+        }
+    }
+
+    /// What a write has left beyond the end would turn up as content once the file grows over it.
     fn undo_growth(&self) {
         let size = self.size();
         self.data_runs.forget(size, u64::MAX);
@@ -103,7 +125,7 @@ impl Core {
         if longer && let Err(error) = rustix::fs::ftruncate(&self.file, size) {
             tracing::error!(
                 disk = self.name, %error,
-                "a write beyond the end has failed, and the file stays longer than it was"
+                "the file stays longer than the disk: what was written beyond its end cannot be cut off"
             );
         }
     }
@@ -111,8 +133,14 @@ impl Core {
     /// Changes the length of the file.
     pub(super) fn truncate(&self, size: u64) -> Result<()> {
         let _guard = self.resize.lock().unwrap_or_else(PoisonError::into_inner);
-        rustix::fs::ftruncate(&self.file, size)
-            .map_err(|error| self.error(Operation::Truncate, size, 0, &error.into()))?;
+        let before = self.size();
+        // Whoever writes looks at the size afterwards: a write that this does not cut off has to
+        // see the new one.
+        self.size.fetch_min(size, Ordering::AcqRel);
+        if let Err(error) = rustix::fs::ftruncate(&self.file, size) {
+            self.size.store(before, Ordering::Release);
+            return Err(self.error(Operation::Truncate, size, 0, &error.into()));
+        }
         self.data_runs.forget(size, u64::MAX);
         self.size.store(size, Ordering::Release);
         Ok(())
@@ -120,7 +148,7 @@ impl Core {
 
     /// Extends the file to `end`, if it is shorter, without allocating space.
     pub(super) fn extend(&self, end: u64) -> io::Result<()> {
-        if end <= self.size() {
+        if end <= self.size() || !self.limits.growable {
             return Ok(());
         }
         self.grow(end, || {
@@ -168,7 +196,7 @@ impl Core {
         let end = offset + data.len() as u64;
         let started = Instant::now();
         let write = || engine::write_full(&self.file, offset, data, 1, false);
-        let result = if end > self.size() { self.grow(end, write) } else { write() };
+        let result = self.write_to(end, write);
         self.pace.note(started, Instant::now());
         result.map_err(|e| self.error(Operation::Write, offset, data.len() as u64, &e))
     }
@@ -176,14 +204,17 @@ impl Core {
     /// A write through the page cache onto stable storage.
     pub(super) fn write_durable(&self, offset: u64, data: &[u8]) -> Result<()> {
         self.flusher.check(self, Operation::Write)?;
-        let Err(error) = engine::write_full(&self.file, offset, data, 1, true) else {
-            return Ok(());
-        };
         let len = data.len() as u64;
+        let write = |durable| {
+            let result = engine::write_full(&self.file, offset, data, 1, durable);
+            self.undo_overrun(offset + len);
+            result
+        };
+        let Err(error) = write(true) else { return Ok(()) };
         // Either the write was refused, which is this request's affair alone; or writing back
         // failed, which the kernel reports once, for whatever was dirty: then no later flush may
         // succeed. A plain write tells them apart.
-        if engine::write_full(&self.file, offset, data, 1, false).is_ok() {
+        if write(false).is_ok() {
             self.flusher.fail(&self.name, &error);
         }
         Err(self.error(Operation::Write, offset, len, &error))
@@ -205,7 +236,8 @@ mod tests {
     fn what_a_failed_growth_has_written_is_taken_back() {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[1; 1000], 0).unwrap();
-        let core = Core::new("disk".into(), file, Limits::default(), 1000, None, None);
+        let limits = Limits { growable: true, ..Limits::default() };
+        let core = Core::new("disk".into(), file, limits, 1000, None, None);
         let error = core.grow(9000, || {
             core.file.write_all_at(&[2; 500], 1000)?;
             Err(io::ErrorKind::StorageFull.into())
@@ -215,5 +247,38 @@ mod tests {
         core.extend(2000).unwrap();
         let found = core.read_rest(0, Buffer::new(2000), 0).unwrap();
         assert_eq!((&found[..1000], &found[1000..]), (&[1; 1000][..], &[0; 1000][..]));
+    }
+    #[test]
+    fn a_write_that_a_truncation_overtakes_makes_the_file_no_longer() {
+        for growable in [false, true] {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(2000).unwrap();
+            let limits = Limits { growable, ..Limits::default() };
+            let core = Core::new("disk".into(), file, limits, 2000, None, None);
+            core.write_to(2000, || {
+                core.truncate(1000).unwrap();
+                core.file.write_all_at(&[1; 1000], 1000)
+            })
+            .unwrap();
+            assert_eq!((core.size(), core.file.metadata().unwrap().len()), (1000, 1000));
+            core.truncate(2000).unwrap();
+            assert_eq!(core.read_rest(0, Buffer::new(2000), 0).unwrap(), vec![0; 2000]);
+        }
+    }
+
+    #[test]
+    fn truncations_and_writes_of_several_threads_leave_a_file_of_the_right_length() {
+        let file = tempfile::tempfile().unwrap();
+        let core = Core::new("disk".into(), file, Limits::default(), 0, None, None);
+        for round in 0..200 {
+            core.truncate(2000).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| (0..10).for_each(|_| core.write_cached(1000, &[1; 1000]).unwrap()));
+                scope.spawn(|| core.write_durable(1500, &[2; 500]).unwrap());
+                core.truncate(1000).unwrap();
+            });
+            let len = core.file.metadata().unwrap().len();
+            assert_eq!((core.size(), len), (1000, 1000), "round {round}");
+        }
     }
 }

@@ -171,10 +171,7 @@ pub(super) fn write_locked(core: &Core, offset: u64, data: &[u8], durable: bool)
     let Some(direct) = &core.direct else { return core.write_cached(offset, data) };
     let len = data.len() as u64;
     let end = offset + len;
-    let work = |durable| {
-        let write = || direct.write(core, offset, data, durable);
-        if end > core.size() { core.grow(end, write) } else { write() }
-    };
+    let work = |durable| core.write_to(end, || direct.write(core, offset, data, durable));
     let failed = |error: &io::Error| -> Error { core.error(Operation::Write, offset, len, error) };
     match work(durable) {
         Ok(()) => Ok(()),
