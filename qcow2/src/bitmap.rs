@@ -3,7 +3,7 @@
 //! They are read only: an image that is opened for writing has none, because whatever is written
 //! then is not in them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use brep_block::{Error, ErrorKind, Operation, Result};
@@ -21,6 +21,9 @@ const NAME_LEN_MAX: usize = 1023;
 const GRANULARITY_BITS: std::ops::RangeInclusive<u8> = 9..=31;
 /// Longest bitmap, in bytes.
 const DATA_LEN_MAX: u64 = 0x2000_0000;
+/// Longest tables of bitmaps that are opened together, in bytes: the longest that one may have, eight
+/// times. In the image they may share their clusters, in memory they do not.
+const TABLES_LEN_MAX: u64 = 64 << 20;
 /// What stands in a table in the place of an offset.
 const ALL_CLEAN: u64 = 0;
 const ALL_MARKED: u64 = 1;
@@ -82,14 +85,48 @@ impl Qcow2 {
     /// Opens the bitmap of this name; none if there is none.
     ///
     /// # Errors
-    /// It was left in use, or does not keep to the format ([`ErrorKind::Corrupt`]); or a failure of
-    /// the file.
+    /// As [`open_bitmaps`](Self::open_bitmaps).
     pub async fn bitmap(&self, name: &str) -> Result<Option<Arc<Bitmap>>> {
-        let mut entries = self.image.bitmap_directory().await?.into_iter();
-        match entries.find(|entry| entry.info.name == name) {
-            Some(entry) => Ok(Some(Arc::new(self.image.open_bitmap(entry).await?))),
-            None => Ok(None),
+        Ok(self.open_bitmaps(&[name]).await?.pop().flatten())
+    }
+
+    /// Opens the bitmaps of these names, in their order; none in the place of what there is not.
+    ///
+    /// # Errors
+    /// One was left in use, or does not keep to the format ([`ErrorKind::Corrupt`]); their tables
+    /// take more than 64 MiB ([`ErrorKind::Unsupported`]); or a failure of the file.
+    pub async fn open_bitmaps(
+        &self,
+        names: &[impl AsRef<str> + Sync],
+    ) -> Result<Vec<Option<Arc<Bitmap>>>> {
+        let directory = self.image.bitmap_directory().await?;
+        let by_name: BTreeMap<&str, &Entry> =
+            directory.iter().map(|entry| (entry.info.name.as_str(), entry)).collect();
+        let entries: Vec<Option<&Entry>> =
+            names.iter().map(|name| by_name.get(name.as_ref()).copied()).collect();
+        let tables_len: u64 = entries.iter().flatten().map(|entry| entry.table_len()).sum();
+        if tables_len > TABLES_LEN_MAX {
+            let what = format!(
+                "the tables of these bitmaps take {tables_len} bytes; at most {TABLES_LEN_MAX} \
+                 can be kept in memory"
+            );
+            return Err(self.image.error(Operation::Open, ErrorKind::Unsupported, what));
         }
+        let mut bitmaps = Vec::with_capacity(entries.len());
+        for entry in entries {
+            bitmaps.push(match entry {
+                Some(entry) => Some(Arc::new(self.image.open_bitmap(entry).await?)),
+                None => None,
+            });
+        }
+        Ok(bitmaps)
+    }
+}
+
+impl Entry {
+    /// In bytes.
+    fn table_len(&self) -> u64 {
+        u64::from(self.table_entries) * 8
     }
 }
 
@@ -124,8 +161,9 @@ impl Image {
         }
     }
 
-    async fn open_bitmap(&self, entry: Entry) -> Result<Bitmap> {
+    async fn open_bitmap(&self, entry: &Entry) -> Result<Bitmap> {
         let Entry { info, table_offset, table_entries } = entry;
+        let (table_offset, table_len) = (*table_offset, entry.table_len());
         let bad = |what| self.bad_bitmap(&info.name, what);
         if info.in_use {
             return Err(bad("it was left in use: what it would say is not known"));
@@ -135,10 +173,9 @@ impl Image {
         if len > DATA_LEN_MAX {
             return Err(bad("too long"));
         }
-        if u64::from(table_entries) != self.g.clusters(len) {
+        if u64::from(*table_entries) != self.g.clusters(len) {
             return Err(bad("its table does not fit the size of the disk"));
         }
-        let table_len = u64::from(table_entries) * 8;
         let in_file = |offset: u64, len| {
             self.g.is_aligned(offset)
                 && offset.checked_add(len).is_some_and(|end| end <= self.file.size())
@@ -160,7 +197,7 @@ impl Image {
             }
         }
         Ok(Bitmap {
-            name: info.name,
+            name: info.name.clone(),
             file: self.file.clone(),
             granularity_bits: info.granularity.trailing_zeros(),
             cluster_bits: cluster_bits(&self.g),

@@ -143,11 +143,50 @@ async fn an_image_that_was_opened_for_writing_has_no_bitmaps_for_anybody() {
     dir.assert_clean("a.qcow2");
 }
 
+/// Where the header extension of bitmaps begins.
+fn extension_offset(image: &[u8]) -> usize {
+    let kind = 0x2385_2875u32.to_be_bytes();
+    image.windows(4).position(|bytes| bytes == kind).unwrap()
+}
+
 /// Where the directory lies, as the header extension says.
 fn directory_offset(image: &[u8]) -> usize {
-    let kind = 0x2385_2875u32.to_be_bytes();
-    let at = image.windows(4).position(|bytes| bytes == kind).unwrap();
+    let at = extension_offset(image);
     u64::from_be_bytes(image[at + 24..at + 32].try_into().unwrap()) as usize
+}
+
+#[tokio::test]
+async fn bitmaps_that_share_a_table_take_no_more_memory_than_is_allowed() {
+    const COUNT: u32 = 1025;
+    let dir = Dir::new();
+    dir.qemu_img("create -q -f qcow2 a.qcow2 2T");
+    dir.qemu_img("bitmap --add -g 1M a.qcow2 nightly");
+    let mut image = std::fs::read(dir.path("a.qcow2")).unwrap();
+    // A table of 64 KiB, and entries that all name it.
+    let table = image.len().next_multiple_of(1 << 16);
+    let directory = table + (1 << 16);
+    image.resize(directory, 0);
+    let names: Vec<String> = (0..COUNT).map(|number| format!("{number:08}")).collect();
+    for name in &names {
+        image.extend((table as u64).to_be_bytes());
+        image.extend(8192u32.to_be_bytes());
+        // No flags; a bitmap of dirty ranges of 2^9 bytes; the length of the name; nothing more.
+        image.extend([0, 0, 0, 0, 1, 9, 0, 8, 0, 0, 0, 0]);
+        image.extend(name.as_bytes());
+    }
+    let at = extension_offset(&image) + 8;
+    image[at..at + 4].copy_from_slice(&COUNT.to_be_bytes());
+    image[at + 8..at + 16].copy_from_slice(&u64::from(COUNT * 32).to_be_bytes());
+    image[at + 16..at + 24].copy_from_slice(&(directory as u64).to_be_bytes());
+    std::fs::write(dir.path("a.qcow2"), &image).unwrap();
+
+    let disk = open_read_only(&dir, "a.qcow2").await;
+    let wanted = [&names[1], "none", &names[0]];
+    let found = disk.open_bitmaps(&wanted).await.unwrap();
+    let found: Vec<_> = found.iter().map(|bitmap| bitmap.as_ref().map(|b| b.name())).collect();
+    assert_eq!(found, [Some("00000001"), None, Some("00000000")]);
+    let error = disk.open_bitmaps(&names).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
 }
 
 #[tokio::test]

@@ -1,9 +1,11 @@
 """Bitmaps and layers of a served image are told as qemu-nbd tells them, to libnbd's and QEMU's clients.
 
-Seen to fail with: bits of a bitmap counted from the most significant of a byte; a depth counted from 0.
+Seen to fail with: bits of a bitmap counted from the most significant of a byte; a depth counted from 0;
+no bound on the bitmaps that are served together; outdated ones left out without a word.
 """
 
 import json
+import struct
 
 import brep_iotest
 
@@ -29,6 +31,7 @@ def run(t):
     one(t, serve)
     refusals(t, serve)
     outdated(t)
+    many(t)
 
 
 def make_image(t):
@@ -69,9 +72,31 @@ def outdated(t):
     t.expect("outdated" in writer.log(), f"a warning: {writer.log()}")
     t.log_brep("nbd", "serve", "top.qcow2", "--read-only", *layers, "-B", "nightly",
                "--listen", "nbd+unix:///?socket=no.sock")
+    reader = t.serve("reader", "top.qcow2", "reader.sock", "--read-only", *layers, "--all-bitmaps")
+    reader.stop()
+    t.expect("its bitmaps are outdated" in reader.log(), f"all there are is none: {reader.log()}")
     info = json.loads(t.qemu_img("info", "--output=json", "top.qcow2").stdout)
     bitmaps = info["format-specific"]["data"].get("bitmaps", [])
     t.expect(all("in-use" in b["flags"] for b in bitmaps), f"QEMU takes none for good: {bitmaps}")
+
+
+def many(t):
+    """A directory that names one bitmap again and again."""
+    t.qemu_img("create", "-f", "qcow2", "many.qcow2", "1M")
+    t.qemu_img("bitmap", "--add", "many.qcow2", "00000000")
+    image = bytearray((t.dir / "many.qcow2").read_bytes())
+    extension = image.index(bytes.fromhex("23852875")) + 8
+    count, _, size, offset = struct.unpack_from(">IIQQ", image, extension)
+    t.equal((count, size), (1, 32), "one entry")
+    entry = image[offset:offset + 24]
+    image += bytes(-len(image) % (64 << 10))
+    struct.pack_into(">IIQQ", image, extension, 257, 0, 257 * 32, len(image))
+    for number in range(257):
+        image += entry + b"%08d" % number
+    (t.dir / "many.qcow2").write_bytes(image)
+    t.log_brep("nbd", "serve", "many.qcow2", "--read-only", "--all-bitmaps",
+               "--listen", "nbd+unix:///?socket=no.sock")
+    t.serve("named", "many.qcow2", "named.sock", "--read-only", "-B", "00000256").stop()
 
 
 def maps(t, socket):

@@ -19,23 +19,46 @@ struct Run {
     states: Vec<u64>,
 }
 
+/// Most states that are told apart when bytes are added up: a server may invent ever new ones.
+const STATES_MAX: usize = 1 << 16;
+
+/// How many bytes are in each state.
+#[derive(Debug, Default)]
+struct Totals(BTreeMap<Vec<u64>, u64>);
+
+impl Totals {
+    fn add(&mut self, len: u64, states: &[u64]) -> Result<(), Failure> {
+        if let Some(sum) = self.0.get_mut(states) {
+            *sum += len;
+            return Ok(());
+        }
+        if self.0.len() == STATES_MAX {
+            return Err(Failure::failed(format!(
+                "the server tells of more than {STATES_MAX} different states: they are not added \
+                 up; try without --totals"
+            )));
+        }
+        self.0.insert(states.to_vec(), len);
+        Ok(())
+    }
+}
+
 /// Prints the runs of an export in the meta contexts that it was connected with, or what they add
 /// up to.
 pub(super) async fn show(disk: &Connection, totals: bool, json: bool) -> Result<(), Failure> {
     let contexts = disk.contexts().iter().map(|context| context.name.clone()).collect();
-    let mut sums: BTreeMap<Vec<u64>, u64> = BTreeMap::new();
+    let mut sums = totals.then(Totals::default);
     let mut printer = Printer { contexts, json, begun: false };
     let mut open: Option<Run> = None;
     let mut offset = 0;
     while offset < disk.size() {
         let found = disk.start_meta_status(offset, disk.size() - offset).await?;
         for (len, states) in together(&found) {
-            *sums.entry(states.clone()).or_default() += len;
-            match &mut open {
-                Some(run) if run.states == states => run.len += len,
-                open => {
-                    let run = open.replace(Run { offset, len, states });
-                    if let Some(run) = run.filter(|_| !totals) {
+            match (&mut sums, &mut open) {
+                (Some(sums), _) => sums.add(len, &states)?,
+                (None, Some(run)) if run.states == states => run.len += len,
+                (None, open) => {
+                    if let Some(run) = open.replace(Run { offset, len, states }) {
                         printer.run(&run)?;
                     }
                 }
@@ -43,11 +66,10 @@ pub(super) async fn show(disk: &Connection, totals: bool, json: bool) -> Result<
             offset += len;
         }
     }
-    if totals {
-        for (states, sum) in &sums {
-            printer.total(states, *sum, disk.size())?;
-        }
-    } else if let Some(run) = open {
+    for (states, sum) in sums.iter().flat_map(|sums| &sums.0) {
+        printer.total(states, *sum, disk.size())?;
+    }
+    if let Some(run) = open {
         printer.run(&run)?;
     }
     printer.end()
@@ -161,5 +183,17 @@ mod tests {
         let runs = [(4, vec![0, 1]), (6, vec![0, 0]), (2, vec![3, 0])];
         assert_eq!(together(&found), runs);
         assert_eq!(together(&found[..1]), [(10, vec![0]), (5, vec![3]), (100, vec![0])]);
+    }
+
+    #[test]
+    fn a_server_that_invents_states_is_not_followed_for_ever() {
+        let mut totals = Totals::default();
+        for state in 0..STATES_MAX as u64 {
+            totals.add(1, &[0, state]).unwrap();
+        }
+        totals.add(4, &[0, 7]).unwrap();
+        assert_eq!(totals.0[&vec![0, 7]], 5);
+        assert!(totals.add(1, &[1, 0]).is_err());
+        assert_eq!(totals.0.len(), STATES_MAX);
     }
 }

@@ -10,6 +10,9 @@ use crate::args::ServeArgs;
 use crate::cmd::image::Source;
 use crate::exit::Failure;
 
+/// Most bitmaps that are offered without being named: a client asks for all of them in one request.
+const BITMAPS_MAX: usize = 256;
+
 /// Adds what was asked for. `layers`: the image, and what lies below it, from the top down.
 pub(super) async fn add(
     mut export: Export,
@@ -28,36 +31,52 @@ pub(super) async fn add(
         return Err(Failure::usage(format!("{file}: only a qcow2 image can have bitmaps")));
     };
     let names = match args.all_bitmaps {
-        true => usable(image).await?,
+        true => usable(&args.file, image).await?,
         false => args.bitmaps.clone(),
     };
-    for name in names {
-        let Some(bitmap) = image.bitmap(&name).await? else {
-            return Err(Failure::failed(missing(&args.file, image, &name).await?));
+    let bitmaps = image.open_bitmaps(&names).await?;
+    for (name, bitmap) in names.iter().zip(bitmaps) {
+        let Some(bitmap) = bitmap else {
+            return Err(Failure::failed(missing(&args.file, image, name).await?));
         };
-        export = export.dirty_bitmap(&name, Arc::new(Dirty(bitmap)));
+        export = export.dirty_bitmap(name, Arc::new(Dirty(bitmap)));
     }
     Ok(export)
 }
 
 /// All but those that nobody can use.
-async fn usable(image: &Qcow2) -> Result<Vec<String>, Failure> {
+async fn usable(file: &Path, image: &Qcow2) -> Result<Vec<String>, Failure> {
+    if image.info().bitmaps_outdated {
+        tracing::warn!("{}", outdated(file));
+    }
     let bitmaps = image.bitmaps().await?;
     let (unusable, usable): (Vec<_>, Vec<_>) = bitmaps.into_iter().partition(|b| b.in_use);
+    if usable.len() > BITMAPS_MAX {
+        return Err(Failure::failed(format!(
+            "{}: it has {} bitmaps, and at most {BITMAPS_MAX} are served together; name those that \
+             are wanted with --bitmap",
+            file.display(),
+            usable.len()
+        )));
+    }
     for bitmap in unusable {
         tracing::warn!("bitmap {:?} was left in use by its writer: left out", bitmap.name);
     }
     Ok(usable.into_iter().map(|bitmap| bitmap.name).collect())
 }
 
+fn outdated(file: &Path) -> String {
+    format!(
+        "{}: its bitmaps are outdated, because a program has written to it that does not keep them",
+        file.display()
+    )
+}
+
 async fn missing(file: &Path, image: &Qcow2, name: &str) -> Result<String, Failure> {
-    let file = file.display();
     if image.info().bitmaps_outdated {
-        return Ok(format!(
-            "{file}: its bitmaps are outdated, because a program has written to it that does not \
-             keep them"
-        ));
+        return Ok(outdated(file));
     }
+    let file = file.display();
     let names: Vec<_> =
         image.bitmaps().await?.into_iter().map(|b| format!("{:?}", b.name)).collect();
     Ok(match names.as_slice() {
