@@ -63,6 +63,17 @@ async fn describe(
 }
 
 async fn show(args: &NbdInfoArgs, tls: Option<&TlsClient>) -> Result<(), Failure> {
+    let server = look(args, tls).await?;
+    if args.json {
+        return output::json(&server);
+    }
+    output::line(&server_text(&server))?;
+    let exports = server["exports"].as_array().into_iter().flatten();
+    exports.map(export_text).try_for_each(|text| output::line(&text))
+}
+
+/// A server, and what can be learned of its exports: one that refuses does not hide the others.
+async fn look(args: &NbdInfoArgs, tls: Option<&TlsClient>) -> Result<Value, Failure> {
     let uri = &args.uri;
     let mut names = vec![uri.export.clone()];
     if uri.export.is_empty() {
@@ -76,30 +87,36 @@ async fn show(args: &NbdInfoArgs, tls: Option<&TlsClient>) -> Result<(), Failure
     }
     let mut exports = Vec::new();
     let mut mode = None;
+    let mut failure = None;
     for name in names {
-        let (info, handshake) = describe(args, tls, &name).await?;
-        mode = Some(handshake.mode);
-        let export = NbdUri {
-            endpoint: uri.endpoint.clone(),
-            export: name,
-            tls: tls.map(|_| TlsParameters::default()),
-        };
-        exports.push(export_json(&export, &info, &handshake));
+        match describe(args, tls, &name).await {
+            Ok((info, handshake)) => {
+                mode = Some(handshake.mode);
+                let export = NbdUri {
+                    endpoint: uri.endpoint.clone(),
+                    export: name,
+                    tls: tls.map(|_| TlsParameters::default()),
+                };
+                exports.push(export_json(&export, &info, &handshake));
+            }
+            Err(error) => {
+                exports.push(json!({ "name": name, "error": error.to_string() }));
+                failure.get_or_insert(error);
+            }
+        }
+    }
+    if let (None, Some(failure)) = (mode, failure) {
+        return Err(failure);
     }
     // What only an export tells is not known of a server that has none.
-    let server = json!({
+    Ok(json!({
         "server": uri.endpoint.to_string(),
         "protocol": "newstyle-fixed",
         "tls": tls.is_some(),
         "structured-replies": mode.map(TransmissionMode::is_structured),
         "extended-headers": mode.map(TransmissionMode::is_extended),
         "exports": exports,
-    });
-    if args.json {
-        return output::json(&server);
-    }
-    output::line(&server_text(&server))?;
-    exports.iter().try_for_each(|export| output::line(&export_text(export)))
+    }))
 }
 
 const CAPABILITIES: [(TransmissionFlags, &str); 12] = [
@@ -148,6 +165,9 @@ fn server_text(server: &Value) -> String {
 }
 
 fn export_text(export: &Value) -> String {
+    if let Some(error) = export["error"].as_str() {
+        return format!("export {}\n  error         {error}", export["name"]);
+    }
     let number = |key: &str| export[key].as_u64().unwrap_or(0);
     let words = |key: &str| {
         let words = export[key].as_array().into_iter().flatten().filter_map(Value::as_str);
@@ -171,4 +191,50 @@ fn export_text(export: &Value) -> String {
         text.push_str(&format!("\n  description   {}", description.escape_debug()));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use brep_block::Memory;
+    use brep_nbd::Endpoint;
+    use brep_nbd::server::{Export, Server, ServerConfig, StaticExports};
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: NbdInfoArgs,
+    }
+
+    #[tokio::test]
+    async fn an_export_that_refuses_does_not_hide_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let exports = StaticExports::new();
+        exports.add(Export::new("closed", Memory::new("closed", 4096)).tls_required(true));
+        exports.add(Export::new("open", Memory::new("open", 8192)));
+        let server = Server::new(Arc::new(exports), ServerConfig::default());
+        let path = dir.path().join("s.sock");
+        let endpoint = Endpoint::Unix { path: path.clone() };
+        let listener = Server::bind(&endpoint).await.unwrap();
+        tokio::spawn(async move { server.serve(listener).await });
+
+        let line = |export: &str| {
+            let uri = format!("nbd+unix:///{export}?socket={}", path.display());
+            Line::try_parse_from(["info", &uri]).unwrap().args
+        };
+        let found = look(&line(""), None).await.unwrap();
+        assert_eq!(found["exports"][0]["name"], "closed");
+        let error = found["exports"][0]["error"].as_str().unwrap();
+        assert!(error.contains("TLS"), "{error}");
+        assert!(export_text(&found["exports"][0]).contains(error));
+        assert_eq!(
+            (&found["exports"][1]["name"], &found["exports"][1]["size"]),
+            (&json!("open"), &json!(8192))
+        );
+        assert!(look(&line("closed"), None).await.is_err(), "the only one that was asked for");
+    }
 }
