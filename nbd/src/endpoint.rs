@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::Instant;
 
 use crate::Stream;
 
@@ -55,8 +56,8 @@ impl Endpoint {
         }
     }
 
-    /// Connects. Every address of a host name is tried in turn; `timeout` bounds all of it, the
-    /// name look-up included.
+    /// Connects. Every address of a host name is tried in turn, each for an equal share of the time;
+    /// `timeout` bounds all of it, the name look-up included.
     ///
     /// # Errors
     /// The last address's error, or [`io::ErrorKind::TimedOut`].
@@ -70,21 +71,34 @@ impl Endpoint {
                 let stream = within(timeout, UnixStream::connect(path)).await?;
                 Ok(Stream::from(stream))
             }
-            Endpoint::Tcp { .. } => within(timeout, self.connect_tcp()).await,
+            Endpoint::Tcp { .. } => within(timeout, self.connect_tcp(timeout)).await,
         }
     }
 
-    async fn connect_tcp(&self) -> io::Result<Stream> {
-        let mut failure =
-            io::Error::new(io::ErrorKind::NotFound, "the host name has no usable address");
-        for address in self.resolve().await? {
-            match TcpStream::connect(address).await {
-                Ok(stream) => return Stream::try_from(stream),
-                Err(error) => failure = error,
-            }
-        }
-        Err(failure)
+    async fn connect_tcp(&self, timeout: Duration) -> io::Result<Stream> {
+        let deadline = Instant::now() + timeout;
+        let addresses = self.resolve().await?;
+        Stream::try_from(first_of(addresses, deadline, TcpStream::connect).await?)
     }
+}
+
+/// Tries one after the other. Each has an equal share of the time that is left, so that one that
+/// does not answer leaves some to the next.
+async fn first_of<T, F: Future<Output = io::Result<T>>>(
+    addresses: Vec<SocketAddr>,
+    deadline: Instant,
+    connect: impl Fn(SocketAddr) -> F,
+) -> io::Result<T> {
+    let mut failure =
+        io::Error::new(io::ErrorKind::NotFound, "the host name has no usable address");
+    for (untried, address) in (1..=addresses.len() as u32).rev().zip(addresses) {
+        let share = deadline.saturating_duration_since(Instant::now()) / untried;
+        match within(share, connect(address)).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
 }
 
 async fn within<T>(
@@ -107,5 +121,31 @@ impl fmt::Display for Endpoint {
             Endpoint::Tcp { host, port } => write!(f, "{host}:{port}"),
             Endpoint::Unix { path } => write!(f, "unix:{}", path.display()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_that_does_not_answer_leaves_time_for_the_next_one() {
+        let addresses: Vec<SocketAddr> =
+            ["[2001:db8::1]:10809", "192.0.2.1:10809"].map(|a| a.parse().unwrap()).into();
+        let timeout = Duration::from_secs(10);
+        let connect = |address: SocketAddr| async move {
+            match address.is_ipv6() {
+                true => std::future::pending().await,
+                false => Ok(address),
+            }
+        };
+        let begun = Instant::now();
+        let found = first_of(addresses.clone(), begun + timeout, connect).await.unwrap();
+        assert_eq!((found, begun.elapsed()), (addresses[1], timeout / 2));
+
+        let begun = Instant::now();
+        let never = |_| std::future::pending::<io::Result<()>>();
+        let error = first_of(addresses, begun + timeout, never).await.unwrap_err();
+        assert_eq!((error.kind(), begun.elapsed()), (io::ErrorKind::TimedOut, timeout));
     }
 }
