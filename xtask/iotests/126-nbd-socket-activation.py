@@ -1,6 +1,6 @@
 """A service manager's sockets are served, it is told when, and they are left to it.
 
-Seen to fail with: LISTEN_PID not compared.
+Seen to fail with: LISTEN_PID not compared; TLS demanded on each socket because one of them is TCP.
 """
 
 import os
@@ -27,9 +27,21 @@ def run(t):
         again = start(t, "again", [unix])
         t.brep("nbd", "info", t.uri("s.sock"))
         again.stop()
+        secured(t, unix, other)
         refusals(t, unix)
     for path in ("s.sock", "notify.sock"):
         os.unlink(path)
+
+
+def secured(t, unix, other):
+    """TLS is demanded of whom it can protect: those of the unix socket may go without."""
+    t.brep("tls", "init", "pki", "alpha")
+    server = start(t, "secured", [unix, other], "--tls-dir pki/alpha")
+    t.brep("nbd", "info", t.uri("s.sock"))
+    refused = t.brep("nbd", "info", f"nbd://127.0.0.1:{other.getsockname()[1]}", code=1)
+    t.expect("TLS" in refused.stderr, f"no TLS over TCP: {refused.stderr}")
+    server.stop()
+    t.log(server.log())
 
 
 def listening(path):
@@ -53,13 +65,13 @@ def notified():
     return manager
 
 
-def start(t, name, sockets):
+def start(t, name, sockets, flags=""):
     """A shell passes the descriptors on from 3, under the number of the process that it becomes."""
     for n, passed in enumerate(sockets):
         os.dup2(passed.fileno(), 50 + n, inheritable=True)
     moves = " ".join(f"{3 + n}<&{50 + n}" for n in range(len(sockets)))
     line = (f"exec env LISTEN_PID=$$ LISTEN_FDS={len(sockets)} NOTIFY_SOCKET={t.dir}/notify.sock "
-            f"{t.brep_path} nbd serve a.raw --read-only {moves}")
+            f"{t.brep_path} nbd serve a.raw --read-only {flags} {moves}")
     return t.daemon(name, "bash", "-c", line, fds=[50 + n for n in range(len(sockets))],
                     ready=lambda: "serving" in (t.dir / f"{name}.log").read_text())
 

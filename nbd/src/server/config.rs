@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
+use crate::proto::server::TlsPolicy;
 use crate::tls::TlsServer;
 
 /// The limits of a server. Every default bounds what a stranger can cost, and is far from what a
@@ -35,7 +36,8 @@ pub struct ServerConfig {
     /// What TLS needs; without it there is none. Default: none.
     pub tls: Option<TlsServer>,
     /// Clients have to begin TLS before anything else; if not, they may, and have to before
-    /// private options. Only with [`tls`](Self::tls). Default: yes.
+    /// private options. Only with [`tls`](Self::tls), and not where a
+    /// [`Listener`](super::Listener::tls_optional) leaves it to them. Default: yes.
     pub tls_required: bool,
 }
 
@@ -56,6 +58,14 @@ impl Default for ServerConfig {
 }
 
 impl ServerConfig {
+    pub(super) fn tls_policy(&self, tls_optional: bool) -> TlsPolicy {
+        match &self.tls {
+            None => TlsPolicy::Off,
+            Some(_) if self.tls_required && !tls_optional => TlsPolicy::Required,
+            Some(_) => TlsPolicy::Optional,
+        }
+    }
+
     /// Sets [`handshake_timeout`](Self::handshake_timeout).
     #[must_use]
     pub fn handshake_timeout(mut self, timeout: Duration) -> Self {

@@ -49,7 +49,7 @@ impl Moved {
 /// Where a handshake begins.
 pub(super) enum Begin {
     /// At its beginning.
-    New(Stream),
+    New(Stream, TlsPolicy),
     /// Where another server has left it.
     Moved(Box<Moved>),
 }
@@ -89,14 +89,9 @@ impl<'a> Driver<'a> {
         exports: &'a dyn Exports,
         config: &'a ServerConfig,
     ) -> Self {
-        let policy = match &config.tls {
-            None => TlsPolicy::Off,
-            Some(_) if config.tls_required => TlsPolicy::Required,
-            Some(_) => TlsPolicy::Optional,
-        };
         let Moved { stream, handshake, input, deadline } = match begin {
             Begin::Moved(moved) => *moved,
-            Begin::New(stream) => Moved {
+            Begin::New(stream, policy) => Moved {
                 stream,
                 handshake: Handshake::new().with_tls(policy),
                 input: BytesMut::with_capacity(1024),

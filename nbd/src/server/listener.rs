@@ -55,6 +55,7 @@ impl BindError {
 pub struct Listener {
     socket: Listening,
     endpoint: Endpoint,
+    pub(super) tls_optional: bool,
     /// Removes the path of a unix socket in the end.
     _file: Option<SocketFile>,
 }
@@ -88,6 +89,18 @@ fn file_id(path: &Path) -> Option<(u64, u64)> {
 }
 
 impl Listener {
+    fn new(socket: Listening, endpoint: Endpoint, file: Option<SocketFile>) -> Self {
+        Listener { socket, endpoint, tls_optional: false, _file: file }
+    }
+
+    /// Who connects here need not begin TLS, whatever
+    /// [`ServerConfig::tls_required`](super::ServerConfig::tls_required) says.
+    #[must_use]
+    pub fn tls_optional(mut self) -> Self {
+        self.tls_optional = true;
+        self
+    }
+
     /// Listens on a TCP port (0: any free one) or a unix socket, which only its owner may use.
     /// A unix socket that nobody answers on any more is replaced.
     ///
@@ -98,7 +111,7 @@ impl Listener {
         if let Some(bound) = crate::simulation::bind(endpoint) {
             let bound = bound.map_err(|e| BindError::new(endpoint, e))?;
             let (socket, endpoint) = (Listening::Simulated(bound), endpoint.clone());
-            return Ok(Listener { socket, endpoint, _file: None });
+            return Ok(Listener::new(socket, endpoint, None));
         }
         let result = match endpoint {
             Endpoint::Unix { path } => {
@@ -114,7 +127,7 @@ impl Listener {
                 Err(error) => return Err(BindError::new(&endpoint, error)),
             }
         }
-        Ok(Listener { socket, endpoint, _file: file })
+        Ok(Listener::new(socket, endpoint, file))
     }
 
     /// Takes over a socket that listens already, as service managers pass them. The path of a
@@ -133,14 +146,14 @@ impl Listener {
         if let Some(address) = address.as_socket() {
             let endpoint = Endpoint::Tcp { host: address.ip().to_string(), port: address.port() };
             let socket = Listening::Tcp(TcpListener::from_std(socket.into())?);
-            return Ok(Listener { socket, endpoint, _file: None });
+            return Ok(Listener::new(socket, endpoint, None));
         }
         let path = address.as_pathname().ok_or_else(|| {
             refuse("the socket that was passed listens neither on TCP nor on a path")
         })?;
         let endpoint = Endpoint::Unix { path: path.to_owned() };
         let socket = Listening::Unix(UnixListener::from_std(socket.into())?);
-        Ok(Listener { socket, endpoint, _file: None })
+        Ok(Listener::new(socket, endpoint, None))
     }
 
     /// Where it listens; the port is the real one even if any was asked for.

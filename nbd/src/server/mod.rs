@@ -44,7 +44,7 @@ use self::contexts::Target;
 use self::handshake::{Begin, Driver, HandshakeError, Moved, Outcome};
 use self::seats::Seats;
 use self::session::Session;
-use crate::proto::server::Ending;
+use crate::proto::server::{Ending, TlsPolicy};
 use crate::{Endpoint, Stream};
 
 /// How long to wait before accepting again when the system is out of descriptors or memory.
@@ -95,12 +95,13 @@ impl Server {
     /// Accepts clients until the server is shut down. May run for several listeners at a time.
     /// Dropping the future stops accepting; connections go on.
     pub async fn serve(self: &Arc<Self>, listener: Listener) {
+        let policy = self.config.tls_policy(listener.tls_optional);
         let accepting = async {
             loop {
                 // First the slot: without one the client waits in the queue of the socket.
                 let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { return };
                 match listener.accept().await {
-                    Ok(stream) => self.spawn(stream, slot),
+                    Ok(stream) => self.spawn(stream, policy, slot),
                     // The client has gone again before it was accepted.
                     Err(error) if is_of_the_client(&error) => {}
                     Err(error) => {
@@ -144,13 +145,13 @@ impl Server {
         self.budget.used()
     }
 
-    fn spawn(self: &Arc<Self>, stream: Stream, slot: OwnedSemaphorePermit) {
+    fn spawn(self: &Arc<Self>, stream: Stream, policy: TlsPolicy, slot: OwnedSemaphorePermit) {
         let registration = self.register(stream.peer());
         let Some((runtime, seat)) = self.seats.take() else {
             self.tasks.spawn(async move {
                 let _slot = slot;
                 let registration = registration;
-                registration.run(Begin::New(stream)).await;
+                registration.run(Begin::New(stream, policy)).await;
             });
             return;
         };
@@ -158,7 +159,7 @@ impl Server {
             let (_slot, _seat) = (slot, seat);
             let registration = registration;
             match stream.rehome() {
-                Ok(stream) => registration.run(Begin::New(stream)).await,
+                Ok(stream) => registration.run(Begin::New(stream, policy)).await,
                 Err(error) => tracing::warn!(%error, "an NBD client is lost"),
             }
         };

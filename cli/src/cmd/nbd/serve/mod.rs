@@ -98,7 +98,16 @@ async fn serve_until(
         args.tls.check_open(listener.endpoint())?;
     }
     let required =
-        tls.as_ref().is_some_and(|tls| listeners.iter().any(|l| tls.is_required_at(l.endpoint())));
+        |endpoint: &Endpoint| tls.as_ref().is_some_and(|tls| tls.is_required_at(endpoint));
+    let listeners = listeners.into_iter().map(|listener| match required(listener.endpoint()) {
+        true => listener,
+        false => listener.tls_optional(),
+    });
+    let listeners: Vec<Listener> = listeners.collect();
+    let uris: Vec<NbdUri> = listeners
+        .iter()
+        .map(|listener| uri_of(&args, listener, required(listener.endpoint())))
+        .collect();
     let allowed = tls.as_ref().and_then(|tls| tls.allowed_clients.clone());
     let export = export(&args, part(&args, source)?).allowed_subjects(allowed);
     let (exports, gone) = exports(&args, contexts::add(export, &args, &layers).await?);
@@ -106,9 +115,8 @@ async fn serve_until(
     let config = ServerConfig::default()
         .connections_max(args.max_connections)
         .runtimes([Handle::current()].into_iter().chain(workers.runtimes()).collect())
-        .tls(tls.map(|tls| tls.server), required);
+        .tls(tls.map(|tls| tls.server), true);
     let server = Server::new(exports, config);
-    let uris: Vec<NbdUri> = listeners.iter().map(|l| uri_of(&args, l, required)).collect();
     let _pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
     for listener in listeners {
         let server = Arc::clone(&server);
