@@ -410,13 +410,15 @@ impl History {
                 machine.ends_in = None;
             }
         }
-        for (_, what) in lasting {
-            // What only a command ends.
+        for (end, what) in lasting {
             match what {
+                // What only a command ends.
                 Lasting::GuestStopped
                 | Lasting::PeerCleared
                 | Lasting::Slowed
                 | Lasting::Stopped => self.undo(what).await,
+                // No fault: what is asked of that side has to wait for it.
+                Lasting::Stopping(_) => self.lasting.push((end, what)),
                 _ => {}
             }
         }
