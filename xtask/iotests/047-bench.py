@@ -19,7 +19,7 @@ BENCH = pathlib.Path(__file__).parent.parent / "bench/bench.py"
 def run(t):
     t.require(QEMU, "fio", "nbdkit")
     said = t.run(sys.executable, "-B", BENCH, "--rounds", 1, "--runtime", 1, "--size-mib", 64,
-                 "--only", "server/read-simple", "--only", "moments/0", "--json", "record.json",
+                 "--only", "serve-unix/lean-read-4k-qd32-c1", "--only", "moments/0", "--json", "record.json",
                  timeout_s=100).stdout
     record = json.loads((t.dir / "record.json").read_text())
     for row, results in record["rows"].items():
