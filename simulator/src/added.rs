@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
+use crate::acts::wants_restart;
 use crate::file::SECTOR;
 use crate::history::{History, put_file};
 use crate::model::fill;
@@ -176,8 +177,8 @@ impl History {
         let side =
             if advice.contains("on the secondary, with") { 1 - self.primary } else { self.primary };
         if let Err(why) = self.add_disk(side, disk).await
-            && why.contains("merged (see brep status) and started again")
-            && is_merged(status)
+            && (wants_restart(&why)
+                || why.contains("merged (see brep status) and started again") && is_merged(status))
         {
             self.world.count("advice: restart");
             self.world.kill(side);
