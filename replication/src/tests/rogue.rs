@@ -44,7 +44,7 @@ struct State {
     promotes: bool,
     /// It asks for so many switchovers.
     wishes: u64,
-    /// It has said what it had to say at a time.
+    /// Whoever it asked has heard all of that.
     said_all: bool,
     /// Cuts that it was asked for, and whether it could take over.
     cuts: u32,
@@ -137,9 +137,9 @@ impl Rogue {
         loop {
             let message = tokio::time::timeout(Duration::from_millis(50), reader.receive()).await;
             let mut answers = Vec::new();
-            {
+            let asks = {
                 let mut state = self.state();
-                state.said_all = false;
+                let asks = state.wishes > 0;
                 match &message {
                     Ok(Ok(Message::Cut { .. })) => state.cuts += 1,
                     Ok(Ok(Message::SwitchoverRequest)) => state.asked += 1,
@@ -166,13 +166,14 @@ impl Rogue {
                 if std::mem::take(&mut state.hangs_up) {
                     return;
                 }
-            }
+                asks
+            };
             for answer in answers {
                 if writer.send(&answer, LIMIT).await.is_err() {
                     return;
                 }
             }
-            self.state().said_all = true;
+            self.state().said_all |= asks;
         }
     }
 
