@@ -52,7 +52,8 @@ def same_info(t, uri):
 
 def same_map(t, uri, context):
     ours = t.brep("nbd", "info", uri, f"--map={context}", "--json").json
-    theirs = joined(json.loads(t.run("nbdinfo", f"--map={context}", "--json", uri).stdout))
+    theirs = json.loads(t.run("nbdinfo", f"--map={context}", "--json", uri).stdout)
+    theirs = brep_iotest.joined(theirs)
     t.equal([(e["offset"], e["length"], e["type"]) for e in ours], theirs, f"map of {context}")
     totals = t.brep("nbd", "info", uri, f"--map={context}", "--totals", "--json").json
     sums = {}
@@ -61,17 +62,6 @@ def same_map(t, uri, context):
     t.equal({e["type"]: e["length"] for e in totals}, sums, f"totals of {context}")
     for line in t.brep("nbd", "info", uri, f"--map={context}").stdout.splitlines():
         t.log(" ", *line.split())
-
-
-def joined(extents):
-    """Servers may cut an extent; what counts is where the state changes."""
-    runs = []
-    for e in extents:
-        if runs and runs[-1][2] == e["type"]:
-            runs[-1] = (runs[-1][0], runs[-1][1] + e["length"], e["type"])
-        else:
-            runs.append((e["offset"], e["length"], e["type"]))
-    return runs
 
 
 brep_iotest.main(run)

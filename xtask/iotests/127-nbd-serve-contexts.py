@@ -121,13 +121,7 @@ def shown(t):
 
 def nbdinfo(t, socket, context):
     extents = json.loads(t.run("nbdinfo", f"--map={context}", "--json", t.uri(socket)).stdout)
-    runs = []
-    for e in extents:
-        if runs and runs[-1][2] == e["type"]:
-            runs[-1] = (runs[-1][0], runs[-1][1] + e["length"], e["type"])
-        else:
-            runs.append((e["offset"], e["length"], e["type"]))
-    return runs
+    return brep_iotest.joined(extents)
 
 
 def qemu_map(t, socket, bitmap):

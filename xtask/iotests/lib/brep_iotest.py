@@ -43,6 +43,17 @@ class Skip(Exception):
     """The test cannot run here; the reason ends in `not found` or the like."""
 
 
+def joined(extents):
+    """Servers may cut an extent; what counts is where the state changes."""
+    runs = []
+    for e in extents:
+        if runs and runs[-1][2] == e["type"]:
+            runs[-1] = (runs[-1][0], runs[-1][1] + e["length"], e["type"])
+        else:
+            runs.append((e["offset"], e["length"], e["type"]))
+    return runs
+
+
 def main(run):
     """Runs the test and exits: 0 passed, 1 failed, 77 skipped."""
     _die_with_parent()
