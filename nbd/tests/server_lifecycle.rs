@@ -169,22 +169,6 @@ async fn a_shutdown_finishes_what_runs_refuses_what_comes_and_closes() {
     assert!(!fixture.path.exists(), "the socket is left behind");
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_shutdown_cuts_off_what_hangs_when_its_time_is_over() {
-    let fault = Fault::new(Memory::new("memory", SIZE));
-    let fixture = Fixture::device(fault.clone()).await;
-    let mut raw = fixture.session(false).await;
-    let connection = fixture.connection().await;
-    let hang = fault.hang(Rule::new(Operation::Write));
-    raw.send(&write(1, 0, b"late")).await;
-    within(hang.reached(1)).await;
-    within(fixture.server.shutdown(Duration::from_secs(3))).await;
-    assert!(raw.is_closed().await);
-    assert!(!connection.is_closed(), "its operation still runs");
-    hang.release();
-    within(connection.closed()).await;
-}
-
 #[tokio::test]
 async fn removing_an_export_drains_its_connections_and_no_others() {
     let memory = Memory::new("memory", SIZE);

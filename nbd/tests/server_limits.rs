@@ -3,13 +3,14 @@
 mod server_support;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use brep_block::{BlockDevice, Count};
-use brep_block::{Fault, Memory, Operation, Rule, Serialise, WriteFlags};
-use brep_nbd::proto::wire::{Command, Errno};
-use brep_nbd::server::ServerConfig;
-use server_support::{Fixture, Raw, request, request_bytes, until, within};
+use brep_block::{BlockDevice, Count, Fault, Io, Memory, Operation, Rule, Serialise, WriteFlags};
+use brep_nbd::proto::wire::{Command, Errno, OptionCode};
+use brep_nbd::server::{ContextStatus, Export, MetaContext, ServerConfig, StaticExports};
+use server_support::{Fixture, Raw, meta_data, request, request_bytes, until, within};
 use tokio::io::AsyncWriteExt;
 
 const MIB: u64 = 1 << 20;
@@ -229,4 +230,86 @@ async fn an_idle_connection_is_served_again_after_a_very_large_write() {
         assert_eq!(raw.write(7, b"small").await, Errno::OK);
         assert_eq!(raw.read(6, 7).await, b"\0small\x09");
     }
+}
+
+/// Of every byte something else; or nothing, and for ever.
+#[derive(Debug, Default)]
+struct Fine {
+    hangs: bool,
+    asked: AtomicUsize,
+}
+
+impl MetaContext for Fine {
+    fn status(&self, offset: u64, _: u64) -> Io<'_, ContextStatus> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        if self.hangs {
+            return Io::future(std::future::pending());
+        }
+        // Three bytes share a state, and are told one by one.
+        Io::ok(ContextStatus { len: 1, flags: (offset / 3) as u32 })
+    }
+}
+
+/// A client that has selected the same context under many names.
+async fn selecting(context: &Arc<Fine>, names: usize, config: ServerConfig) -> (Fixture, Raw) {
+    let mut export = Export::new("disk", Memory::new("memory", MIB));
+    let names: Vec<String> = (0..names).map(|number| format!("x:{number}")).collect();
+    for name in &names {
+        export = export.context(name, Arc::clone(context) as _);
+    }
+    let exports = StaticExports::new();
+    exports.add(export);
+    let fixture = Fixture::serve(Arc::new(exports), config).await;
+    let mut raw = fixture.client().await;
+    raw.structured().await;
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    raw.option(OptionCode::SET_META_CONTEXT, &meta_data("disk", &names)).await;
+    raw.go("disk").await;
+    (fixture, raw)
+}
+
+#[tokio::test]
+async fn a_block_status_counts_for_what_it_may_answer() {
+    let context = Arc::new(Fine { hangs: true, ..Fine::default() });
+    let config = ServerConfig::default().connection_bytes_max(4 * MIB);
+    let (fixture, mut raw) = selecting(&context, 100, config).await;
+    for cookie in 0..64 {
+        raw.request(request(Command::BLOCK_STATUS, cookie, 0, 4096), &[]).await;
+    }
+    let in_flight = || fixture.server.bytes_in_flight();
+    until(|| (in_flight() > 3 * MIB).then_some(())).await;
+    // 100 contexts of 1024 extents of 16 bytes, twice.
+    assert!((3 * MIB..4 * MIB).contains(&in_flight()), "{}", in_flight());
+    tokio::task::yield_now().await;
+    assert_eq!(context.asked.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_block_status_of_many_contexts_ends_soon_and_leaves_the_thread_to_others() {
+    let context = Arc::new(Fine::default());
+    let (_fixture, mut raw) = selecting(&context, 8, ServerConfig::default()).await;
+    let asked = {
+        let context = Arc::clone(&context);
+        move || context.asked.load(Ordering::SeqCst)
+    };
+    let others = tokio::spawn({
+        let asked = asked.clone();
+        async move {
+            let mut seen = BTreeSet::new();
+            while asked() < 4096 {
+                seen.insert(asked());
+                tokio::task::yield_now().await;
+            }
+            seen.len()
+        }
+    });
+    raw.request(request(Command::BLOCK_STATUS, 1, 0, 1 << 20), &[]).await;
+    for _ in 0..8 {
+        // 512 questions each, three about every extent.
+        let (_, payload) = raw.chunk().await;
+        assert_eq!(payload.len(), 4 + 8 * 512_usize.div_ceil(3));
+    }
+    assert_eq!(asked(), 4096);
+    let turns = within(others).await.unwrap();
+    assert!(turns > 10, "others had {turns} turns");
 }

@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use brep_block::Memory;
 use brep_nbd::proto::wire::{InfoType, OptionCode, OptionHeader, ReplyType};
-use brep_nbd::server::ServerConfig;
-use server_support::{Fixture, SIZE, info_data, meta_data, option_bytes, within};
+use server_support::{Fixture, SIZE, info_data, meta_data, option_bytes};
 
 /// What becomes of a malformed option.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -396,19 +395,4 @@ async fn a_connection_that_ends_at_any_point_of_the_handshake_leaves_nothing_beh
     }
     server_support::until(|| fixture.server.connections().is_empty().then_some(())).await;
     assert_eq!(fixture.server.bytes_in_flight(), 0);
-}
-
-#[tokio::test]
-async fn more_clients_than_allowed_wait_until_one_leaves() {
-    let config = ServerConfig::default().connections_max(2);
-    let fixture = Fixture::device_with(Memory::new("memory", SIZE), config).await;
-    let first = fixture.session(false).await;
-    let mut second = fixture.session(false).await;
-    let mut third = fixture.connect().await;
-    assert_eq!(second.read(0, 1).await, [0]);
-    assert_eq!(fixture.server.connections().len(), 2);
-    drop(first);
-    within(third.greet()).await;
-    third.go("disk").await;
-    assert_eq!(third.read(0, 1).await, [0]);
 }

@@ -7,8 +7,11 @@ import json
 import os
 import signal
 import socket
+import struct
 
 import brep_iotest
+
+REPLY_MAGIC = bytes.fromhex("0003e889045565a9")
 
 
 def run(t):
@@ -65,18 +68,19 @@ def last_client(t):
 
 def limits(t):
     server = t.serve("limited", "a.raw", "s.sock", "--max-connections", "2")
-    with nbd(t) as a, nbd(t) as b:
-        t.expect(a.recv(8) == b.recv(8) == b"NBDMAGIC", "two are served")
-        with nbd(t) as third:
+    with go(t) as a, go(t) as b:
+        t.expect(a.recv(8) == b.recv(8) == REPLY_MAGIC, "two are served")
+        with go(t) as third:
             third.settimeout(0.3)
             try:
                 third.recv(8)
                 t.expect(False, "a third one waits")
             except TimeoutError:
                 pass
+            t.brep("nbd", "info", t.uri("s.sock"))
             a.close()
             third.settimeout(10)
-            t.equal(third.recv(8), b"NBDMAGIC", "until one has gone")
+            t.equal(third.recv(8), REPLY_MAGIC, "until one has gone")
     server.stop()
     for count, offered in [("1", False), ("2", True)]:
         info = t.brep("nbd", "serve", "a.raw", "--max-connections", count, "--run",
@@ -85,10 +89,13 @@ def limits(t):
     t.log("limits: good")
 
 
-def nbd(t):
+def go(t):
+    """A client that has asked for the default export."""
     client = socket.socket(socket.AF_UNIX)
     client.settimeout(10)
     client.connect("s.sock")
+    t.equal(client.recv(18)[:8], b"NBDMAGIC", "the greeting")
+    client.sendall(struct.pack(">I8sIIIH", 3, b"IHAVEOPT", 7, 6, 0, 0))
     return client
 
 

@@ -13,9 +13,12 @@ pub struct ServerConfig {
     /// How long a client may take from connecting to the end of its handshake. Time that the
     /// server itself needs for an answer does not count. Default: 10 s, as other servers do.
     pub handshake_timeout: Duration,
-    /// Most connections at a time; further ones wait in the listen queue until one closes.
-    /// Default: 1024.
+    /// Most connections at a time that use an export; further ones wait at the end of their
+    /// handshake until one closes. Default: 1024.
     pub connections_max: usize,
+    /// Most connections at a time that are in their handshake. The next one takes the place of the
+    /// oldest, which has had a second then, or waits until there is one. Default: 256.
+    pub handshakes_max: usize,
     /// Most requests of one connection that are being worked on. Default: 128.
     pub requests_in_flight_max: usize,
     /// Most payload bytes, of requests being worked on and of replies not yet sent, of one
@@ -46,6 +49,7 @@ impl Default for ServerConfig {
         ServerConfig {
             handshake_timeout: Duration::from_secs(10),
             connections_max: 1024,
+            handshakes_max: 256,
             requests_in_flight_max: 128,
             connection_bytes_max: 64 << 20,
             server_bytes_max: 512 << 20,
@@ -77,6 +81,13 @@ impl ServerConfig {
     #[must_use]
     pub fn connections_max(mut self, count: usize) -> Self {
         self.connections_max = count;
+        self
+    }
+
+    /// Sets [`handshakes_max`](Self::handshakes_max).
+    #[must_use]
+    pub fn handshakes_max(mut self, count: usize) -> Self {
+        self.handshakes_max = count;
         self
     }
 

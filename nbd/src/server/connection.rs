@@ -20,7 +20,8 @@ pub(super) enum Stop {
     ShutDown,
     /// Nothing more is read; requests in flight are finished; then it ends.
     Close,
-    /// The socket is closed at once.
+    /// What is not done is answered with `ESHUTDOWN`, as far as the client takes that without
+    /// being waited for; then it ends.
     Abort,
 }
 
@@ -39,7 +40,6 @@ impl Stop {
 #[derive(Debug)]
 pub(super) struct Completion {
     pub(super) id: RequestId,
-    pub(super) cost: u64,
     pub(super) result: Result<Content, Failure>,
 }
 
@@ -250,14 +250,13 @@ impl fmt::Debug for Connection {
 pub(super) struct Ticket {
     connection: Arc<Connection>,
     id: RequestId,
-    cost: u64,
     delivered: bool,
 }
 
 impl Ticket {
-    pub(super) fn new(connection: &Arc<Connection>, id: RequestId, cost: u64) -> Self {
+    pub(super) fn new(connection: &Arc<Connection>, id: RequestId) -> Self {
         connection.active.fetch_add(1, Ordering::AcqRel);
-        Ticket { connection: Arc::clone(connection), id, cost, delivered: false }
+        Ticket { connection: Arc::clone(connection), id, delivered: false }
     }
 
     pub(super) fn deliver(mut self, result: Result<Content, Failure>) {
@@ -266,7 +265,7 @@ impl Ticket {
 
     fn put(&mut self, result: Result<Content, Failure>) {
         self.delivered = true;
-        let completion = Completion { id: self.id, cost: self.cost, result };
+        let completion = Completion { id: self.id, result };
         // Bounded by the limit on requests in flight.
         lock(&self.connection.completions).push(completion);
         self.connection.task.wake();

@@ -3,6 +3,7 @@ use std::sync::Arc;
 
 use brep_block::{BlockDevice, Io};
 
+use super::connection::Connection;
 use super::exports::Export;
 use crate::proto::server::Agreed;
 use crate::proto::wire::{AllocationFlags, BASE_ALLOCATION};
@@ -26,12 +27,13 @@ pub struct ContextStatus {
 /// What the requests of a connection go to: a device, and the meta contexts that were selected.
 #[derive(Debug)]
 pub(super) struct Target {
+    pub(super) connection: Arc<Connection>,
     pub(super) device: Arc<dyn BlockDevice>,
     pub(super) contexts: Vec<(u32, Arc<dyn MetaContext>)>,
 }
 
 impl Target {
-    pub(super) fn new(export: Export, agreed: &Agreed) -> Self {
+    pub(super) fn new(export: Export, agreed: &Agreed, connection: Arc<Connection>) -> Self {
         let find = |name: &str| match name {
             BASE_ALLOCATION => Some(Arc::new(Allocation(Arc::clone(&export.device))) as _),
             _ => export.contexts.get(name).cloned(),
@@ -40,7 +42,7 @@ impl Target {
         let contexts = agreed.contexts.iter().filter_map(|selected| {
             find(&selected.name).map(|context: Arc<dyn MetaContext>| (selected.id, context))
         });
-        Target { contexts: contexts.collect(), device: export.device }
+        Target { connection, contexts: contexts.collect(), device: export.device }
     }
 }
 

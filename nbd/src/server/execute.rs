@@ -5,6 +5,7 @@ use std::sync::Arc;
 use brep_block::{BlockDevice, Error, ErrorKind, FlushLevel, WriteFlags, ZeroFlags};
 use bytes::{Bytes, BytesMut};
 
+use super::connection::Stop;
 use super::contexts::{MetaContext, Target};
 use crate::proto::server::{Action, Content, ContextExtents, Extent, Failure, ReadChunk};
 use crate::proto::wire::{Errno, PAYLOAD_LEN_MAX};
@@ -14,9 +15,13 @@ const HOLE_LEN_MIN: u64 = 4096;
 /// Most chunks that one read is cut into; after that all is data.
 const CHUNKS_MAX: usize = 256;
 /// Most extents of one context in a block status reply. A client asks again for what is missing.
-const EXTENTS_MAX: usize = 1024;
-/// Most questions about one context for a block status reply, because neighbours may be equal.
+pub(super) const EXTENTS_MAX: usize = 1024;
+/// Most questions for a block status reply, about all contexts together; more than extents, because
+/// neighbours may be equal.
 const STATUS_CALLS_MAX: usize = 4096;
+/// Most that a device is asked to zero or to discard at once, in bytes: some have to write every
+/// byte of it, and a stop can only come in between.
+const PIECE_LEN_MAX: u64 = 128 << 20;
 /// How much a `CACHE` reads at a time, in bytes.
 pub(super) const CACHE_LEN: u64 = 1 << 20;
 /// Most that a `CACHE` reads, in bytes; it is a hint, and has to come to an end.
@@ -42,22 +47,19 @@ pub(super) async fn execute(
         Action::Write { offset, data, fua } => write(device, offset, data, fua).await,
         Action::Flush => flush(device).await,
         Action::Trim { offset, len, fua } => {
-            match device.discard(offset, len).await {
-                // A hint: not to follow it is no failure.
-                Err(error) if error.kind() == ErrorKind::Unsupported => {}
-                result => result.map_err(|error| failure(&error))?,
+            let mut pieces = Pieces::new(&target, offset, len);
+            while let Some((offset, len)) = pieces.next().await? {
+                match device.discard(offset, len).await {
+                    // A hint: not to follow it is no failure.
+                    Err(error) if error.kind() == ErrorKind::Unsupported => break,
+                    result => result.map_err(|error| failure(&error))?,
+                }
             }
             if fua { flush(device).await } else { Ok(Content::Done) }
         }
         Action::Cache { offset, len } => cache(device, offset, len).await,
         Action::WriteZeroes { offset, len, fua, may_unmap, fast } => {
-            let flags = ZeroFlags { fua, may_unmap, fast };
-            match device.write_zeroes(offset, len, flags).await {
-                Err(error) if fast && error.kind() == ErrorKind::Unsupported => {
-                    Err(Failure::new(Errno::ENOTSUP, error.to_string()))
-                }
-                result => done(result),
-            }
+            write_zeroes(&target, offset, len, ZeroFlags { fua, may_unmap, fast }).await
         }
         Action::Resize { size, fua } => {
             device.truncate(size).await.map_err(|error| failure(&error))?;
@@ -65,12 +67,13 @@ pub(super) async fn execute(
         }
         Action::BlockStatus { offset, len, one, contexts } => {
             let extents_max = if one { 1 } else { EXTENTS_MAX };
+            let is_wanted = |id: &u32| contexts.as_ref().is_none_or(|wanted| wanted.contains(id));
+            let wanted: Vec<_> = target.contexts.iter().filter(|(id, _)| is_wanted(id)).collect();
+            let calls_max = (STATUS_CALLS_MAX / wanted.len().max(1)).max(1);
             let mut found = Vec::new();
-            for (id, context) in &target.contexts {
-                if contexts.as_ref().is_none_or(|wanted| wanted.contains(id)) {
-                    let extents = block_status(&**context, offset, len, extents_max).await?;
-                    found.push(ContextExtents { id: *id, extents });
-                }
+            for (id, context) in wanted {
+                let extents = block_status(&**context, offset, len, extents_max, calls_max).await?;
+                found.push(ContextExtents { id: *id, extents });
             }
             Ok(Content::Extents(found))
         }
@@ -199,16 +202,84 @@ async fn cache(device: &dyn BlockDevice, offset: u64, len: u64) -> Result<Conten
     Ok(Content::Done)
 }
 
+/// A range in pieces that a device may be asked to change at once. They end at multiples of their
+/// length, which are whole blocks and clusters.
+struct Pieces<'a> {
+    target: &'a Target,
+    first: u64,
+    position: u64,
+    end: u64,
+}
+
+impl<'a> Pieces<'a> {
+    fn new(target: &'a Target, offset: u64, len: u64) -> Self {
+        Pieces { target, first: offset, position: offset, end: offset + len }
+    }
+
+    /// Offset and length of the next one.
+    ///
+    /// # Errors
+    /// If there is one, but no time left for it.
+    async fn next(&mut self) -> Result<Option<(u64, u64)>, Failure> {
+        if self.position == self.end {
+            return Ok(None);
+        }
+        let offset = self.position;
+        if offset > self.first {
+            // Devices that answer at once leave the thread to others in between.
+            tokio::task::yield_now().await;
+            if self.target.connection.stop_level() == Stop::Abort {
+                return Err(shutting_down());
+            }
+        }
+        let len = (PIECE_LEN_MAX - offset % PIECE_LEN_MAX).min(self.end - offset);
+        self.position += len;
+        Ok(Some((offset, len)))
+    }
+
+    fn is_one(&self) -> bool {
+        self.end - self.first <= PIECE_LEN_MAX - self.first % PIECE_LEN_MAX
+    }
+}
+
+async fn write_zeroes(
+    target: &Target,
+    offset: u64,
+    len: u64,
+    flags: ZeroFlags,
+) -> Result<Content, Failure> {
+    let device = &*target.device;
+    let mut pieces = Pieces::new(target, offset, len);
+    let in_one = pieces.is_one();
+    let each = ZeroFlags { fua: flags.fua && in_one, ..flags };
+    while let Some((offset, len)) = pieces.next().await? {
+        match device.write_zeroes(offset, len, each).await {
+            Err(error) if flags.fast && error.kind() == ErrorKind::Unsupported => {
+                return Err(Failure::new(Errno::ENOTSUP, error.to_string()));
+            }
+            result => result.map_err(|error| failure(&error))?,
+        }
+    }
+    if flags.fua && !in_one { flush(device).await } else { Ok(Content::Done) }
+}
+
+/// What is left of a request gets this when there is no more time for it.
+pub(super) fn shutting_down() -> Failure {
+    Failure::new(Errno::ESHUTDOWN, "the server is shutting down")
+}
+
 /// The extents of one context from `offset` on, as far as one reply goes.
 async fn block_status(
     context: &dyn MetaContext,
     offset: u64,
     len: u64,
     extents_max: usize,
+    calls_max: usize,
 ) -> Result<Vec<Extent>, Failure> {
     let mut extents: Vec<Extent> = Vec::new();
     let mut position = 0;
-    for _ in 0..STATUS_CALLS_MAX {
+    for _ in 0..calls_max {
+        tokio::task::coop::consume_budget().await;
         let status = context
             .status(offset + position, len - position)
             .await

@@ -8,6 +8,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout_at};
 
+use super::admission::{Entrance, Slot};
 use super::config::ServerConfig;
 use super::connection::{Connection, Stop};
 use super::exports::{Export, Exports, Home, PrivateReply, Takeover, Wanted};
@@ -23,9 +24,15 @@ const READ_LEN_MAX: usize = 64 << 10;
 /// How a handshake has ended well.
 pub(super) enum Outcome {
     /// Requests follow, beginning with what `input` holds.
-    Transmission { stream: Stream, export: Export, agreed: Box<Agreed>, input: BytesMut },
+    Transmission {
+        stream: Stream,
+        export: Export,
+        agreed: Box<Agreed>,
+        input: BytesMut,
+        slot: Option<Slot>,
+    },
     /// Something other than NBD follows, beginning with what `input` holds.
-    Takeover { stream: Stream, then: Takeover, input: BytesMut },
+    Takeover { stream: Stream, then: Takeover, input: BytesMut, slot: Option<Slot> },
     /// Another server goes on with it.
     Moved { home: Home, handshake: Box<Moved> },
 }
@@ -74,18 +81,21 @@ pub(super) enum HandshakeError {
 pub(super) struct Driver<'a> {
     stream: Stream,
     connection: &'a Arc<Connection>,
+    entrance: Entrance,
     exports: &'a dyn Exports,
     tls: Option<&'a TlsServer>,
     deadline: Instant,
     handshake: Handshake,
     input: BytesMut,
     opened: Option<Export>,
+    slot: Option<Slot>,
 }
 
 impl<'a> Driver<'a> {
     pub(super) fn new(
         begin: Begin,
         connection: &'a Arc<Connection>,
+        entrance: Entrance,
         exports: &'a dyn Exports,
         config: &'a ServerConfig,
     ) -> Self {
@@ -100,7 +110,18 @@ impl<'a> Driver<'a> {
         };
         connection.set_tls_peer(stream.tls_peer());
         let tls = config.tls.as_ref();
-        Driver { stream, connection, exports, tls, deadline, handshake, input, opened: None }
+        Driver {
+            stream,
+            connection,
+            entrance,
+            exports,
+            tls,
+            deadline,
+            handshake,
+            input,
+            opened: None,
+            slot: None,
+        }
     }
 
     pub(super) async fn run(mut self) -> Result<Outcome, HandshakeError> {
@@ -109,6 +130,9 @@ impl<'a> Driver<'a> {
                 self.handshake.shut_down();
             }
             let step = self.handshake.step(&mut self.input);
+            if matches!(step, Step::Transmission(_)) {
+                self.take_slot().await?;
+            }
             // Sent before the next answer, so that the output never grows beyond that to one
             // option.
             self.send().await?;
@@ -138,9 +162,10 @@ impl<'a> Driver<'a> {
                 Step::Open(name) => self.open(&name),
                 Step::Private { option, data } => {
                     if let Some(then) = self.private(option, data).await? {
+                        self.take_slot().await?;
                         self.send().await?;
-                        let Driver { stream, input, .. } = self;
-                        return Ok(Outcome::Takeover { stream, then, input });
+                        let Driver { stream, input, slot, .. } = self;
+                        return Ok(Outcome::Takeover { stream, then, input, slot });
                     }
                 }
                 Step::Transmission(agreed) => return self.transmission(agreed),
@@ -167,7 +192,37 @@ impl<'a> Driver<'a> {
         // The option that leads here is the last one that was opened.
         let export = self.opened.ok_or(HandshakeError::Stopped)?;
         self.exports.begin(&export, self.connection);
-        Ok(Outcome::Transmission { stream: self.stream, export, agreed, input: self.input })
+        let Driver { stream, input, slot, .. } = self;
+        Ok(Outcome::Transmission { stream, export, agreed, input, slot })
+    }
+
+    /// Waits for a slot, for as long as the client does: until then it shall not believe that it is
+    /// in. What it sends meanwhile is part of the input.
+    async fn take_slot(&mut self) -> Result<(), HandshakeError> {
+        self.slot = self.entrance.try_slot();
+        if self.slot.is_some() {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let Driver { stream, input, entrance, connection, .. } = self;
+        let has_left = async {
+            while input.len() < READ_LEN_MAX {
+                input.reserve(1024);
+                if !matches!(stream.read_buf(input).await, Ok(1..)) {
+                    return;
+                }
+            }
+            std::future::pending().await
+        };
+        let slot = tokio::select! {
+            biased;
+            () = connection.stopped(Stop::ShutDown) => return Err(HandshakeError::Stopped),
+            slot = entrance.slot() => slot,
+            () = has_left => return Err(HandshakeError::Eof),
+        };
+        self.slot = Some(slot);
+        self.deadline += started.elapsed();
+        Ok(())
     }
 
     async fn private(

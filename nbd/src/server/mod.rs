@@ -4,6 +4,7 @@
 //! [`StaticExports`] is a table of them. Every client is a [`Connection`], which can be watched,
 //! closed, and drained.
 
+mod admission;
 mod arriving;
 mod budget;
 mod config;
@@ -25,7 +26,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -38,6 +38,7 @@ pub use self::static_exports::StaticExports;
 pub use self::taken::TakenStream;
 pub use crate::proto::server::{ExportDescription, OptionError, OptionErrorCode};
 
+use self::admission::{Admission, Entrance};
 use self::budget::Budget;
 use self::connection::Stop;
 use self::contexts::Target;
@@ -50,6 +51,9 @@ use crate::{Endpoint, Stream};
 /// How long to wait before accepting again when the system is out of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long connections that are cut off may take to say so.
+const LEAVE_TIME: Duration = Duration::from_secs(1);
+
 /// Serves exports to any number of clients on any number of listeners.
 ///
 /// Connections run as tasks of the runtime in which [`serve`](Self::serve) is called, or of those that
@@ -60,7 +64,7 @@ pub struct Server {
     config: ServerConfig,
     budget: Budget,
     seats: Seats,
-    slots: Arc<Semaphore>,
+    admission: Arc<Admission>,
     connections: Mutex<BTreeMap<u64, Arc<Connection>>>,
     next_id: AtomicU64,
     stopping: CancellationToken,
@@ -73,7 +77,7 @@ impl Server {
         Arc::new(Server {
             budget: Budget::new(config.server_bytes_max),
             seats: Seats::new(&config.runtimes),
-            slots: Arc::new(Semaphore::new(config.connections_max.min(Semaphore::MAX_PERMITS))),
+            admission: Admission::new(&config),
             exports,
             config,
             connections: Mutex::default(),
@@ -98,10 +102,12 @@ impl Server {
         let policy = self.config.tls_policy(listener.tls_optional);
         let accepting = async {
             loop {
-                // First the slot: without one the client waits in the queue of the socket.
-                let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { return };
                 match listener.accept().await {
-                    Ok(stream) => self.spawn(stream, policy, slot),
+                    Ok(stream) => {
+                        // Without room the others wait in the queue of the socket.
+                        self.admission.room().await;
+                        self.spawn(stream, policy);
+                    }
                     // The client has gone again before it was accepted.
                     Err(error) if is_of_the_client(&error) => {}
                     Err(error) => {
@@ -120,8 +126,10 @@ impl Server {
 
     /// Ends the server: no client is accepted any more; requests that are being worked on are
     /// finished and answered, later ones refused with `ESHUTDOWN`, options with `ERR_SHUTDOWN`;
-    /// then each connection is closed. After `grace` the remaining ones are cut off. Operations
-    /// that still run on a device then go on: [`Connection::closed`] tells when they have ended.
+    /// then each connection is closed. What is not done after `grace` is answered with `ESHUTDOWN`
+    /// too, and the remaining connections are closed without waiting for anybody. Operations that
+    /// still run on a device then go on, long ones to the end of a piece: [`Connection::closed`]
+    /// tells when they have ended.
     pub async fn shutdown(&self, grace: Duration) {
         self.stopping.cancel();
         self.tasks.close();
@@ -131,6 +139,10 @@ impl Server {
         if tokio::time::timeout(grace, self.tasks.wait()).await.is_err() {
             for connection in self.connections() {
                 connection.stop(Stop::Abort);
+            }
+            // They need nothing but their turn. A device that blocks a thread may keep it from them.
+            if tokio::time::timeout(LEAVE_TIME, self.tasks.wait()).await.is_err() {
+                tracing::warn!("NBD connections are left behind: a device holds their thread up");
             }
         }
     }
@@ -145,19 +157,16 @@ impl Server {
         self.budget.used()
     }
 
-    fn spawn(self: &Arc<Self>, stream: Stream, policy: TlsPolicy, slot: OwnedSemaphorePermit) {
-        let registration = self.register(stream.peer());
+    fn spawn(self: &Arc<Self>, stream: Stream, policy: TlsPolicy) {
+        let mut registration = self.register(stream.peer());
         let Some((runtime, seat)) = self.seats.take() else {
             self.tasks.spawn(async move {
-                let _slot = slot;
-                let registration = registration;
                 registration.run(Begin::New(stream, policy)).await;
             });
             return;
         };
         let seated = async move {
-            let (_slot, _seat) = (slot, seat);
-            let registration = registration;
+            let _seat = seat;
             match stream.rehome() {
                 Ok(stream) => registration.run(Begin::New(stream, policy)).await,
                 Err(error) => tracing::warn!(%error, "an NBD client is lost"),
@@ -168,14 +177,13 @@ impl Server {
 
     /// Goes on with a client of another server, in `runtime`.
     fn adopt(self: &Arc<Self>, moved: Box<Moved>, runtime: &tokio::runtime::Handle) {
-        let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() else {
-            tracing::warn!(peer = moved.stream.peer(), "too many NBD clients: one more is closed");
-            return;
-        };
-        let registration = self.register(moved.stream.peer());
+        let server = Arc::clone(self);
         let adopted = async move {
-            let _slot = slot;
-            let registration = registration;
+            tokio::select! {
+                () = server.admission.room() => {}
+                () = server.stopping.cancelled() => return,
+            }
+            let mut registration = server.register(moved.stream.peer());
             match moved.rehome() {
                 Ok(moved) => registration.run(Begin::Moved(moved)).await,
                 Err(error) => tracing::warn!(%error, "an NBD client is lost"),
@@ -191,7 +199,8 @@ impl Server {
         if self.stopping.is_cancelled() {
             connection.stop(Stop::ShutDown);
         }
-        Registration { server: Arc::clone(self), connection }
+        let entrance = Some(self.admission.enter(&connection));
+        Registration { server: Arc::clone(self), connection, entrance }
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Connection>>> {
@@ -218,21 +227,23 @@ fn is_of_the_client(error: &std::io::Error) -> bool {
 struct Registration {
     server: Arc<Server>,
     connection: Arc<Connection>,
+    entrance: Option<Entrance>,
 }
 
 impl Registration {
-    async fn run(&self, begin: Begin) {
-        let Registration { server, connection } = self;
-        let handshake = Driver::new(begin, connection, &*server.exports, &server.config);
+    async fn run(&mut self, begin: Begin) {
+        let Registration { server, connection, entrance } = self;
+        let Some(entrance) = entrance.take() else { return };
+        let handshake = Driver::new(begin, connection, entrance, &*server.exports, &server.config);
         match handshake.run().await {
-            Ok(Outcome::Transmission { stream, export, agreed, input }) => {
+            Ok(Outcome::Transmission { stream, export, agreed, input, slot: _slot }) => {
                 connection.set_export_name(&export.canonical_name);
                 let (config, budget) = (&server.config, &server.budget);
                 let connection = Arc::clone(connection);
-                let target = Target::new(export, &agreed);
+                let target = Target::new(export, &agreed, Arc::clone(&connection));
                 Session::new(stream, connection, target, agreed, input, config, budget).run().await;
             }
-            Ok(Outcome::Takeover { stream, then, input }) => {
+            Ok(Outcome::Takeover { stream, then, input, slot: _slot }) => {
                 let stream = TakenStream::new(stream, input, connection);
                 tokio::select! {
                     biased;

@@ -22,13 +22,13 @@ use super::budget::Budget;
 use super::config::ServerConfig;
 use super::connection::{Completion, Connection, Stop, Ticket};
 use super::contexts::Target;
-use super::execute::{CACHE_LEN, execute};
+use super::execute::{CACHE_LEN, EXTENTS_MAX, execute, shutting_down};
 use super::holes::HoleSearch;
 use crate::Stream;
 use crate::proto::server::{
-    Agreed, Content, Decoder, Failure, Output, ReplyEncoder, Request, RequestId, check,
+    Agreed, Content, Decoder, Extent, Failure, Output, ReplyEncoder, Request, RequestId, check,
 };
-use crate::proto::wire::{Command, Errno, PAYLOAD_LEN_MAX, RequestHeader};
+use crate::proto::wire::{Command, CommandFlags, Errno, PAYLOAD_LEN_MAX, RequestHeader};
 
 /// How much the socket is asked for at once; grows while the socket fills it.
 const READ_LEN_MIN: usize = 16 << 10;
@@ -73,8 +73,8 @@ pub(super) struct Session<'a> {
     operation: Operation,
     holes: HoleSearch,
     completions: Vec<Completion>,
-    /// Operations that run on their own.
-    running: usize,
+    /// Operations that run on their own, and what each counts for.
+    running: Vec<(RequestId, u64)>,
     /// What these count for, and the request whose payload is arriving.
     running_cost: u64,
     /// The next request has been let in; its cost is part of `running_cost`.
@@ -118,7 +118,7 @@ impl<'a> Session<'a> {
             operation: idle(),
             holes: HoleSearch::default(),
             completions: Vec::new(),
-            running: 0,
+            running: Vec::new(),
             running_cost: 0,
             admitted: None,
             held: 0,
@@ -129,8 +129,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Serves the client until it leaves or the connection is stopped; every operation has then
-    /// completed.
+    /// Serves the client until it leaves or the connection is stopped. Every operation has then
+    /// completed, unless the time was over.
     pub(super) async fn run(mut self) {
         poll_fn(|cx| self.poll(cx)).await;
         if !self.lost {
@@ -143,11 +143,11 @@ impl<'a> Session<'a> {
         loop {
             let stop = self.connection.stop_level();
             self.collect_completions();
+            if stop == Stop::Abort {
+                self.refuse_running();
+            }
             let waiting = self.start_requests(stop);
             self.settle();
-            if stop == Stop::Abort && !self.lost {
-                self.lose(&io::ErrorKind::ConnectionAborted.into());
-            }
             self.send(cx);
             let next_cost = self.next_cost();
             if waiting == Waiting::Room && self.has_room(next_cost) {
@@ -164,7 +164,7 @@ impl<'a> Session<'a> {
     }
 
     fn is_over(&self, stop: Stop, waiting: &Waiting) -> bool {
-        if self.running > 0 {
+        if !self.running.is_empty() {
             return false;
         }
         let nothing_comes = self.input_over && *waiting != Waiting::Room;
@@ -183,17 +183,27 @@ impl<'a> Session<'a> {
     fn collect_completions(&mut self) {
         let mut completions = std::mem::take(&mut self.completions);
         self.connection.take_completions(&mut completions);
-        for completion in completions.drain(..) {
-            self.running -= 1;
-            self.running_cost -= completion.cost;
-            self.reply(completion.id, completion.result);
+        for Completion { id, result } in completions.drain(..) {
+            // Not there: it has been answered, because the time was over.
+            if let Some(index) = self.running.iter().position(|(running, _)| *running == id) {
+                self.running_cost -= self.running.swap_remove(index).1;
+                self.reply(id, result);
+            }
         }
         self.completions = completions;
     }
 
+    /// Answers what is not done when the time is over: nobody knows what has become of it.
+    fn refuse_running(&mut self) {
+        for (id, cost) in std::mem::take(&mut self.running) {
+            self.running_cost -= cost;
+            self.reply(id, Err(shutting_down()));
+        }
+    }
+
     fn start_requests(&mut self, stop: Stop) -> Waiting {
         loop {
-            if self.requests_over || self.lost || stop >= Stop::Close {
+            if self.requests_over || self.lost || stop == Stop::Close {
                 return self.end_requests();
             }
             let header = match self.decoder.header(&mut self.input) {
@@ -254,11 +264,8 @@ impl<'a> Session<'a> {
         if self.agreed.export.resizable {
             self.agreed.export.size = self.target.device.size();
         }
-        let action = if stop == Stop::No {
-            check(request, &self.agreed)
-        } else {
-            Err(Failure::new(Errno::ESHUTDOWN, "the server is shutting down"))
-        };
+        let action =
+            if stop == Stop::No { check(request, &self.agreed) } else { Err(shutting_down()) };
         let action = match action {
             Ok(action) => action,
             Err(failure) => {
@@ -278,8 +285,8 @@ impl<'a> Session<'a> {
             }
             Poll::Pending => {
                 let operation = std::mem::replace(&mut self.operation, idle());
-                let ticket = Ticket::new(&self.connection, id, cost);
-                self.running += 1;
+                let ticket = Ticket::new(&self.connection, id);
+                self.running.push((id, cost));
                 tokio::spawn(async move { ticket.deliver(operation.await) });
             }
         }
@@ -306,20 +313,29 @@ impl<'a> Session<'a> {
         let transfer = match header.command {
             Command::READ => header.len,
             Command::CACHE => header.len.min(CACHE_LEN),
+            Command::BLOCK_STATUS => self.status_cost(header),
             _ => self.decoder.payload_len(header),
         };
         // What is longer is refused.
         BASE_COST + transfer.min(PAYLOAD_LEN_MAX.into())
     }
 
+    /// The contexts that a payload would select are not known yet: all of them count.
+    fn status_cost(&self, header: &RequestHeader) -> u64 {
+        let one = header.flags.contains(CommandFlags::REQ_ONE);
+        let extents_max = if one { 1 } else { EXTENTS_MAX as u64 };
+        let contexts = self.target.contexts.len() as u64;
+        self.decoder.payload_len(header) + contexts * extents_max * size_of::<Extent>() as u64
+    }
+
     /// Whether a request may be started now. Once it is not, something of our own is going on
     /// whose end wakes us up.
     fn has_room(&self, cost: u64) -> bool {
-        if self.running == 0 && self.output.is_empty() {
+        if self.running.is_empty() && self.output.is_empty() {
             return true;
         }
         let held = self.running_cost + self.output.len() as u64 + cost;
-        self.running < self.config.requests_in_flight_max
+        self.running.len() < self.config.requests_in_flight_max
             && self.output.len() < OUTPUT_LEN_MAX
             && held <= self.config.connection_bytes_max
             && held <= self.budget.free()

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use super::connection::Connection;
+use super::connection::{Connection, Stop};
 use super::exports::{Export, Exports};
 use crate::proto::server::{ExportDescription, OptionError};
 
@@ -64,10 +64,10 @@ impl StaticExports {
     }
 
     /// Removes an export so that another server can go on with its disk: requests in flight are
-    /// finished and answered, those that come meanwhile are refused with `ESHUTDOWN`, then each
-    /// connection is closed, after `grace` in any case. When this returns, nothing of theirs runs on
-    /// the device any more; an operation that hangs is waited for beyond `grace`. `false` if there
-    /// is none of this name.
+    /// finished and answered, those that come meanwhile, and those that are not done after `grace`,
+    /// are refused with `ESHUTDOWN`, then each connection is closed. When this returns, nothing of
+    /// theirs runs on the device any more; an operation that hangs is waited for beyond `grace`.
+    /// `false` if there is none of this name.
     pub async fn hand_over(&self, name: &str, grace: Duration) -> bool {
         let old = self.table().remove(name);
         let Some(old) = old else { return false };
@@ -80,8 +80,11 @@ impl StaticExports {
                 connection.closed().await;
             }
         };
-        // Those that are left are closed below.
-        let _ = tokio::time::timeout(grace, ended).await;
+        if tokio::time::timeout(grace, ended).await.is_err() {
+            for connection in &users {
+                connection.stop(Stop::Abort);
+            }
+        }
         old.drain().await;
         true
     }
