@@ -134,6 +134,8 @@ impl History {
             return Err(format!("I3: disk {missing} has no part in the promotion"));
         }
         let is_sure = since.is_some_and(|since| self.watch.checkpoints() >= since + COMMITS_SURE);
+        // One that is being copied comes with the first checkpoint behind that.
+        let is_sure = is_sure && !self.watch.leaves_out(&disk_name(disk));
         if is_sure && disks.contains(&disk) != is_there {
             let part = if is_there { "no" } else { "a" };
             return Err(format!("I2: disk {disk} has {part} part in the promotion"));

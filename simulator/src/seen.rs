@@ -85,6 +85,7 @@ seen! {
     DiskAdded = "command: disk add",
     DiskRemoved = "command: disk remove",
     PromotedWithAdded = "roles: promoted with a disk that was added",
+    CheckpointWithout = "checkpoint without a disk that joins",
     LeftOut = "roles: a disk that was being added is left out",
     MixedSides = "setup: sides with different options",
     SecondGuestRead = "secondary's guest: read",

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
+use crate::seen::Seen;
 use crate::side::Process;
 use crate::world::{A, B, Side, World, name};
 
@@ -23,6 +24,8 @@ pub(crate) struct Watch {
     pub(crate) contact: Contact,
     /// The secondary had a checkpoint, and nothing has taken it away.
     promotable: bool,
+    /// The disks that the primary's newest checkpoint does not hold yet.
+    left_out: Vec<String>,
     looks: u64,
     states: [String; 2],
     /// Of lines before this one.
@@ -59,6 +62,7 @@ impl Watch {
     pub(crate) fn roles_changed(&mut self, new_line: bool) {
         self.contact = Contact::Never;
         self.promotable = false;
+        self.left_out.clear();
         if new_line {
             self.checkpoints_before += self.commits.len() as u64;
             self.commits.clear();
@@ -103,6 +107,11 @@ impl Watch {
     /// Whether the secondary must be promotable to its last checkpoint.
     pub(crate) fn is_promotable(&self) -> bool {
         self.promotable
+    }
+
+    /// Whether the newest checkpoint does without a disk that joins.
+    pub(crate) fn leaves_out(&self, disk: &str) -> bool {
+        self.left_out.iter().any(|name| name == disk)
     }
 
     /// The newest checkpoint that the primary knows to be committed.
@@ -167,6 +176,11 @@ impl Watch {
             (true, "BREP_CHECKPOINT", Some(epoch)) => {
                 self.commits.insert(epoch, (self.last_look, now));
                 self.promotable = true;
+                let left_out = event["data"]["left-out"].as_array().into_iter().flatten();
+                self.left_out = left_out.filter_map(|n| Some(n.as_str()?.to_owned())).collect();
+                if !self.left_out.is_empty() {
+                    world.saw(Seen::CheckpointWithout);
+                }
             }
             (true, "BREP_CONNECTED", _) => self.contact = Contact::Connected,
             (true, "BREP_PEER_LOST", _) => self.contact = Contact::Lost(self.last_look),

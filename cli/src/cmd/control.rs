@@ -6,7 +6,7 @@ use brep_block::CacheMode;
 use brep_nbd::{Endpoint, NbdUri};
 use brep_replication::config::{DiskFormat, PeerAddress};
 use brep_replication::control::{ClientError, ControlClient};
-use brep_replication::status::{DiskState, LinkState, ResyncStatus, Status};
+use brep_replication::status::{DiskState, DiskStatus, LinkState, ResyncStatus, Status};
 use serde_json::{Value, json};
 
 use crate::args::{
@@ -393,7 +393,9 @@ fn wait_for_sync(client: &mut ControlClient, begin_limit: Duration) -> Result<()
             bar.finish_and_clear();
             return Ok(());
         }
-        let copying = status.disks.iter().any(|disk| disk.state == DiskState::Resyncing);
+        let is_copied =
+            |disk: &DiskStatus| matches!(disk.state, DiskState::Resyncing | DiskState::Joining);
+        let copying = status.disks.iter().any(is_copied);
         // A secondary that is lost meanwhile is connected to again; a refusal stays.
         let refused = status.link == LinkState::Refused;
         if (begun && refused) || (!begun && !copying && Instant::now() > deadline) {

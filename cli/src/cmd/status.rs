@@ -183,7 +183,7 @@ fn state(disk: &DiskStatus) -> (String, Colour) {
         DiskState::Resyncing => (format!("resyncing{}", percent()), Colour::Yellow),
         DiskState::Disconnected => ("disconnected".into(), Colour::Yellow),
         DiskState::Inconsistent => (format!("inconsistent{}", percent()), Colour::Red),
-        DiskState::Joining => ("joining".into(), Colour::Yellow),
+        DiskState::Joining => (format!("joining{}", percent()), Colour::Yellow),
         DiskState::Promoting => (format!("promoted, merging{}", percent()), Colour::Yellow),
         DiskState::Held => ("promoted, held".into(), Colour::Yellow),
         DiskState::Promoted => ("promoted".into(), Colour::Green),

@@ -132,7 +132,8 @@ pub(crate) fn jobs(status: &Status) -> Vec<Job> {
                 JobKind::Commit => 0,
             },
         };
-        let copying = disk.progress.filter(|_| disk.state == DiskState::Resyncing);
+        let is_copied = matches!(disk.state, DiskState::Resyncing | DiskState::Joining);
+        let copying = disk.progress.filter(|_| is_copied);
         let merge = disk.merging.map(|progress| job(JobKind::Commit, progress));
         merge.or_else(|| copying.map(|progress| job(JobKind::Mirror, progress)))
     };

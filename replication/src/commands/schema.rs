@@ -30,7 +30,7 @@ const EVENTS: &[(&str, &[&str])] = &[
     ("BREP_SUSPENDED", &["reason"]),
     ("BREP_RESUMED", &["reason"]),
     ("BREP_DISCONNECTED", &[]),
-    ("BREP_CHECKPOINT", &["epoch"]),
+    ("BREP_CHECKPOINT", &["epoch", "left-out"]),
     (
         "BREP_ERROR",
         &[

@@ -116,7 +116,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_message_survives_every_split() {
-        let message = Message::Cut { epoch: Epoch(7) };
+        let message = Message::Cut { epoch: Epoch(7), without: vec![1] };
         let mut wire = Vec::new();
         wire.extend_from_slice(&[0; 4]);
         serde_json::to_writer(&mut wire, &message).unwrap();

@@ -80,6 +80,9 @@ pub enum Message {
     Cut {
         /// The epoch that ends.
         epoch: Epoch,
+        /// Disks that join, by their indices in hello's order: their first copy has not ended, and
+        /// they are no part of this checkpoint.
+        without: Vec<u32>,
     },
     /// Secondary: pre-images of the next epoch go to the next buffer; it may flow.
     CutDone {

@@ -366,7 +366,7 @@ fn request_copy(group: &Group, compare: bool) -> Result<()> {
     {
         return Err(Error::refused(refusal.reason.clone()));
     }
-    if core.copying || core.again.is_some() {
+    if core.is_copying() || core.again.is_some() {
         return Err(Error::refused("a copy runs already; brep status shows how far it is"));
     }
     match core.link {

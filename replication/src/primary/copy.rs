@@ -27,17 +27,18 @@ const PIECES_IN_FLIGHT: usize = 8;
 /// Bytes a hash when contents are compared.
 const HASH_CHUNK_BYTES: u32 = 64 << 10;
 
-/// Sends whatever differs, in ascending order, until nothing differs any more or the session is
-/// about to end. With `compare` hashes are compared first.
+/// Sends whatever differs of some disks, in ascending order, until nothing differs any more or the
+/// session is about to end. With `compare` hashes are compared first.
 ///
 /// # Errors
 /// A local read failed, or the secondary refused a write: the range differs still.
 pub(super) async fn copy_differences(
     group: &Arc<Group>,
     session: &Session,
+    disks: &[Arc<DiskPart>],
     compare: bool,
 ) -> Result<()> {
-    for part in group.disks() {
+    for part in disks {
         let mut at = 0;
         let mut failure = None;
         let mut pieces = FuturesUnordered::new();
@@ -50,7 +51,7 @@ pub(super) async fn copy_differences(
                 && failure.is_none()
                 && !session.is_ending()
             {
-                let piece = Piece::at(group, &part, range).await;
+                let piece = Piece::at(group, part, range).await;
                 // Found again only if it fails, in the next pass.
                 at = piece.range.end;
                 pieces.push(piece.copy(group, session, compare));
@@ -105,7 +106,7 @@ impl Piece {
                 }
                 range.start = lacks.end;
                 if !lacks.is_empty() {
-                    send_range(group, &part, lacks).await?;
+                    send_range(group, session, &part, lacks).await?;
                 }
             }
             return Ok(());
@@ -115,14 +116,14 @@ impl Piece {
             return Ok(());
         }
         // After a failure a range may differ although what is on its way makes it look equal.
-        if !compare || group.has_failures() {
-            return send_range(group, &part, range).await;
+        if !compare || group.has_failures(part.number) {
+            return send_range(group, session, &part, range).await;
         }
         let different = different_on_peer(group, session, &part, &range).await?;
         let differing = different.iter().map(|part| part.end - part.start).sum();
         group.note_compared(range.end - range.start, differing);
         for range in different {
-            send_range(group, &part, range).await?;
+            send_range(group, session, &part, range).await?;
         }
         Ok(())
     }
@@ -143,7 +144,7 @@ async fn skip_zeroes(
         // Whole granules: a bit is cleared for all of it.
         start..range.end.min(end.next_multiple_of(group.granule_bytes(part.number)))
     };
-    if group.has_failures() {
+    if group.has_failures(part.number) {
         return piece(range.start, ZERO_PIECE_BYTES);
     }
     let mut assumed = {
@@ -173,7 +174,13 @@ async fn skip_zeroes(
 }
 
 /// Reads a range under its lock and sends it in its place among the guest's writes.
-async fn send_range(group: &Arc<Group>, part: &DiskPart, range: Range<u64>) -> Result<()> {
+async fn send_range(
+    group: &Arc<Group>,
+    session: &Session,
+    part: &DiskPart,
+    range: Range<u64>,
+) -> Result<()> {
+    let _not_in_a_cut = session.not_in_a_cut().await;
     let (disk, device) = (part.number, &part.device);
     let len = range.end - range.start;
     // A run of zeroes is long, and its request is short.

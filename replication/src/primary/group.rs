@@ -4,6 +4,7 @@ mod disks;
 mod durable;
 mod held;
 mod hot;
+mod joining;
 mod maps;
 mod requests;
 mod resize;
@@ -31,6 +32,7 @@ pub(crate) use self::attach::Terms;
 use self::disks::{check_known_disks, maps_of_new};
 use self::durable::PeerWrites;
 use self::hot::{HotExtents, HotTasks, begin_logs};
+use self::joining::Joining;
 pub(crate) use self::maps::{MapsOf, Since, distrust};
 pub(crate) use self::role::check_role;
 pub(crate) use self::stage::no_peer;
@@ -189,6 +191,7 @@ pub(crate) struct Core {
     connections: BTreeMap<usize, Arc<Connection>>,
     /// One a disk, by its number: what is known of the differences to the peer.
     maps: BTreeMap<usize, MapSet>,
+    joining: Joining,
     /// The disk whose maps are being made larger beside the others, and its bytes that differ.
     growing: Option<(usize, u64)>,
     /// One a disk, by its number, if a loss of power is to be survived.
@@ -215,7 +218,7 @@ pub(crate) struct Core {
     pub(crate) peer: Option<String>,
     /// As the peer has said last.
     pub(crate) peer_durability: Option<Durability>,
-    /// A copy runs; no cuts until it has ended.
+    /// A copy runs of disks that are part of checkpoints; no cuts until it has ended.
     pub(crate) copying: bool,
     /// It compares hashes first, as does what becomes of it in a later session.
     comparing: bool,
@@ -321,6 +324,7 @@ impl Group {
             epochs: Epochs::new(side.record.get().epoch),
             connections: BTreeMap::new(),
             maps: maps.into_iter().enumerate().collect(),
+            joining: Joining::default(),
             growing: None,
             hot,
             peer_disks: None,

@@ -279,13 +279,16 @@ impl Link {
         CutAnswers(answers)
     }
 
-    /// Cuts on the secondary: nothing of `epoch` is in flight.
+    /// Cuts on the secondary, but for the disks `without`: nothing of `epoch` is in flight.
     pub(super) async fn cut(
         &self,
         epoch: Epoch,
+        without: &[usize],
         answers: &mut CutAnswers,
     ) -> std::result::Result<(), Failure> {
-        self.send(Message::Cut { epoch }).await.map_err(Failure::Lost)?;
+        let without = without.iter().filter_map(|disk| self.peer_disks.get(disk).copied());
+        let cut = Message::Cut { epoch, without: without.collect() };
+        self.send(cut).await.map_err(Failure::Lost)?;
         match timeout(self.group.config.peer_timeout, answers.0.recv()).await {
             Ok(Some(Message::CutDone { epoch: done })) if done == epoch => Ok(()),
             Ok(Some(Message::CutFailed { reason, .. })) => {

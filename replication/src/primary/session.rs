@@ -1,19 +1,20 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use brep_block::{BlockDevice, BlockStatus};
 use brep_nbd::client::Connection;
 use futures_util::future::join;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{RwLock, RwLockReadGuard, mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::ages::Due;
 use super::copy::copy_differences;
 use super::epochs::Drained;
-use super::group::{Group, Loss};
+use super::group::{DiskPart, Group, Loss};
 use super::link::{CutAnswers, Link};
 use super::plain::Plain;
 use crate::commands::{Job, JobKind};
@@ -78,12 +79,27 @@ pub(super) struct Session {
     connections: Connections,
     /// It is about to end: nothing more is copied.
     ending: CancellationToken,
+    /// Held by a cut, for which guests wait, and by each piece of a copy while it is on its way.
+    cutting: RwLock<()>,
+    /// A disk has been copied: the next checkpoint is to hold it.
+    has_joined: AtomicBool,
 }
 
 impl Session {
     pub(super) fn new(group: &Arc<Group>, peer: Peer, connections: Connections) -> Self {
-        let ending = CancellationToken::new();
-        Session { group: Arc::clone(group), peer, connections, ending }
+        Session {
+            group: Arc::clone(group),
+            peer,
+            connections,
+            ending: CancellationToken::new(),
+            cutting: RwLock::new(()),
+            has_joined: AtomicBool::new(false),
+        }
+    }
+
+    /// Waits for the end of a cut; the next one waits until the result is dropped.
+    pub(super) async fn not_in_a_cut(&self) -> RwLockReadGuard<'_, ()> {
+        self.cutting.read().await
     }
 
     pub(super) fn is_ending(&self) -> bool {
@@ -163,12 +179,34 @@ impl Session {
         }
     }
 
-    /// Copies, then takes checkpoints.
+    /// Copies, then takes checkpoints. What joins is copied beside those.
     async fn work(&self, requests: &mut mpsc::Receiver<CheckpointRequest>) -> Error {
-        match self.copy_all(requests).await {
-            Ok(()) => {}
-            Err(error) => return error,
+        let compare = self.group.compares();
+        if let Err(error) = self.copy_all(requests).await {
+            return error;
         }
+        tokio::select! {
+            biased;
+            error = self.copy_what_joins(compare) => error,
+            error = self.take_checkpoints(requests) => error,
+        }
+    }
+
+    /// Copies the disks that no checkpoint holds yet, one after the other. Ends with the session.
+    async fn copy_what_joins(&self, compare: bool) -> Error {
+        for disk in self.group.disks_that_join(true) {
+            let is_equal = || self.group.try_join(disk.number);
+            if let Err(error) = self.copy(std::slice::from_ref(&disk), compare, is_equal).await {
+                return error;
+            }
+            self.tell_copied(&disk);
+            self.has_joined.store(true, Ordering::Relaxed);
+            self.group.wake.notify_one();
+        }
+        std::future::pending().await
+    }
+
+    async fn take_checkpoints(&self, requests: &mut mpsc::Receiver<CheckpointRequest>) -> Error {
         let interval = match &self.peer {
             // The manager of the secondary's guest decides.
             Peer::Brep(link) if link.guest_on_peer => None,
@@ -191,10 +229,14 @@ impl Session {
                         {
                             return error;
                         }
-                        match self.copy_all(requests).await {
-                            Ok(()) => {}
-                            Err(error) => return error,
+                        if let Err(error) = self.copy_all(requests).await {
+                            return error;
                         }
+                    }
+                    if self.has_joined.swap(false, Ordering::Relaxed)
+                        && let Err(error) = self.settle().await
+                    {
+                        return error;
                     }
                     self.checkpoints_for_peer().await
                 }
@@ -218,26 +260,39 @@ impl Session {
         }
     }
 
-    async fn copy_all(
+    /// Sends what differs of some disks until nothing does any more.
+    ///
+    /// # Errors
+    /// The peer is lost.
+    async fn copy(
         &self,
-        requests: &mut mpsc::Receiver<CheckpointRequest>,
-    ) -> std::result::Result<(), Error> {
-        let compare = self.group.compares();
-        let copying = async {
-            while self.group.has_differences() {
-                let copied = copy_differences(&self.group, self, compare).await;
-                if let Err(error) = copied {
-                    // What cannot be read here keeps the copy from ending, and nothing else.
-                    if !self.group.is_attached() {
-                        return Err(error);
-                    }
-                    tracing::warn!(%error, "a part of the copy is tried again");
+        disks: &[Arc<DiskPart>],
+        compare: bool,
+        is_equal: impl Fn() -> bool,
+    ) -> Result<()> {
+        while !is_equal() {
+            let copied = copy_differences(&self.group, self, disks, compare).await;
+            if let Err(error) = copied {
+                // What cannot be read here keeps the copy from ending, and nothing else.
+                if !self.group.is_attached() {
+                    return Err(error);
                 }
-                if self.group.has_differences() {
-                    // One of the sides refuses some of it, and the errors say so.
-                    tokio::time::sleep(COPY_RETRY).await;
-                }
+                tracing::warn!(%error, "a part of the copy is tried again");
             }
+            if !is_equal() {
+                // One of the sides refuses some of it, and the errors say so.
+                tokio::time::sleep(COPY_RETRY).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the disks that checkpoints hold, and takes one.
+    async fn copy_all(&self, requests: &mut mpsc::Receiver<CheckpointRequest>) -> Result<()> {
+        let compare = self.group.compares();
+        let disks = self.group.disks_that_join(false);
+        let copying = async {
+            self.copy(&disks, compare, || !self.group.has_differences()).await?;
             match &self.peer {
                 Peer::Brep(link) => link.copy_done().await,
                 Peer::Plain(_) => Ok(()),
@@ -259,10 +314,17 @@ impl Session {
             () = refusing => {}
         }
         self.group.end_copy();
-        for disk in self.group.disks() {
-            let job = Job::ended(JobKind::Mirror, &disk.name, disk.size());
-            self.group.events.emit("BLOCK_JOB_COMPLETED", job.completed());
-        }
+        disks.iter().for_each(|disk| self.tell_copied(disk));
+        self.settle().await
+    }
+
+    fn tell_copied(&self, disk: &DiskPart) {
+        let job = Job::ended(JobKind::Mirror, &disk.name, disk.size());
+        self.group.events.emit("BLOCK_JOB_COMPLETED", job.completed());
+    }
+
+    /// Takes the checkpoint that a copy ends with.
+    async fn settle(&self) -> Result<()> {
         loop {
             match self.checkpoint(None).await {
                 Ok(_) => {
@@ -294,6 +356,12 @@ impl Session {
                 let what = "the other side is no brep: it cannot take over";
                 return Err(void(Error::refused(what)));
             };
+            if let Some(disk) = self.group.disks_that_join(true).first() {
+                return Err(void(Error::refused(format!(
+                    "disk {} is being copied for the first time, and the other side would lack it;                      brep resync --wait waits for that",
+                    disk.name
+                ))));
+            }
             link.request_switchover().await.map_err(void)?;
             self.group.hold_guest().await.map_err(void)?;
             let epoch = self.checkpoint(None).await?;
@@ -362,7 +430,9 @@ impl Session {
         for _ in 0..CUT_TRIES {
             if self.group.has_differences() {
                 // Something failed on one side: read it back and send it again.
-                copy_differences(&self.group, self, false).await.map_err(Failure::Void)?;
+                let disks = self.group.disks_that_join(false);
+                let copied = copy_differences(&self.group, self, &disks, false).await;
+                copied.map_err(Failure::Void)?;
                 if self.group.has_differences() {
                     continue;
                 }
@@ -388,12 +458,16 @@ impl Session {
         // Of what the last commit dropped nothing can come back, and what was set since survives a
         // loss of power without the logs.
         self.group.flush_maps().await.map_err(Failure::Lost)?;
+        // A copy beside it may have much on its way, for which no guest is to wait. But nor does a cut
+        // wait for a disk that cannot be read.
+        let patience = self.group.config.peer_timeout / 2;
+        let cutting = tokio::time::timeout(patience, self.cutting.write()).await;
         let begun = Instant::now();
         let mut answers = match &self.peer {
             Peer::Brep(link) => Some(link.expect_cut()),
             Peer::Plain(_) => None,
         };
-        let Some(epoch) = self.group.start_cut().map_err(Failure::Lost)? else {
+        let Some((epoch, without)) = self.group.start_cut().map_err(Failure::Lost)? else {
             return Err(Failure::Lost(Error::failed("there is no session")));
         };
         self.group.secure_record().await.map_err(Failure::Lost)?;
@@ -411,7 +485,7 @@ impl Session {
             }
         }
         let cut = match (&self.peer, &mut answers) {
-            (Peer::Brep(link), Some(answers)) => link.cut(epoch, answers).await,
+            (Peer::Brep(link), Some(answers)) => link.cut(epoch, &without, answers).await,
             (Peer::Plain(plain), _) => plain.flush().await.map_err(Failure::Void),
             (Peer::Brep(_), None) => Err(Failure::Lost(Error::failed("nobody waits for the cut"))),
         };
@@ -422,13 +496,14 @@ impl Session {
             return Err(failure);
         }
         self.group.release();
+        drop(cutting);
         let pause_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.group.counters.last_pause_us.store(pause_us, std::sync::atomic::Ordering::Relaxed);
-        Ok(Some(Cut { epoch, answers }))
+        self.group.counters.last_pause_us.store(pause_us, Ordering::Relaxed);
+        Ok(Some(Cut { epoch, without, answers }))
     }
 
     async fn wait_commit(&self, cut: Cut) -> std::result::Result<(), Failure> {
-        let Cut { epoch, answers } = cut;
+        let Cut { epoch, without, answers } = cut;
         let peer = async {
             match (&self.peer, answers) {
                 (Peer::Brep(link), Some(mut answers)) => link.committed(epoch, &mut answers).await,
@@ -442,7 +517,7 @@ impl Session {
             self.group.void_cut();
             return Err(Failure::Void(error));
         }
-        self.group.committed(epoch).await.map_err(Failure::Lost)
+        self.group.committed(epoch, &without).await.map_err(Failure::Lost)
     }
 
     /// Waits until every write of the ended epoch has ended on both sides. For the peer as long as
@@ -492,6 +567,8 @@ impl Session {
 /// A cut that is made and not committed.
 struct Cut {
     epoch: Epoch,
+    /// The numbers of the disks that join, and are no part of it.
+    without: Vec<usize>,
     answers: Option<CutAnswers>,
 }
 

@@ -30,16 +30,19 @@ impl Group {
             let behind = behind.get(index).copied().unwrap_or_default();
             let merging = merges.as_ref().and_then(|merges| merges[index]);
             let merging = merging.filter(|_| held.is_none());
+            let joins = core.is_joining(disk.number);
+            let is_copied = core.copying || joins;
             DiskStatus {
                 name: disk.name.clone(),
                 file: disk.file.clone(),
                 size: disk.size(),
                 state: match held {
                     Some(_) => DiskState::Held,
+                    None if joins => DiskState::Joining,
                     None => disk_state(&core, &record, merging.is_some(), promoted),
                 },
                 bytes_behind: if promoted { 0 } else { behind },
-                progress: core.copy_progress(index, behind).or(merging),
+                progress: core.copy_progress(index, behind).filter(|_| is_copied).or(merging),
                 merging,
                 hidden_bytes: None,
                 guest_wrote: None,
@@ -182,6 +185,11 @@ impl Group {
                 Some("start brep secondary, or make it reachable".to_owned()),
             ),
             LinkState::Connected if core.copying => (Some("copying".to_owned()), None),
+            LinkState::Connected if core.is_copying() && core.reason.is_none() => {
+                let joining = self.names_of(&core.joining_disks());
+                let text = format!("checkpoints leave out what joins: {}", joining.join(", "));
+                (Some(text), None)
+            }
             LinkState::Connected | LinkState::Refused => (core.reason.clone(), None),
         }
     }

@@ -17,20 +17,25 @@ use crate::table::Disks;
 use crate::{Commit, Epoch, Error, Result};
 
 impl Group {
-    /// Ends `epoch` on all disks at once. Nothing of the primary is in flight, as it says; this
+    /// Ends `epoch` on all these disks at once. Nothing of the primary is in flight, as it says; this
     /// checks it.
-    pub(crate) async fn cut(&self, session: &Session, epoch: Epoch) -> Result<()> {
+    pub(crate) async fn cut(
+        &self,
+        session: &Session,
+        disks: &Disks<ReplicaDisk>,
+        epoch: Epoch,
+    ) -> Result<()> {
         let begun = Instant::now();
-        for disk in &*session.disks.taking_part {
+        for disk in &**disks {
             disk.drain(self.config.peer_timeout).await?;
         }
         self.check_current(session)?;
         // From here to the end there is no await: no write can come between two disks.
-        for disk in &*session.disks.taking_part {
+        for disk in &**disks {
             // A plain primary may not have been stopped: all are cut, or none is.
             disk.check_switch()?;
         }
-        for disk in &*session.disks.taking_part {
+        for disk in &**disks {
             disk.switch()?;
         }
         session.forget_failed_writes();
@@ -40,31 +45,36 @@ impl Group {
         Ok(())
     }
 
-    /// Commits `epoch`: one record names the new chain, and the older buffers are given up.
+    /// Commits `epoch` on the disks that were cut: one record names the new chain, and the older
+    /// buffers are given up.
     pub(crate) async fn commit(
         self: &Arc<Self>,
         session: &Arc<Session>,
+        disks: Disks<ReplicaDisk>,
         epoch: Epoch,
     ) -> Result<()> {
         // The next epoch is being written meanwhile; that some of it is flushed too does no harm.
-        for flushed in
-            join_all(session.disks.taking_part.iter().map(|disk| disk.flush_image())).await
-        {
+        for flushed in join_all(disks.iter().map(|disk| disk.flush_image())).await {
             flushed.inspect_err(|_| self.note_failed_flushes())?;
         }
         // A link does not wait whose session has ended meanwhile; nothing of this is left half done
         // then, and no buffer is lost.
         let (group, session) = (Arc::clone(self), Arc::clone(session));
-        detach(async move { group.commit_flushed(&session, epoch).await }).await
+        detach(async move { group.commit_flushed(&session, &disks, epoch).await }).await
     }
 
-    async fn commit_flushed(self: &Arc<Self>, session: &Session, epoch: Epoch) -> Result<()> {
+    async fn commit_flushed(
+        self: &Arc<Self>,
+        session: &Session,
+        cut: &Disks<ReplicaDisk>,
+        epoch: Epoch,
+    ) -> Result<()> {
         let retired = {
             let _held = match self.has_guest() {
                 true => Some(self.hold_guest().await?),
                 false => None,
             };
-            self.commit_held(session, epoch).await?
+            self.commit_held(session, cut, epoch).await?
         };
         {
             let mut core = self.core();
@@ -74,7 +84,9 @@ impl Group {
         }
         self.errors.clear_latch();
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
-        self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
+        let left_out = session.disks.taking_part.only(|disk| disk.joining().is_some());
+        let left_out: Vec<_> = left_out.iter().map(|disk| &disk.name).collect();
+        self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch, "left-out": left_out }));
         let group = Arc::clone(self);
         tokio::spawn(async move { group.recycle(retired).await });
         Ok(())
@@ -83,23 +95,19 @@ impl Group {
     async fn commit_held(
         &self,
         session: &Session,
+        cut: &Disks<ReplicaDisk>,
         epoch: Epoch,
     ) -> Result<Vec<(Arc<ReplicaDisk>, Vec<Buffer>)>> {
         let Some(set) = self.record().set else {
             return Err(Error::failed("no set: the session was never begun"));
         };
-        let fresh = self.fresh(set, &session.disks.taking_part).await?;
+        let fresh = self.fresh(set, cut).await?;
         // Whoever ends the session waits for what follows.
         let _committing = session.committing.lock().await;
-        let mut disks: Vec<_> = session
-            .disks
-            .taking_part
-            .iter()
-            .zip(&fresh)
-            .map(|(d, f)| d.record_after_commit(f))
-            .collect();
+        let mut disks: Vec<_> =
+            cut.iter().zip(&fresh).map(|(d, f)| d.record_after_commit(f)).collect();
         let leaving = self.leaving_disks(session);
-        disks.extend(self.bystanders(session).map(|disk| disk.record()));
+        disks.extend(self.bystanders(cut, &leaving).map(|disk| disk.record()));
         let seq = self.disks().iter().map(|d| d.pool.seq()).max().unwrap_or(0);
         // A write may fail while this is saved; it then finds the record saved and clears the
         // flag again, for both run on the thread of the disks.
@@ -107,7 +115,7 @@ impl Group {
         // The last await was above: a failover, a stop or a newer session has ended this one
         // before that, or finds the commit done.
         if let Err(error) = self.check_current(session) {
-            self.give_back(fresh, &session.disks.taking_part).await;
+            self.give_back(fresh, cut).await;
             return Err(error);
         }
         let save = |record: &mut Record| {
@@ -125,14 +133,14 @@ impl Group {
             leaving.iter().for_each(|disk| record.remove_disk(&disk.name));
         };
         #[cfg(feature = "simulation")]
-        let Some(fresh) = self.drop_early(fresh, &session.disks.taking_part).await? else {
+        let Some(fresh) = self.drop_early(fresh, cut).await? else {
             return self.update_record(save).map(|()| Vec::new());
         };
         self.update_record(save)?;
         // Nor is there one between the record and what follows it here.
         let gone: Vec<_> = leaving.iter().map(|disk| (disk, self.part_with(disk))).collect();
         let mut retired = Vec::new();
-        for (disk, fresh) in session.disks.taking_part.iter().zip(fresh) {
+        for (disk, fresh) in cut.iter().zip(fresh) {
             retired.push((Arc::clone(disk), disk.committed(fresh).await?));
             // The first commit is also the first time that there is something to show.
             disk.show_guest().await?;

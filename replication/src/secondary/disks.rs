@@ -90,11 +90,39 @@ impl Group {
         session.disks.leaving.upgrade().only(|disk| !is_tested && is_there(disk))
     }
 
-    /// Disks that a session has nothing to do with: they are being added here, or stay a while.
-    pub(super) fn bystanders(&self, session: &Session) -> impl Iterator<Item = Arc<ReplicaDisk>> {
-        let (taking_part, leaving) = (&session.disks.taking_part, self.leaving_disks(session));
-        let stays = move |disk: &Arc<_>| !taking_part.has(disk) && !leaving.has(disk);
-        self.disks().into_iter().filter(stays)
+    /// Disks with which a commit has nothing to do: they are being added, or stay a while.
+    pub(super) fn bystanders(
+        &self,
+        cut: &Disks<ReplicaDisk>,
+        leaving: &Disks<ReplicaDisk>,
+    ) -> impl Iterator<Item = Arc<ReplicaDisk>> {
+        self.disks().into_iter().filter(|disk| !cut.has(disk) && !leaving.has(disk))
+    }
+
+    /// The disks of a session that are to be cut, without those that the primary still copies for the
+    /// first time: places in what hello has told.
+    ///
+    /// # Errors
+    /// One of them is part of the checkpoint already, or none would be left.
+    pub(super) fn disks_to_cut(
+        &self,
+        session: &Session,
+        without: &[u32],
+    ) -> Result<Disks<ReplicaDisk>> {
+        let told = |place: &u32| session.disks.told.get(*place as usize);
+        let left_out: Vec<_> = without.iter().filter_map(told).collect();
+        if let Some(disk) = left_out.iter().find(|disk| disk.joining().is_none()) {
+            return Err(Error::failed(format!(
+                "a checkpoint without disk {}, which the last one holds",
+                disk.name
+            )));
+        }
+        let is_left_out = |disk: &ReplicaDisk| left_out.iter().any(|d| std::ptr::eq(&**d, disk));
+        let disks = session.disks.taking_part.only(|disk| !is_left_out(disk));
+        match disks.is_empty() {
+            true => Err(Error::failed("a checkpoint of no disk")),
+            false => Ok(disks),
+        }
     }
 
     /// Adds a disk. The primary may add it from now on; the checkpoint holds it when everything has

@@ -242,7 +242,9 @@ impl Group {
             match message {
                 Message::Heartbeat | Message::CopyDone => {}
                 Message::CopyBegun => self.core().copying = true,
-                Message::Cut { epoch } => self.handle_cut(session, epoch).await?,
+                Message::Cut { epoch, without } => {
+                    self.handle_cut(session, epoch, &without).await?;
+                }
                 Message::HashRequest { disk, offset, length, chunk } => {
                     let answer = self.hash(session, (disk, offset, length), chunk).await;
                     session.send(answer).await?;
@@ -274,16 +276,22 @@ impl Group {
         }
     }
 
-    async fn handle_cut(self: &Arc<Self>, session: &Arc<Session>, epoch: Epoch) -> Result<()> {
+    async fn handle_cut(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        epoch: Epoch,
+        without: &[u32],
+    ) -> Result<()> {
         if epoch < self.core().receiving {
             return Err(Error::failed(format!("a cut of epoch {epoch}, which has ended")));
         }
-        if let Err(error) = self.cut(session, epoch).await {
+        let disks = self.disks_to_cut(session, without)?;
+        if let Err(error) = self.cut(session, &disks, epoch).await {
             let reason = error.to_string();
             return session.send(Message::CutFailed { epoch, reason }).await;
         }
         session.send(Message::CutDone { epoch }).await?;
-        self.commit(session, epoch).await?;
+        self.commit(session, disks, epoch).await?;
         session.send(Message::Committed { epoch }).await
     }
 

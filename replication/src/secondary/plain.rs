@@ -174,14 +174,14 @@ impl Group {
 
     async fn cut_and_commit(self: &Arc<Self>, session: &Arc<Session>) -> Result<Epoch> {
         let epoch = self.core().receiving;
-        self.cut(session, epoch).await?;
+        self.cut(session, &session.disks.taking_part, epoch).await?;
         if let Some(Claim::Broken(reason)) = self.plain.as_ref().map(Plain::claim) {
             // A write failed while the cut waited for it. What was cut is never committed; a new
             // session keeps it with the rest of the last checkpoint.
             self.end_session(StopReason::Replaced).await?;
             return Err(missing_writes(&reason));
         }
-        self.commit(session, epoch).await?;
+        self.commit(session, session.disks.taking_part.clone(), epoch).await?;
         Ok(epoch)
     }
 

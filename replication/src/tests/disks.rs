@@ -103,7 +103,7 @@ async fn a_disk_that_was_removed_and_added_again_does_not_leave_with_the_old_one
     let mut before = session(&dir);
     primary.command("disk-add", added(&scratch, "vdb", "p-vdb.raw")).await.unwrap();
     before = another_session(&secondary, &dir, before).await;
-    primary.wait("knows it", |s| s["disks"][1]["state"] == "resyncing").await;
+    primary.wait("knows it", |s| s["disks"][1]["state"] == "joining").await;
     primary.command("disk-remove", json!({ "name": "vdb" })).await.unwrap();
     // It goes in the middle of a session that takes it out; one more with it may come before.
     loop {

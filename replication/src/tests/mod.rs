@@ -15,6 +15,7 @@ mod hot;
 mod hung;
 mod interrupted;
 mod invariants;
+mod joining;
 mod kill_points;
 mod killed;
 mod policies;

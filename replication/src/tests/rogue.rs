@@ -146,7 +146,7 @@ impl Rogue {
                     _ => {}
                 }
                 match message {
-                    Ok(Ok(Message::Cut { epoch })) if !state.holds_cuts => {
+                    Ok(Ok(Message::Cut { epoch, .. })) if !state.holds_cuts => {
                         state.com = Some(Commit { cur, epoch });
                         answers = vec![Message::CutDone { epoch }, Message::Committed { epoch }];
                     }

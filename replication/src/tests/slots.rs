@@ -95,7 +95,7 @@ async fn i11_the_word_that_a_secondary_is_promoted_comes_over_a_link_that_is_slo
     let secondary = Side::run(config);
     secondary.wait("up", |s| s["role"] == "secondary").await;
     let (mut reader, mut writer, _) = session(&scratch).await;
-    writer.send(&Message::Cut { epoch: Epoch(1) }, LIMIT).await.unwrap();
+    writer.send(&Message::Cut { epoch: Epoch(1), without: Vec::new() }, LIMIT).await.unwrap();
     until(&mut reader, |m| matches!(m, Message::Committed { .. })).await;
     // More than the link takes at a time.
     for _ in 0..16 {

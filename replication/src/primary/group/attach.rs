@@ -5,6 +5,7 @@ use std::sync::Arc;
 use brep_nbd::client::Connection;
 use uuid::Uuid;
 
+use super::joining::Joining;
 use super::takeover::Takeover;
 use super::{DiskPart, Group};
 use crate::commands::ColoMode;
@@ -70,6 +71,8 @@ impl Group {
             |disk: &Arc<DiskPart>| joins.iter().any(|join| join.is_new && join.disk == disk.name);
         self.copy_whole(disks.iter().filter(|disk| joined(disk)).map(|disk| disk.number));
         self.prepare_maps(copy, trusted)?;
+        let joining =
+            Joining::begin(&disks, |disk| joins.iter().any(|join| join.disk == disk.name));
         self.record.update(|record| {
             record.epoch = epoch;
             record.session = session;
@@ -81,6 +84,7 @@ impl Group {
         self.record.secure_now()?;
         let mut core = self.core();
         core.connections = disks.iter().map(|d| d.number).zip(connections).collect();
+        core.joining = joining;
         core.copying = true;
         core.comparing = match copy {
             CopyMode::Full => false,

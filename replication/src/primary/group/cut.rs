@@ -12,11 +12,12 @@ use crate::primary::epochs::Drained;
 use crate::{Commit, Epoch, Error, Result};
 
 impl Group {
-    /// Ends the current epoch. None: there is no session, or a cut is outstanding.
+    /// Ends the current epoch, and returns it with the disks that are no part of the checkpoint yet.
+    /// None: there is no session, or a cut is outstanding.
     ///
     /// # Errors
     /// The record could not be saved.
-    pub(crate) fn start_cut(&self) -> Result<Option<Epoch>> {
+    pub(crate) fn start_cut(&self) -> Result<Option<(Epoch, Vec<usize>)>> {
         let epoch = {
             let mut core = self.core();
             core.dirty = false;
@@ -29,10 +30,12 @@ impl Group {
         self.record.update(|record| record.epoch = record.epoch.max(epoch.next()))?;
         let cur = self.record.get().cur;
         let since = cur.map_or(Since::Unknown, |cur| Since::Commit(Commit { cur, epoch }));
-        for maps in self.core().maps.values_mut() {
+        let mut core = self.core();
+        // Maps of a disk that joins go on counting: everything that was sent of it, since its copy began.
+        for maps in core.maps_to_cut() {
             maps.rotate(since.tag()).map_err(|e| Error::failed(e.to_string()))?;
         }
-        Ok(Some(epoch))
+        Ok(Some((epoch, core.joining_disks())))
     }
 
     pub(crate) fn drained(&self) -> Drained {
@@ -55,8 +58,9 @@ impl Group {
         core.send_held(held);
     }
 
-    /// The secondary has committed `epoch`, and everything of it is as safe here as is promised.
-    pub(crate) async fn committed(&self, epoch: Epoch) -> Result<()> {
+    /// The secondary has committed `epoch`, but for the disks `without`, and everything of it is as
+    /// safe here as is promised.
+    pub(crate) async fn committed(&self, epoch: Epoch, without: &[usize]) -> Result<()> {
         let next = {
             let mut core = self.core();
             if !core.epochs.is_of_session(epoch) {
@@ -86,7 +90,8 @@ impl Group {
         }
         self.errors.clear_latch();
         self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
-        self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch }));
+        let left_out = self.names_of(without);
+        self.events.emit("BREP_CHECKPOINT", json!({ "epoch": epoch, "left-out": left_out }));
         Ok(())
     }
 

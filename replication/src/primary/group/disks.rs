@@ -50,6 +50,12 @@ impl Group {
         self.disks().iter().map(|disk| disk.name.clone()).collect()
     }
 
+    /// The names of some disks.
+    pub(crate) fn names_of(&self, numbers: &[usize]) -> Vec<String> {
+        let disks = self.disks().into_iter().filter(|disk| numbers.contains(&disk.number));
+        disks.map(|disk| disk.name.clone()).collect()
+    }
+
     /// The name of a disk, for messages.
     pub(crate) fn disk_name(&self, number: usize) -> String {
         self.disk(number).map_or_else(String::new, |disk| disk.name.clone())

@@ -375,9 +375,9 @@ impl Group {
         Ok(AssumedEqual { group: self, disk, range, in_flight })
     }
 
-    /// Whether any range of any disk differs.
+    /// Whether any range differs of any disk that checkpoints hold.
     pub(crate) fn has_differences(&self) -> bool {
-        self.core().maps.values().any(|maps| !maps.map(Role::Differs).is_empty())
+        self.core().maps_to_cut().any(|maps| !maps.map(Role::Differs).is_empty())
     }
 
     /// Puts the maps on stable storage and closes them.

@@ -46,7 +46,7 @@ impl Group {
 
     /// The guest's writes are timed while a copy wants to know how long they take.
     fn measure_guest(&self) {
-        let wanted = self.pace().is_adaptive() && self.core().copying;
+        let wanted = self.pace().is_adaptive() && self.core().is_copying();
         self.measuring.store(wanted, Ordering::Relaxed);
     }
 
@@ -69,7 +69,7 @@ impl Group {
             let mut core = self.core();
             (core.copying, core.comparing, core.settling) = (false, false, true);
         }
-        self.measuring.store(false, Ordering::Relaxed);
+        self.measure_guest();
     }
 
     /// So many bytes were compared, and at most so many of them differed.
@@ -92,7 +92,7 @@ impl Group {
         let limits = self.pace().limits();
         let paced = self.pace().rate();
         let core = self.core();
-        let progress = core.progress.as_ref().filter(|_| core.copying)?;
+        let progress = core.progress.as_ref().filter(|_| core.is_copying())?;
         let all = progress.of_all(&core.all_bytes_behind());
         let rate = progress.rate(Instant::now(), all.done);
         Some(ResyncStatus {
@@ -111,7 +111,7 @@ impl Group {
 impl Core {
     /// How far a disk is that lacks so many bytes, while a copy runs.
     pub(crate) fn copy_progress(&self, disk: usize, behind: u64) -> Option<Progress> {
-        let progress = self.progress.as_ref().filter(|_| self.copying)?;
+        let progress = self.progress.as_ref().filter(|_| self.is_copying())?;
         Some(progress.of_disk(disk, behind))
     }
 }

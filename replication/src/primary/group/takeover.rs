@@ -178,6 +178,7 @@ impl Group {
             let mut core = self.core();
             core.connections.clear();
             core.copying = false;
+            core.end_joining();
             core.link = LinkState::Disconnected;
             core.reason = Some(reason.clone());
             if let Some(compare) = core.again.take() {

@@ -182,9 +182,10 @@ impl Group {
         }
     }
 
-    /// Whether a write of the current epoch has failed that was not sent again.
-    pub(crate) fn has_failures(&self) -> bool {
-        self.core().epochs.has_failures()
+    /// Whether a write has failed that was not sent again, as far as a disk may be concerned.
+    pub(crate) fn has_failures(&self, disk: usize) -> bool {
+        let core = self.core();
+        core.epochs.has_failures() || core.joining.has_failed(disk)
     }
 
     /// A write has ended on the local disk.
@@ -198,7 +199,8 @@ impl Group {
         let disk = ticket.disk;
         {
             let mut core = self.core();
-            core.epochs.local_done(ticket.epoch, result.is_ok());
+            let is_well = core.joining.ended_well(disk, result.is_ok());
+            core.epochs.local_done(ticket.epoch, is_well);
             if result.is_err() {
                 // The peer may have what this disk has not. It is read back before the next cut.
                 core.mark(disk, Role::Differs, offset, len);
@@ -266,7 +268,8 @@ impl Group {
                 {
                     let mut core = self.core();
                     core.mark(disk, Role::Differs, offset, len);
-                    core.epochs.remote_done(epoch, false);
+                    let is_well = core.joining.ended_well(disk, false);
+                    core.epochs.remote_done(epoch, is_well);
                     core.end_in_flight(disk, in_flight);
                 }
                 self.remote_failed(disk, epoch, &error);
