@@ -39,4 +39,4 @@ pub use error::{Error, ErrorKind, Result};
 pub use ids::{Commit, Epoch, Generation, SetId};
 pub use reception::{SharedListener, run_groups};
 pub use secondary::{Discard, would_discard};
-pub use side::run;
+pub use side::{remove_disk_of_stopped, run};

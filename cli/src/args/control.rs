@@ -264,6 +264,10 @@ pub(crate) enum DiskCommand {
         /// last checkpoint
         #[arg(long)]
         force: bool,
+
+        /// Of a side that does not run, and cannot without the disk's file: its state directory
+        #[arg(long, value_name = "DIR", conflicts_with = "control")]
+        state_dir: Option<PathBuf>,
     },
 }
 

@@ -346,8 +346,14 @@ pub(crate) fn disk(args: &DiskArgs) -> Outcome {
             let answer = ask(control, "disk-add", arguments)?;
             (control, &disk.name, answer, "added", "was part of the group already")
         }
-        DiskCommand::Remove { control, disk, force } => {
-            let answer = ask(control, "disk-remove", json!({ "name": disk, "force": force }))?;
+        DiskCommand::Remove { control, disk, force, state_dir } => {
+            let answer = match state_dir {
+                Some(dir) => {
+                    let changed = brep_replication::remove_disk_of_stopped(dir, disk, *force)?;
+                    json!({ "name": disk, "changed": changed })
+                }
+                None => ask(control, "disk-remove", json!({ "name": disk, "force": force }))?,
+            };
             (control, disk, answer, "removed", "had been removed already")
         }
     };

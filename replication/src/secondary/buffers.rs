@@ -517,6 +517,11 @@ fn image_options(name: &str, below: &Arc<Below>, durability: Durability) -> Open
     }
 }
 
+/// Removes the buffers of a disk that nobody has open any more.
+pub(crate) fn remove_buffers(dir: &Path, disk: &str) -> Result<()> {
+    BufferPool::new(dir, disk, 0, None, Durability::default()).remove_files()
+}
+
 fn remove(path: &Path) -> Result<()> {
     storage::remove(path).map_err(|e| Error::failed(format!("{}: {e}", path.display())))
 }

@@ -36,6 +36,7 @@ use brep_nbd::Endpoint;
 use brep_nbd::server::{Exports, Server};
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::buffers::remove_buffers;
 use self::commands::SecondaryCommands;
 pub(crate) use self::disk::ReplicaDisk;
 use self::exports::{GuestExports, PeerExports};

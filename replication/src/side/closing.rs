@@ -11,7 +11,14 @@ use crate::config::DiskConfig;
 use crate::{Error, Result};
 
 /// How long is waited for them at a time.
-const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const CLOSE_LIMIT: Duration = Duration::from_secs(10);
+
+/// What is to be said of one that does not end.
+pub(crate) fn still_closing(disk: &str) -> Error {
+    Error::failed(format!(
+        "disk {disk}, which was removed, is still being closed: its storage may hang"
+    ))
+}
 
 /// Which there are.
 #[derive(Debug, Default)]
@@ -35,12 +42,8 @@ impl Closing {
     pub(crate) async fn ended(&self, disk: Option<&DiskConfig>) -> Result<()> {
         let until = tokio::time::Instant::now() + CLOSE_LIMIT;
         for (leaving, ended) in self.of(disk) {
-            tokio::time::timeout_at(until, ended.cancelled()).await.map_err(|_| {
-                Error::failed(format!(
-                    "disk {}, which was removed, is still being closed: its storage may hang",
-                    leaving.name
-                ))
-            })?;
+            let ended = tokio::time::timeout_at(until, ended.cancelled()).await;
+            ended.map_err(|_| still_closing(&leaving.name))?;
         }
         Ok(())
     }

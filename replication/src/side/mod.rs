@@ -3,6 +3,7 @@ mod closing;
 mod disks;
 mod handler;
 mod peer;
+mod stopped;
 
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -15,8 +16,10 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::closing::Closing;
+pub(crate) use self::closing::{CLOSE_LIMIT, still_closing};
 use self::handler::SideHandler;
 pub(crate) use self::handler::{Managed, RoleCommands, peer_argument};
+pub use self::stopped::remove_disk_of_stopped;
 use crate::commands::Colo;
 use crate::config::{DiskConfig, Durability, PeerAddress, SideConfig};
 use crate::control::EventBus;

@@ -8,8 +8,11 @@ use brep_block::{Operation, Rule};
 use serde_json::{Value, json};
 
 use super::common::{MIB, Scratch, Side, connect, file, fill};
+use super::pass;
 use crate::config::{Durability, SideConfig};
 use crate::image::faults;
+use crate::remove_disk_of_stopped;
+use crate::side::CLOSE_LIMIT;
 use crate::state::faults::{Faulty, Kind, watch};
 
 fn here(scratch: &Scratch, disks: &[&str]) -> SideConfig {
@@ -345,4 +348,105 @@ async fn a_promotion_waits_for_the_commit_that_has_begun() {
     drop(disk);
     drop(Arc::into_inner(primary).unwrap().ended_by_stop().await);
     Arc::into_inner(secondary).unwrap().stop().await;
+}
+
+/// A start would need it; and whatever the group has is not to be given up for it.
+#[tokio::test]
+async fn a_side_that_has_lost_the_file_of_a_disk_can_go_on_without_it() {
+    let scratch = scratch(&["vda", "vdb"]);
+    let secondary = Side::run(there(&scratch, &["vda"]));
+    let primary = Side::run(here(&scratch, &["vda"]));
+    primary.wait_state("in-sync").await;
+    secondary.command("disk-add", added(&scratch, "vdb", "s-vdb.raw")).await.unwrap();
+    primary.command("disk-add", added(&scratch, "vdb", "p-vdb.raw")).await.unwrap();
+    let both = |s: &Value| s["disks"][1]["state"] == "in-sync";
+    primary.wait("both", both).await;
+    let (p_state, s_state) = (scratch.path("p.state"), scratch.path("s.state"));
+    let runs = remove_disk_of_stopped(&s_state, "vdb", true).unwrap_err().to_string();
+    assert!(runs.contains("another brep runs"), "{runs}");
+    primary.stop().await;
+    secondary.stop().await;
+
+    // The secondary's is lost: the checkpoint is not changed without consent.
+    std::fs::remove_file(scratch.path("s-vdb.raw")).unwrap();
+    Side::run(there(&scratch, &["vda"])).ended().await.unwrap_err();
+    let held = remove_disk_of_stopped(&s_state, "vdb", false).unwrap_err().to_string();
+    assert!(held.contains("the last checkpoint holds disk vdb"), "{held}");
+    assert!(remove_disk_of_stopped(&s_state, "vdb", true).unwrap());
+    assert!(!remove_disk_of_stopped(&s_state, "vdb", true).unwrap(), "it is gone already");
+    let last = remove_disk_of_stopped(&s_state, "vda", true).unwrap_err().to_string();
+    assert!(last.contains("the last one"), "{last}");
+    let left = |dir: &Path| {
+        let names = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name());
+        names.filter(|name| name.to_str().unwrap().starts_with("vdb")).count()
+    };
+    assert_eq!(left(&s_state), 0, "its buffers");
+    let secondary = Side::run(there(&scratch, &["vda"]));
+    let primary = Side::run(here(&scratch, &["vda"]));
+    let lacks = primary.wait("it is told", |s| s["link"] == "refused").await;
+    assert!(lacks["reason"].as_str().unwrap().contains("vdb is not on the secondary"), "{lacks}");
+    scratch.raw("s-vdb.raw", MIB, 77);
+    secondary.command("disk-add", added(&scratch, "vdb", "s-vdb.raw")).await.unwrap();
+    primary.wait("both again", both).await;
+    primary.stop().await;
+
+    // The primary's is lost: the secondary follows.
+    std::fs::remove_file(scratch.path("p-vdb.raw")).unwrap();
+    Side::run(here(&scratch, &["vda"])).ended().await.unwrap_err();
+    assert!(remove_disk_of_stopped(&p_state, "vdb", false).unwrap());
+    assert_eq!(left(&p_state), 0, "its maps");
+    let primary = Side::run(here(&scratch, &["vda", "vdb"]));
+    primary.wait_state("in-sync").await;
+    let one = |s: &Value| s["disks"].as_array().unwrap().len() == 1;
+    assert!(one(&primary.status().await));
+    secondary.wait("it follows", one).await;
+    primary.stop().await;
+    secondary.stop().await;
+}
+
+/// The others are not to wait for storage that nobody wants any more, nor is who has removed it.
+#[tokio::test]
+async fn a_disk_of_a_primary_that_cannot_be_closed_holds_nobody_up() {
+    let scratch = scratch(&["vda", "vdb"]);
+    let mut config = here(&scratch, &["vda", "vdb"]);
+    config.peer = None;
+    let primary = Arc::new(Side::run(config));
+    primary.wait("up", |s| s["role"] == "primary").await;
+    let disk = faults::of(&scratch.path("p-vdb.raw"));
+    let hang = disk.upper.hang(Rule::new(Operation::Flush).forever());
+    let removal = {
+        let primary = Arc::clone(&primary);
+        tokio::spawn(async move { primary.command("disk-remove", json!({ "name": "vdb" })).await })
+    };
+    hang.reached(1).await;
+    let resize = json!({ "device": "vda", "size": 2 * MIB });
+    primary.command("block_resize", resize).await.unwrap();
+    assert!(!removal.is_finished(), "it is still being closed");
+    pass(CLOSE_LIMIT).await;
+    let error = removal.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("vdb, which was removed, is still being closed"), "{error}");
+    assert_eq!(primary.status().await["disks"].as_array().unwrap().len(), 1);
+    hang.release();
+    drop(disk);
+    // As soon as it is closed.
+    primary.command("disk-add", added(&scratch, "vdb", "p-vdb.raw")).await.unwrap();
+    Arc::into_inner(primary).unwrap().stop().await;
+}
+
+/// Maps are made anew for a disk that is added.
+#[tokio::test]
+async fn a_file_of_the_state_directory_is_no_disk() {
+    let scratch = scratch(&["vda"]);
+    let mut config = here(&scratch, &["vda"]);
+    config.peer = None;
+    let primary = Side::run(config);
+    primary.wait("up", |s| s["role"] == "primary").await;
+    for file in ["vdb.maps", "vda.maps"] {
+        let file = scratch.path("p.state").join(file);
+        std::fs::OpenOptions::new().create(true).append(true).open(&file).unwrap();
+        let what = json!({ "name": "vdb", "file": file, "format": "raw" });
+        primary.command("disk-add", what).await.unwrap_err();
+        assert!(file.exists());
+    }
+    primary.stop().await;
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use brep_hbitmap::Role;
+use tokio::sync::oneshot;
 
 use super::hot::begin_logs;
 use super::maps::{MapsOf, Since};
@@ -11,7 +12,7 @@ use crate::config::{DiskConfig, PeerKind};
 use crate::daemon;
 use crate::image::Image;
 use crate::link::{self, DiskInfo};
-use crate::side::Side;
+use crate::side::{CLOSE_LIMIT, Side, still_closing};
 use crate::table::Disks;
 use crate::written::describe;
 use crate::{Error, Result};
@@ -120,7 +121,9 @@ impl Group {
         daemon::check_disks(std::slice::from_ref(config))?;
         let configs = self.side.disk_configs();
         let Some(known) = configs.iter().find(|disk| disk.name == config.name) else {
-            daemon::check_disks(&[configs.as_slice(), std::slice::from_ref(config)].concat())?;
+            let all = [configs.as_slice(), std::slice::from_ref(config)].concat();
+            daemon::check_disks(&all)?;
+            daemon::check_images(&self.config.state_dir, &all)?;
             return Ok(false);
         };
         if known.path == config.path {
@@ -193,16 +196,21 @@ impl Group {
     /// its next checkpoint. Returns whether it was there.
     ///
     /// # Errors
-    /// Refused; nothing was changed. Or its file could not be written out: then it is out of the
-    /// group all the same.
+    /// Refused; nothing was changed. Or its file could not be written out, or not within
+    /// [`CLOSE_LIMIT`]: then it is out of the group all the same.
     pub(crate) async fn remove_disk(&self, name: &str) -> Result<bool> {
-        let _one = self.changing_disks.lock().await;
+        let one = self.changing_disks.lock().await;
         let Some(disk) = self.removable_disk(name)? else { return Ok(false) };
+        let configs = self.side.disk_configs();
+        let config = configs.into_iter().find(|config| config.name == name);
+        let config = config.ok_or_else(|| Error::usage(format!("there is no disk {name:?}")))?;
         self.take_leave(&format!("disk {name} is removed")).await;
         // Again: the roles may have begun to change meanwhile.
         self.check_change()?;
         self.update_record(|record| record.remove_disk(name))?;
         self.side.note_removed(name);
+        // Until it is closed none of its name or file is added.
+        let closing = self.side.closing.begin(&config);
         self.disks.remove(&disk);
         {
             let mut core = self.core();
@@ -212,9 +220,25 @@ impl Group {
         tracing::info!(disk = name, "the disk is not part of the group any more");
         self.wake.notify_one();
         let secured = self.secure_record().await;
-        let maps = MapsOf::new(&self.side, name, disk.size());
-        let removed = secured.and_then(|()| maps.remove_all());
-        disk.close().await.and(removed)?;
+        let (answer, closed) = oneshot::channel();
+        let side = Arc::clone(&self.side);
+        // Beside the command, and whatever comes next: its storage may hang.
+        tokio::spawn(async move {
+            let mut result = disk.close().await;
+            if secured.is_ok() {
+                result = result.and(MapsOf::new(&side, &disk.name, disk.size()).remove_all());
+            }
+            let result = result.and(secured);
+            drop((disk, closing));
+            if let Err(Err(error)) = answer.send(result) {
+                tracing::warn!(disk = config.name, %error, "a disk that was removed was not closed cleanly");
+            }
+        });
+        drop(one);
+        tokio::time::timeout(CLOSE_LIMIT, closed)
+            .await
+            .map_err(|_| still_closing(name))?
+            .unwrap_or_else(|_| Err(Error::failed("brep is going away")))?;
         Ok(true)
     }
 
