@@ -71,10 +71,9 @@ async fn an_operation_that_was_dropped_is_carried_out_and_its_reply_consumed() {
     assert_eq!(disk.oldest_request_age(), None);
 }
 
-/// CVE-2022-0485: a copying client that ignored the error of one of many reads.
-/// CVE-2022-0485: an error among many concurrent requests is never lost.
+/// CVE-2022-0485: a copying client ignored the error of one of many concurrent reads.
 #[tokio::test]
-async fn the_error_of_one_among_many_requests_reaches_its_caller_and_no_other() {
+async fn cve_2022_0485_the_error_of_one_among_many_requests_reaches_its_caller_and_no_other() {
     for structured in [false, true] {
         for failing in [0, 1, 17, 30, 31] {
             let export = Export { structured, ..Export::default() };

@@ -7,7 +7,8 @@ mod server_support;
 use std::time::Duration;
 
 use brep_block::{
-    BlockDevice, BlockStatus, FlushLevel, Io, Limits, Memory, StatusFlags, WriteFlags, ZeroFlags,
+    BlockDevice, BlockStatus, Count, FlushLevel, Io, Limits, Memory, Operation, StatusFlags,
+    WriteFlags, ZeroFlags,
 };
 use brep_nbd::proto::wire::{ChunkType, Command, CommandFlags, Errno, OptionCode, ReplyType};
 use bytes::Bytes;
@@ -218,4 +219,48 @@ async fn an_oversize_write_costs_its_own_connection_before_a_byte_of_it_is_kept(
     until(|| fixture.server.connections().is_empty().then_some(())).await;
     assert_eq!(fixture.server.bytes_in_flight(), 0);
     assert_serves(&fixture).await;
+}
+
+/// CVE-2019-14850 and -14851, CVE-2013-7441: what a connection does before it has chosen an export,
+/// and in the wrong order, reaches no disk and ends nothing but itself.
+#[tokio::test]
+async fn cve_2019_14851_requests_in_the_place_of_options_reach_no_disk() {
+    let count = Count::new(Memory::new("memory", MIB));
+    let fixture = Fixture::device(count.clone()).await;
+    let early = request_bytes(request(Command::WRITE, 1, 0, 4), b"evil");
+    let mut raw = fixture.client().await;
+    raw.send(&early).await;
+    assert!(raw.is_closed().await);
+    for option in [OptionCode::INFO, OptionCode::LIST] {
+        let data = if option == OptionCode::INFO { info_data("disk", &[]) } else { Vec::new() };
+        let mut raw = fixture.client().await;
+        assert_eq!(raw.outcome(option, &data).await, ReplyType::ACK);
+        raw.send(&early).await;
+        assert!(raw.is_closed().await);
+    }
+    let mut unknown = fixture.client().await;
+    unknown.send(&option_bytes(OptionCode::EXPORT_NAME, b"no such export")).await;
+    assert!(unknown.is_closed().await);
+    for operation in [Operation::Read, Operation::Write, Operation::BlockStatus, Operation::Flush] {
+        assert_eq!(count.of(operation).operations, 0, "{operation:?}");
+    }
+    assert_serves(&fixture).await;
+}
+
+/// CVE-2025-47712: requests near the end of 32 bits.
+#[tokio::test]
+async fn cve_2025_47712_requests_as_long_as_32_bits_allow_are_carried_out() {
+    let count = Count::new(Memory::new("memory", 8192 * MIB));
+    let fixture = Fixture::device(count.clone()).await;
+    let mut raw = fixture.session(true).await;
+    for (command, operation) in
+        [(Command::WRITE_ZEROES, Operation::WriteZeroes), (Command::TRIM, Operation::Discard)]
+    {
+        for (offset, len) in [(0, u32::MAX), (1, u32::MAX), (MIB - 1, u32::MAX - 511)] {
+            let before = count.of(operation).bytes;
+            raw.request(request(command, 1, offset, len), &[]).await;
+            assert_eq!(raw.simple().await, (Errno::OK, 1));
+            assert_eq!(count.of(operation).bytes - before, u64::from(len));
+        }
+    }
 }

@@ -1,7 +1,9 @@
 //! What the tests of the client share: real servers, and servers that follow a script.
 #![allow(dead_code, reason = "not every test binary uses all of it")]
 
+pub(crate) mod handshake;
 pub(crate) mod pair;
+pub(crate) mod replies;
 pub(crate) mod scripted;
 
 use std::path::{Path, PathBuf};

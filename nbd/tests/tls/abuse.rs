@@ -136,7 +136,7 @@ async fn without_tls_every_option_is_refused_where_it_is_required() {
 
 /// CVE-2021-3716: what is injected before TLS must not count inside it.
 #[tokio::test]
-async fn what_comes_in_the_clear_after_starttls_ends_the_connection() {
+async fn cve_2021_3716_what_comes_in_the_clear_after_starttls_ends_the_connection() {
     let pki = Pki::new();
     for required in [true, false] {
         let config = ServerConfig::default().tls(Some(pki.server()), required);
@@ -240,7 +240,7 @@ fn reply(kind: ReplyType, data: &[u8]) -> Vec<u8> {
 
 /// CVE-2019-14842: no downgrade.
 #[tokio::test]
-async fn a_client_that_wants_tls_never_goes_on_without_it() {
+async fn cve_2019_14842_a_client_that_wants_tls_never_goes_on_without_it() {
     let pki = Pki::new();
     for kind in [
         ReplyType::ERR_UNSUP,

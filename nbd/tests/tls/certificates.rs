@@ -48,7 +48,7 @@ async fn certificates_of_another_authority_are_refused_by_either_side() {
 }
 
 #[tokio::test]
-async fn a_servers_certificate_has_to_be_for_its_name() {
+async fn cve_2024_7383_a_servers_certificate_has_to_be_for_its_name() {
     let pki = Pki::new();
     let (_server, endpoint) = serve_disk(pki.required()).await;
     let mut options = pki.options(&endpoint, "disk");
@@ -141,7 +141,7 @@ async fn certificates_are_renewed_without_a_new_start() {
 }
 
 #[tokio::test]
-async fn an_export_is_only_for_subjects_that_are_exactly_on_its_list() {
+async fn cve_2013_6410_an_export_is_only_for_subjects_that_are_exactly_on_its_list() {
     let pki = Pki::new();
     let exports = StaticExports::new();
     for (name, subject) in [
