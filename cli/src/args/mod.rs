@@ -4,6 +4,7 @@ mod control;
 mod copy;
 mod disk;
 mod drive;
+mod export;
 mod groups;
 mod image;
 mod nbd;
@@ -19,6 +20,7 @@ pub(crate) use control::{
 };
 pub(crate) use copy::{CopyArgs, STREAM};
 pub(crate) use disk::{format_by_name, unknown_format};
+pub(crate) use export::ExportArg;
 pub(crate) use groups::SecondariesArgs;
 pub(crate) use image::{
     CheckArgs, CompareArgs, CreateArgs, ImageArgs, ImageCommand, InfoArgs, Repair,

@@ -1,21 +1,23 @@
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use brep_block::CacheMode;
 use brep_nbd::NbdUri;
 use brep_nbd::client::ConnectOptions;
-use brep_nbd::proto::wire::{BASE_ALLOCATION, STRING_LEN_MAX};
+use brep_nbd::proto::wire::BASE_ALLOCATION;
 use brep_nbd::tls::TlsClient;
 use brep_replication::config::DiskFormat;
 use clap::{Args, Subcommand};
 
 use super::copy::CopyArgs;
 use super::disk::{parse_cache, parse_format};
+use super::export::ExportArg;
 use super::security::{TlsFlags, tls_failure};
 use crate::exit::Failure;
 use crate::units::{parse_duration, parse_size};
 
-/// Serve an image over NBD, ask a server what it has, copy disks
+/// Serve images over NBD, ask a server what it has, copy disks
 #[derive(Debug, Args)]
 pub(crate) struct NbdArgs {
     #[command(subcommand)]
@@ -31,20 +33,27 @@ pub(crate) enum NbdCommand {
     Copy(CopyArgs),
 }
 
-/// Serve an image until SIGTERM or SIGINT, or as long as something else says
+/// Serve images until SIGTERM or SIGINT, or as long as something else says
 #[derive(Debug, Args)]
 #[command(after_help = "\
+Several images are several exports. What a flag says then holds for each of them; what one has alone
+stands behind its file, with the names of the flags: format=, cache=, description=, read-only, offset=,
+size=, backing=, resizable, allocation-depth, bitmap=, all-bitmaps; and tls-required (not for those who
+speak in the clear) and allow= (in the place of --tls-allow). A comma in a value is written twice.
+
 Examples:
   brep nbd serve disk.raw --listen 'nbd+unix:///?socket=disk.sock'
   brep nbd serve disk.qcow2 --listen nbd://127.0.0.1:10809 --export vda --read-only
+  brep nbd serve vda=root.qcow2 vdb=data.raw,read-only,description=Data --listen nbd://127.0.0.1
   brep nbd serve disk.raw --listen nbds://0.0.0.0 --tls-dir /etc/brep/tls
   brep nbd serve disk.qcow2 --run 'nbdinfo \"$uri\"'
   brep nbd serve disk.qcow2 --read-only --all-bitmaps --listen 'nbd+unix:///?socket=disk.sock'
 
 A service manager's sockets (LISTEN_FDS) are served in the place of --listen.")]
 pub(crate) struct ServeArgs {
-    /// The file
-    pub(crate) file: PathBuf,
+    /// The file; or exports, each a name, a file, and what is said of it alone
+    #[arg(value_name = "FILE | NAME=FILE[,OPTION]...", required = true)]
+    images: Vec<PathBuf>,
 
     /// Where clients connect; by default, with --run a socket of its own, else the sockets that the
     /// service manager has passed
@@ -52,51 +61,45 @@ pub(crate) struct ServeArgs {
     pub(crate) listen: Option<NbdUri>,
 
     /// Name of the export; clients that name none get it too
-    #[arg(long, value_name = "NAME", default_value = "", value_parser = parse_string)]
-    pub(crate) export: String,
+    #[arg(long, value_name = "NAME", default_value = "")]
+    export: String,
 
     /// A text for people, which clients are shown
-    #[arg(short = 'D', long, value_name = "TEXT", default_value = "", value_parser = parse_string)]
-    pub(crate) description: String,
+    #[arg(short = 'D', long, value_name = "TEXT", default_value = "")]
+    description: String,
 
     /// Accept no writes
     #[arg(short, long)]
-    pub(crate) read_only: bool,
+    read_only: bool,
 
     /// Serve only a part of the disk: from here on
     #[arg(short, long, value_name = "SIZE", default_value = "0", value_parser = parse_size)]
-    pub(crate) offset: u64,
+    offset: u64,
 
     /// Length of the part [default: to the end]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub(crate) size: Option<u64>,
+    size: Option<u64>,
 
     /// What lies below the image, where the image itself has nothing; below that, the next one. A
     /// name inside an image is never followed
-    #[arg(long = "backing", value_name = "FILE")]
-    pub(crate) backing: Vec<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    backing: Vec<PathBuf>,
 
     /// Let clients change the size; a qcow2 image only grows
-    #[arg(long, conflicts_with_all = ["read_only", "offset", "size"])]
-    pub(crate) resizable: bool,
+    #[arg(long)]
+    resizable: bool,
 
     /// Tell clients in which layer content lies (qemu:allocation-depth)
-    #[arg(short = 'A', long, conflicts_with_all = ["offset", "size"])]
-    pub(crate) allocation_depth: bool,
+    #[arg(short = 'A', long)]
+    allocation_depth: bool,
 
     /// Tell clients what this persistent bitmap of the image says (qemu:dirty-bitmap:NAME)
-    #[arg(
-        short = 'B',
-        long = "bitmap",
-        value_name = "NAME",
-        requires = "read_only",
-        conflicts_with_all = ["offset", "size"]
-    )]
-    pub(crate) bitmaps: Vec<String>,
+    #[arg(short = 'B', long = "bitmap", value_name = "NAME")]
+    bitmaps: Vec<String>,
 
     /// The same of all bitmaps of the image
-    #[arg(long, requires = "read_only", conflicts_with_all = ["offset", "size", "bitmaps"])]
-    pub(crate) all_bitmaps: bool,
+    #[arg(long)]
+    all_bitmaps: bool,
 
     /// Connections at a time; further ones wait. With 1 clients are not offered several
     #[arg(
@@ -122,16 +125,94 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) pid_file: Option<PathBuf>,
 
+    /// When told to stop: how long requests in flight may take, and after them closing the images
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
+    pub(crate) stop_timeout: Duration,
+
     /// writeback: through the page cache; none: past it
     #[arg(long, value_name = "MODE", default_value = "writeback", value_parser = parse_cache)]
-    pub(crate) cache: CacheMode,
+    cache: CacheMode,
 
     /// raw or qcow2 [default: what the file's name says]
     #[arg(short, long, value_parser = parse_format)]
-    pub(crate) format: Option<DiskFormat>,
+    format: Option<DiskFormat>,
 
     #[command(flatten)]
     pub(crate) tls: TlsFlags,
+}
+
+impl ServeArgs {
+    /// The images and how each is served: at least one, each with a name of its own.
+    pub(crate) fn exports(&self) -> Result<Vec<ExportArg>, Failure> {
+        let all = ExportArg {
+            format: self.format,
+            cache: self.cache,
+            read_only: self.read_only,
+            resizable: self.resizable,
+            allocation_depth: self.allocation_depth,
+            all_bitmaps: self.all_bitmaps,
+            ..ExportArg::default()
+        };
+        let exports = match self.images.as_slice() {
+            [file] if as_export(file).is_none() => vec![ExportArg {
+                name: self.export.clone(),
+                file: file.clone(),
+                description: self.description.clone(),
+                offset: self.offset,
+                size: self.size,
+                backing: self.backing.clone(),
+                bitmaps: self.bitmaps.clone(),
+                ..all
+            }],
+            images => self.named(images, &all)?,
+        };
+        let mut names = BTreeSet::new();
+        for export in &exports {
+            export.check().map_err(Failure::usage)?;
+            if export.is_for_tls_only() && !self.tls.is_on() {
+                let file = export.file.display();
+                return Err(Failure::usage(format!(
+                    "{file}: tls-required and allow= need --tls-dir DIR"
+                )));
+            }
+            if !names.insert(&export.name) {
+                return Err(Failure::usage(format!("two exports have the name {:?}", export.name)));
+            }
+        }
+        Ok(exports)
+    }
+
+    fn named(&self, images: &[PathBuf], all: &ExportArg) -> Result<Vec<ExportArg>, Failure> {
+        let of_one = [
+            ("--export", !self.export.is_empty()),
+            ("--description", !self.description.is_empty()),
+            ("--offset", self.offset > 0),
+            ("--size", self.size.is_some()),
+            ("--backing", !self.backing.is_empty()),
+            ("--bitmap", !self.bitmaps.is_empty()),
+        ];
+        if let Some((flag, _)) = of_one.iter().find(|(_, given)| *given) {
+            return Err(Failure::usage(format!(
+                "{flag}: which of the exports is meant? Write it behind the file: \
+                 NAME=FILE,size=1G,description=TEXT"
+            )));
+        }
+        let parse = |image: &PathBuf| {
+            let Some(text) = as_export(image) else {
+                let file = image.display();
+                return Err(Failure::usage(format!(
+                    "{file}: several exports need names: NAME={file}"
+                )));
+            };
+            ExportArg::parse(text, all).map_err(|why| Failure::usage(format!("{text}: {why}")))
+        };
+        images.iter().map(parse).collect()
+    }
+}
+
+/// `NAME=FILE`, if it is that.
+fn as_export(image: &Path) -> Option<&str> {
+    image.to_str().filter(|text| ExportArg::is_named(text))
 }
 
 /// How a client connects.
@@ -253,12 +334,5 @@ fn parse_max_connections(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count) if (1..=65_536).contains(&count) => Ok(count),
         _ => Err("a number from 1 to 65536".into()),
-    }
-}
-
-fn parse_string(text: &str) -> Result<String, String> {
-    match text.len() {
-        0..=STRING_LEN_MAX => Ok(text.to_owned()),
-        len => Err(format!("{len} bytes; at most {STRING_LEN_MAX} can be sent")),
     }
 }

@@ -69,6 +69,11 @@ impl TlsFlags {
         self.tls_dir.as_ref().filter(|_| self.tls != TlsMode::Off)
     }
 
+    /// Whether clients can begin TLS.
+    pub(crate) fn is_on(&self) -> bool {
+        self.dir().is_some()
+    }
+
     /// What is listened on, for options whose exports are named by something else.
     pub(crate) fn listener(&self, option: &str, uri: NbdUri) -> Result<Endpoint, Failure> {
         let refuse = |why: &str| Err(Failure::usage(format!("{option} {uri}: {why}")));

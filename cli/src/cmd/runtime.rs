@@ -1,6 +1,7 @@
 //! Threads, runtimes and signals of commands that run until they are told to end.
 use std::future::Future;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -115,6 +116,23 @@ pub(crate) fn end_on_signal(clean_up: impl FnOnce() + Send + 'static) -> Result<
             std::process::exit(i32::from(FAILED));
         })
         .context("cannot start a thread")?;
+    Ok(())
+}
+
+/// Ends the process if it is still there after this time: a device that hangs keeps threads which
+/// nothing else can end, and which the end of a runtime waits for.
+pub(crate) fn end_after(
+    time: Duration,
+    clean_up: impl FnOnce() + Send + 'static,
+) -> Result<(), Failure> {
+    let thread = std::thread::Builder::new().name("deadline".into());
+    let wait = move || {
+        std::thread::sleep(time);
+        tracing::error!("not everything is closed after {time:?}: ending without that");
+        clean_up();
+        std::process::exit(i32::from(FAILED));
+    };
+    thread.spawn(wait).context("cannot start a thread")?;
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use brep_block::Io;
 use brep_nbd::server::{ContextStatus, Export, MetaContext};
 use brep_qcow2::{Bitmap, Qcow2};
 
-use crate::args::ServeArgs;
+use crate::args::ExportArg;
 use crate::cmd::image::Source;
 use crate::exit::Failure;
 
@@ -16,7 +16,7 @@ const BITMAPS_MAX: usize = 256;
 /// Adds what was asked for. `layers`: the image, and what lies below it, from the top down.
 pub(super) async fn add(
     mut export: Export,
-    args: &ServeArgs,
+    args: &ExportArg,
     layers: &[Source],
 ) -> Result<Export, Failure> {
     if args.allocation_depth {

@@ -19,12 +19,17 @@ impl PidFile {
         written.with_context(|| format!("--pid-file {}", path.display()))?;
         Ok(PidFile(path.to_owned()))
     }
+
+    /// For the end of a process that drops nothing any more.
+    pub(super) fn remove(path: &Path) {
+        if let Err(error) = std::fs::remove_file(path) {
+            tracing::warn!("{}: {error}", path.display());
+        }
+    }
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.0) {
-            tracing::warn!("{}: {error}", self.0.display());
-        }
+        PidFile::remove(&self.0);
     }
 }
