@@ -56,6 +56,7 @@ impl Admission {
                 Ok(()) => return,
                 Err(None) => changed.await,
                 Err(Some(time)) => tokio::select! {
+                    biased;
                     () = changed => {}
                     () = sleep_until(time) => {}
                 },

@@ -198,6 +198,8 @@ async fn cache(device: &dyn BlockDevice, offset: u64, len: u64) -> Result<Conten
         let part = CACHE_LEN.min(transfer_max(device) as u64).min(end - position);
         read_once(device, position, part as usize).await?;
         position += part;
+        // What is in the page cache is copied at once: others shall have the thread in between.
+        tokio::task::yield_now().await;
     }
     Ok(Content::Done)
 }

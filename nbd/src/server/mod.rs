@@ -180,8 +180,9 @@ impl Server {
         let server = Arc::clone(self);
         let adopted = async move {
             tokio::select! {
-                () = server.admission.room() => {}
+                biased;
                 () = server.stopping.cancelled() => return,
+                () = server.admission.room() => {}
             }
             let mut registration = server.register(moved.stream.peer());
             match moved.rehome() {
