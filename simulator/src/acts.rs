@@ -210,9 +210,15 @@ impl History {
             }
             54..57 => {
                 self.world.saw(Seen::DiscardCheckpoint);
+                // It may be carried out and not answered.
                 self.watch.checkpoint_discarded();
                 let discard = [("discard-checkpoint", Value::Bool(true))];
-                self.tell(1 - primary, "replication-stop", &discard).await;
+                let told = self.tell(1 - primary, "replication-stop", &discard).await;
+                if let Some(Ok(_)) = told {
+                    // What was committed before it was carried out went with the others.
+                    self.watch.look(&self.world, &self.processes, primary).await;
+                    self.watch.checkpoint_discarded();
+                }
             }
             57..66 => {
                 self.world.saw(Seen::StopAndContGuest);

@@ -30,6 +30,8 @@ struct Shared {
     endpoint: Option<Endpoint>,
     /// One a disk.
     connections: Vec<Option<Arc<Connection>>>,
+    /// Those of before a disk grew: what was asked there is still to be answered.
+    older: Vec<Arc<Connection>>,
     requests: u64,
     stamp: u64,
     /// By disk.
@@ -102,7 +104,8 @@ impl Guest {
             let mut shared = self.shared();
             shared.sectors[disk] = bytes / SECTOR;
             // Whoever connects learns the size.
-            shared.connections[disk] = None;
+            let older = shared.connections[disk].take();
+            shared.older.extend(older);
         }
         self.model().grow(disk, bytes / SECTOR);
     }
@@ -156,7 +159,9 @@ impl Guest {
         let mut shared = self.shared();
         shared.endpoint = Some(endpoint);
         // What was asked there may be held for ever.
-        shared.connections.iter_mut().filter_map(Option::take).for_each(|old| old.kill());
+        let Shared { connections, older, .. } = &mut *shared;
+        let present = connections.iter_mut().filter_map(Option::take);
+        present.chain(older.drain(..)).for_each(|old| old.kill());
     }
 
     pub(crate) fn requests(&self) -> u64 {

@@ -121,7 +121,21 @@ struct Shared {
 impl Shared {
     /// What it has of a checkpoint, which it may not have noticed before now.
     fn view_of(&mut self, epoch: u64, now: u64) -> &mut View {
-        self.views.entry(epoch).or_insert_with(|| View { noticed: now, ..View::default() })
+        // What has not been answered may come after the commit, and is not dropped by it then.
+        let mut own = BTreeMap::<Place, Vec<Write>>::new();
+        if !self.views.contains_key(&epoch) {
+            for (place, writes) in self.views.values().flat_map(|view| &view.own) {
+                let open = writes.iter().filter(|write| write.end == u64::MAX);
+                // Several checkpoints may have come while it waits.
+                for write in open {
+                    let known = own.entry(*place).or_default();
+                    if !known.iter().any(|w| w.stamp == write.stamp && w.start == write.start) {
+                        known.push(*write);
+                    }
+                }
+            }
+        }
+        self.views.entry(epoch).or_insert_with(|| View { noticed: now, own, ..View::default() })
     }
 }
 
@@ -198,24 +212,8 @@ impl SecondGuest {
         if shared.views.contains_key(&epoch) {
             return;
         }
-        // What has not been answered may come after the commit, and is not dropped by it then.
-        let mut own = BTreeMap::<Place, Vec<Write>>::new();
-        let mut wrote = false;
-        for (place, writes) in shared.views.values().flat_map(|view| &view.own) {
-            wrote = true;
-            let open = writes.iter().filter(|write| write.end == u64::MAX);
-            // Several checkpoints may have come while it waits.
-            for write in open {
-                let known = own.entry(*place).or_default();
-                if !known
-                    .iter()
-                    .any(|other| other.stamp == write.stamp && other.start == write.start)
-                {
-                    known.push(*write);
-                }
-            }
-        }
-        shared.views.insert(epoch, View { noticed, own, ..View::default() });
+        let wrote = shared.views.values().any(|view| !view.own.is_empty());
+        shared.view_of(epoch, noticed);
         while shared.views.len() > VIEWS_MAX {
             let Some((epoch, view)) = shared.views.pop_first() else { break };
             shared.left.push(Read { epoch, until: view.noticed, sectors: view.seen });
@@ -500,5 +498,10 @@ mod tests {
         guest.notice(6);
         assert_eq!(guest.shared().views[&6].own[&PLACE][0].stamp, 11);
         assert_eq!(guest.take_left().len(), 1, "two may still be the one");
+        // It may have been promoted to one that nobody has noticed.
+        let mut contents = vec![vec![0; 8]];
+        contents[PLACE.0][PLACE.1] = 11;
+        let of_checkpoint = guest.check_promoted((7, false), &contents).unwrap();
+        assert!(!of_checkpoint.contains_key(&PLACE), "its own");
     }
 }

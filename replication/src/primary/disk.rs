@@ -11,7 +11,7 @@ use futures_util::future::join;
 use super::group::{DiskPart, Group};
 use crate::change::Change;
 use crate::config::Ack;
-use crate::door::Door;
+use crate::door::{Door, Inside};
 
 /// Longest change in bytes that is tracked and sent as one. An activity log cannot have all of a much
 /// longer one at a time, so that it would never begin.
@@ -71,7 +71,7 @@ impl PrimaryDisk {
         }
         let Some(inside) = Door::try_enter(&self.group.door) else {
             return Io::future(async move {
-                let _inside = Door::enter(&self.group.door, operation).await?;
+                let _inside = self.enter(operation).await?;
                 start(&*self.part.device).await
             });
         };
@@ -84,12 +84,24 @@ impl PrimaryDisk {
         }
     }
 
+    /// Goes inside, when the guest's requests are not held.
+    ///
+    /// # Errors
+    /// The process ends, or this side is the disk no more.
+    async fn enter(&self, operation: Operation) -> Result<Inside> {
+        if let Some(inside) = Door::try_enter(&self.group.door) {
+            return Ok(inside);
+        }
+        let entered = Door::enter(&self.group.door, operation);
+        self.group.unless_superseded(self.part.number, operation, entered).await
+    }
+
     async fn change(self, offset: u64, change: Change) -> Result<()> {
         let len = change.len();
         let operation = change.operation();
-        self.group.until_writable().await;
+        self.group.until_writable(self.part.number, operation).await?;
         // Before it counts as a request: a guest that is stopped does not wait for the peer.
-        let _inside = Door::enter(&self.group.door, operation).await?;
+        let _inside = self.enter(operation).await?;
         let counters = &self.group.counters;
         counters.guest_writes.fetch_add(1, Ordering::Relaxed);
         counters.guest_write_bytes.fetch_add(len, Ordering::Relaxed);
@@ -121,7 +133,7 @@ impl PrimaryDisk {
         self.group.may_acknowledge(self.part.number, operation).await.map_err(at)?;
         if !replicated {
             // It was on its way, and that may be known to be in vain now.
-            self.group.until_writable().await;
+            self.group.until_writable(self.part.number, operation).await.map_err(at)?;
         }
         // The peer was lost on the way, and that could not be recorded: whoever starts this side
         // again must not find that it acknowledged this.

@@ -243,9 +243,16 @@ async fn attempt(
             if refusal.is_secondary {
                 group.allow_guest(true);
             }
-            let mut core = group.core();
-            core.link = LinkState::Refused;
-            core.refusal = Some(refusal);
+            let superseded = refusal.superseded;
+            {
+                let mut core = group.core();
+                core.link = LinkState::Refused;
+                core.refusal = Some(refusal);
+            }
+            // Nobody may let go on what is held here: `resume --lonely` would make two that write.
+            if superseded && group.held_writes().is_some() && !group.is_superseded() {
+                group.takeover_ends(true);
+            }
             Tried::Failed
         }
         Attempt::Unreachable(error) => {

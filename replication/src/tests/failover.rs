@@ -1,6 +1,7 @@
+use std::sync::Arc;
 use std::time::Duration;
 
-use brep_block::{Operation, Rule};
+use brep_block::{BlockDevice, Operation, Rule};
 use serde_json::json;
 
 use super::common::{Side, connect, file, fill};
@@ -100,6 +101,31 @@ async fn i11_a_promotion_that_fails_after_its_record_is_told_as_one() {
     std::fs::remove_dir(scratch.path("s.state/vda.log")).unwrap();
     let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     secondary.wait("promoted", |s| s["role"] == "promoted").await;
+    secondary.stop().await;
+}
+
+/// I8: nobody lets a guest go on that was stopped on a side which serves nobody any more.
+#[tokio::test]
+async fn i08_what_stop_holds_fails_when_the_secondary_takes_over() {
+    let Pair { scratch, primary, secondary, .. } = Pair::new().await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    primary.checkpoint().await;
+    primary.command("stop", json!({})).await.unwrap();
+    let held_write = write(&guest, 0, 0x22);
+    let device = Arc::clone(&guest);
+    let held_read = tokio::spawn(async move { device.read(0, 512).await.map(drop) });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!held_write.is_finished() && !held_read.is_finished(), "the guest is stopped");
+    secondary.command("failover", json!({})).await.unwrap();
+    for held in [held_write, held_read] {
+        let ended = tokio::time::timeout(Duration::from_secs(20), held).await;
+        ended.expect("held for ever").unwrap().unwrap_err();
+    }
+    // Continued, it serves nobody either.
+    primary.command("cont", json!({})).await.unwrap();
+    guest.read(0, 512).await.unwrap_err();
+    guest.close();
+    primary.stop().await;
     secondary.stop().await;
 }
 

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use brep_block::{Operation, Rule};
+use brep_block::{BlockDevice, Operation, Rule};
 use serde_json::{Value, json};
 
 use super::common::{MIB, Scratch, Side, connect, file, fill, read};
@@ -96,6 +96,36 @@ async fn held_writes_go_on_alone_by_command_and_a_restart_asks_the_secondary_fir
     primary.stop().await;
     there.stop().await;
     assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")));
+}
+
+/// I8: the peer is back, and is the disk now: nobody may let go on what is held for it.
+#[tokio::test]
+async fn i08_held_writes_fail_when_the_secondary_turns_out_to_be_promoted() {
+    let scratch = disks(MIB);
+    let there = secondary(&scratch);
+    let primary = Side::run(suspending(&scratch));
+    primary.wait_state("in-sync").await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    primary.checkpoint().await;
+    there.stop().await;
+    let waiting = write(&guest, 0, 0x43);
+    primary.wait("a held write", held).await;
+    // Where the primary does not find it.
+    let mut config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    config.listen = Some(scratch.endpoint("elsewhere.sock"));
+    let there = Side::run(config);
+    there.wait("there", |s| s["role"] == "secondary").await;
+    there.command("failover", json!({})).await.unwrap();
+    there.stop().await;
+    assert!(!waiting.is_finished());
+    let there = secondary(&scratch);
+    let ended = tokio::time::timeout(Duration::from_secs(20), waiting).await;
+    ended.expect("held for ever").unwrap().unwrap_err();
+    guest.read(0, 512).await.unwrap_err();
+    primary.command("resume", json!({ "lonely": true })).await.unwrap_err();
+    guest.close();
+    primary.stop().await;
+    there.stop().await;
 }
 
 /// A disk that grows takes a session, and not the promise that nothing is written alone.

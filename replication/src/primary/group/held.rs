@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use brep_block::{Error as BlockError, ErrorKind, Operation};
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
@@ -25,6 +26,10 @@ impl Group {
 
     /// The peer is lost: writes are held, or go on alone; they go on if somebody wanted them to.
     pub(super) fn without_peer(&self, reason: &str, wanted: bool) {
+        // It has made room for the other side: whatever comes is refused, not held.
+        if !self.record().is_primary() {
+            return;
+        }
         match self.suspends() && !wanted {
             true => self.suspend(reason),
             false => self.go_alone(),
@@ -62,14 +67,33 @@ impl Group {
     }
 
     /// Waits while writes are held.
-    pub(crate) async fn until_writable(&self) {
+    ///
+    /// # Errors
+    /// The secondary has taken over, or this side ends or is no primary any more: nobody lets them go on.
+    pub(crate) async fn until_writable(
+        &self,
+        disk: usize,
+        operation: Operation,
+    ) -> brep_block::Result<()> {
         if !*self.held.borrow() {
-            return;
+            return Ok(());
         }
         self.held_writes.fetch_add(1, Ordering::Relaxed);
-        // The sender lives as long as this.
-        let _ = self.held.subscribe().wait_for(|held| !held).await;
+        let let_go = async {
+            let (mut held, leaving) = (self.held.subscribe(), self.leaving());
+            tokio::select! {
+                biased;
+                // The sender lives as long as this.
+                _ = held.wait_for(|held| !held) => Ok(()),
+                () = leaving.cancelled() => {
+                    let text = "the guest's writes are held, and brep ends";
+                    Err(BlockError::new(operation, ErrorKind::Shutdown, self.disk_name(disk), text))
+                }
+            }
+        };
+        let writable = self.unless_superseded(disk, operation, let_go).await;
         self.held_writes.fetch_sub(1, Ordering::Relaxed);
+        writable
     }
 
     /// How many writes are held; none: they are not.

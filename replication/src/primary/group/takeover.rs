@@ -125,11 +125,13 @@ impl Group {
     ) -> brep_block::Result<()> {
         match self.is_superseded() {
             false => Ok(()),
-            true => {
-                let text = "the other side has been promoted: it is the disk now";
-                Err(BlockError::new(operation, ErrorKind::Shutdown, self.disk_name(disk), text))
-            }
+            true => Err(self.superseded(disk, operation)),
         }
+    }
+
+    fn superseded(&self, disk: usize, operation: Operation) -> BlockError {
+        let text = "the other side has been promoted: it is the disk now";
+        BlockError::new(operation, ErrorKind::Shutdown, self.disk_name(disk), text)
     }
 
     /// Whether this side is still the disk, for a command that says that it is. While the other side
@@ -147,6 +149,29 @@ impl Group {
         let Refusal { reason, advice, .. } = Refusal::superseded();
         let advice = advice.map_or_else(String::new, |advice| format!("; {advice}"));
         Err(Error::refused(format!("{reason}{advice}")))
+    }
+
+    /// Waits for `held`, and at most until the secondary has taken over: what a guest asked for is
+    /// never held on a side that serves nobody.
+    ///
+    /// # Errors
+    /// Those of `held`; the secondary has taken over.
+    pub(crate) async fn unless_superseded<T>(
+        &self,
+        disk: usize,
+        operation: Operation,
+        held: impl Future<Output = brep_block::Result<T>>,
+    ) -> brep_block::Result<T> {
+        let mut takeover = self.takeover.subscribe();
+        let value = tokio::select! {
+            biased;
+            // The sender lives as long as this.
+            _ = takeover.wait_for(|t| *t == Takeover::Done) => None,
+            value = held => Some(value?),
+        };
+        self.check_superseded(disk, operation)?;
+        // Taken back in this very moment: whoever asks again is served.
+        value.ok_or_else(|| self.superseded(disk, operation))
     }
 
     /// The secondary has taken over.
