@@ -270,11 +270,18 @@ impl Record {
             if let Some(line) = self.history.iter().position(|fork| fork.cur == com.cur) {
                 self.history.truncate(line);
             }
-            self.history.push(com);
-            self.fork = Some(com);
+            let fork = Commit { epoch: self.last_epoch_after(com), ..com };
+            self.history.push(fork);
+            self.fork = Some(fork);
             self.shorten_history();
         }
         self.cur = Some(cur);
+    }
+
+    /// The last epoch of checkpoint `com`'s line that this side knows of. Nothing was written in the
+    /// one after it if this side made room at that checkpoint; but its secondary counts that one.
+    fn last_epoch_after(&self, com: Commit) -> Epoch {
+        if self.secondary.made_room { com.epoch.next() } else { com.epoch }
     }
 
     /// Goes over to a primary's line: its way, which led it there, becomes this side's. One that
@@ -294,6 +301,9 @@ impl Record {
     /// A run as a primary begins: also of a side that was promoted and has been merged, or that
     /// was to become a secondary and was not changed.
     pub fn become_primary(&mut self) {
+        if let Some(com) = self.com {
+            self.epoch = self.epoch.max(self.last_epoch_after(com));
+        }
         self.role = Role::Primary;
         self.secondary.promotion = None;
         self.secondary.outdated = false;

@@ -157,6 +157,52 @@ async fn i16_kills_at_each_record_of_a_switchover() {
     recover_all(points, 8, Role::Primary).await;
 }
 
+/// The side that has made room is told to be the disk, because the other one is gone. That one comes back
+/// as its secondary: it has committed the last checkpoint, and nothing else.
+#[tokio::test]
+async fn i09_a_side_that_made_room_and_is_promoted_is_the_newer_one() {
+    let (scratch, old, new) = pair().await;
+    let points = Points::watch(&scratch, &[FIRST]);
+    old.command("switchover", json!({})).await.unwrap();
+    new.wait("in sync", in_sync).await;
+    let points = points.taken(&scratch);
+    old.stop().await;
+    new.stop().await;
+    let promoted = points.iter().map(|point| promoted_after_making_room(&point.files));
+    let promoted =
+        join_all(promoted).await.into_iter().filter(|was_promoted| *was_promoted).count();
+    assert!(promoted >= 1, "no kill left a side that had made room, and none that had taken over");
+}
+
+/// Whether there was such a side.
+async fn promoted_after_making_room(scratch: &Scratch) -> bool {
+    let away = Side::run(here(scratch, Role::Primary));
+    let status = away.wait("up", |_| true).await;
+    if status["role"] != "secondary" || away.command("failover", json!({})).await.is_err() {
+        away.stop().await;
+        return false;
+    }
+    away.wait_state("promoted").await;
+    let written = (65536, 0x66);
+    write_to(scratch, "p-guest.sock", written).await;
+    // One side is the disk; the other one says whether it is too.
+    let back = Side::run(there(scratch));
+    let is_disk = serves(&back.wait("up", |_| true).await);
+    if !is_disk {
+        let peer = format!("nbd+unix:///?socket={}", scratch.path("s.sock").display());
+        away.command("peer-set", json!({ "uri": peer })).await.unwrap();
+        away.wait("in sync", in_sync).await;
+    }
+    away.stop().await;
+    back.stop().await;
+    if !is_disk {
+        let disks = ["p.raw", "s.raw"].map(|disk| file(&scratch.path(disk)));
+        assert!(disks[0] == disks[1], "in sync, and the disks differ");
+        assert_eq!(disks[1][65536..65536 + 4096], [0x66; 4096], "what was written since is lost");
+    }
+    !is_disk
+}
+
 #[tokio::test]
 async fn i16_kills_at_each_record_of_a_promotion_and_of_the_old_primarys_return() {
     let (scratch, old, there) = pair().await;
