@@ -37,7 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 type Done<T = ()> = Result<T, String>;
 
 /// How a side runs: each may be the primary.
-fn config(life: Life, role: Role, discard_local: bool) -> SideConfig {
+fn config(life: Life, role: Role, durability: Durability, discard_local: bool) -> SideConfig {
     let disk = DiskConfig {
         name: disk_name(0),
         path: disk_path(life, 0),
@@ -50,7 +50,7 @@ fn config(life: Life, role: Role, discard_local: bool) -> SideConfig {
     SideConfig {
         peer_timeout: Duration::from_millis(500),
         checkpoint_interval: None,
-        durability: Durability::Power,
+        durability,
         allow_plaintext: true,
         peer: Some(reach(1 - life.side, Some(life), REPLICA_PORT).into()),
         listen: Some(listen_at(life, REPLICA_PORT)),
@@ -63,6 +63,7 @@ fn config(life: Life, role: Role, discard_local: bool) -> SideConfig {
 /// A pair, and what its guest knows.
 struct Pair {
     world: Arc<World>,
+    durability: Durability,
     processes: [Option<Process>; 2],
     /// The operation of B under which its power goes, in its present process.
     armed: Option<u64>,
@@ -102,6 +103,7 @@ impl Pair {
         put_file(world, B, 0, &vec![0xEE; DISK_BYTES as usize]);
         Pair {
             world: Arc::clone(world),
+            durability: Durability::Power,
             processes: [None, None],
             armed: None,
             guest: None,
@@ -120,7 +122,8 @@ impl Pair {
 
     fn start_with(&mut self, side: Side, role: Role, discard_local: bool) {
         let life = next_life(&self.world, side);
-        self.processes[side] = Some(Process::run(life, config(life, role, discard_local)));
+        let config = config(life, role, self.durability, discard_local);
+        self.processes[side] = Some(Process::run(life, config));
         if side == B {
             self.world.lock().machines[B].ends_in = self.armed.map(|n| (n, End::PowerLoss));
         }

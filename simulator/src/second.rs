@@ -494,7 +494,7 @@ mod tests {
         let guest = SecondGuest { world, disks: 1, link, pace, shared: Mutex::new(shared) };
         guest.notice(5);
         assert!(guest.shared().views[&5].own.is_empty(), "dropped");
-        guest.shared().views.insert(5, view(&[(11, 7, u64::MAX, false)]));
+        guest.shared().views.insert(5, view(&[(11, 0, u64::MAX, false)]));
         guest.notice(6);
         assert_eq!(guest.shared().views[&6].own[&PLACE][0].stamp, 11);
         assert_eq!(guest.take_left().len(), 1, "two may still be the one");

@@ -415,7 +415,9 @@ impl Group {
                 promotion.merged = true;
             }
         })?;
-        self.secure_record().await?;
+        // Whatever the durability: with a record of before this the buffers would be merged again, over
+        // what the guest has flushed since.
+        self.sync_record().await?;
         for disk in self.disks() {
             disk.drop_buffers().await?;
         }

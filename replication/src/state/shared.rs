@@ -113,18 +113,6 @@ impl SharedRecord {
     pub(crate) fn sync_now(&self) -> Result<()> {
         lock(&self.store).sync().inspect_err(|_| self.failure.tell())
     }
-
-    /// As [`secure`](Self::secure), in the same way.
-    ///
-    /// # Errors
-    /// As [`RecordStore::sync`].
-    pub(crate) fn secure_now(&self) -> Result<()> {
-        let mut store = lock(&self.store);
-        if store.is_secure() {
-            return Ok(());
-        }
-        store.sync().inspect_err(|_| self.failure.tell())
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

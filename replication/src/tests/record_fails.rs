@@ -71,6 +71,26 @@ async fn after_a_save_that_failed_status_says_so_and_what_to_do() {
     there.stop().await;
 }
 
+/// I11: a start that knew only that this side was alone would serve its guest beside a secondary that has
+/// been promoted. Whatever the durability, that it has a peer again is on stable storage before anything is sent.
+#[tokio::test]
+async fn i11_no_session_begins_that_a_power_loss_would_make_forgotten() {
+    let scratch = scratch();
+    let there = secondary(&scratch);
+    let here = Side::run(SideConfig { durability: Durability::Process, ..primary(&scratch) });
+    here.wait_state("in-sync").await;
+    there.stop().await;
+    here.wait_state("disconnected").await;
+    let faulty = Faulty::failing(&scratch.path("p.state"), Kind::Sync);
+    let there = secondary(&scratch);
+    let told = |s: &serde_json::Value| s["advice"].to_string().contains("restart this side");
+    let status = here.wait("it cannot be recorded", told).await;
+    assert_ne!(status["disks"][0]["state"], "in-sync", "{status:#}");
+    drop(faulty);
+    drop(here.ended_by_stop().await);
+    there.stop().await;
+}
+
 /// A restart finds a secondary, which knows of no writes of its own: they would be lost.
 #[tokio::test]
 async fn i16_a_switchover_whose_record_cannot_be_flushed_acknowledges_nothing_any_more() {

@@ -1,6 +1,6 @@
 //! The pieces: what happens in them, and what has to be true when the power has come back.
 
-use brep_replication::config::Role;
+use brep_replication::config::{Durability, Role};
 use serde_json::{Value, json};
 
 use super::{Done, Pair, Piece, every_operation};
@@ -96,6 +96,37 @@ fn a_promotion_and_its_merge() {
         after: step!(goes_on_promoted),
     };
     every_operation("a_promotion_and_its_merge", &piece, 30);
+}
+
+/// With `--durability process` a loss of power may take a checkpoint, and never what the guest has
+/// flushed on the disk that it is served.
+async fn merged_in_process_mode(pair: &mut Pair) -> Done {
+    pair.durability = Durability::Process;
+    alone_with_more(pair).await?;
+    pair.command(B, "failover", &[]).await?;
+    pair.answered = true;
+    pair.plug(B, REPLICA_PORT).await?;
+    pair.write(9, 2, false).await?;
+    pair.until_merged(B).await?;
+    pair.flush().await
+}
+
+async fn flushes(pair: &mut Pair) -> Done {
+    for first in 0..20 {
+        pair.write(9 * first, 16, false).await?;
+        pair.flush().await?;
+    }
+    pair.write(200, 5, true).await
+}
+
+#[test]
+fn what_is_flushed_behind_a_merge_in_process_mode() {
+    let piece = Piece {
+        before: step!(merged_in_process_mode),
+        script: step!(flushes),
+        after: step!(goes_on_promoted),
+    };
+    every_operation("what_is_flushed_behind_a_merge_in_process_mode", &piece, 4);
 }
 
 /// B was the primary, and was killed; A took over and has more.

@@ -81,7 +81,9 @@ impl Group {
             record.primary.had_peer = true;
             record.primary.alone = false;
         })?;
-        self.record.secure_now()?;
+        // Whatever the durability, as that it is alone is: a start that knew only of that would serve the
+        // guest beside a secondary that has been promoted.
+        self.record.sync_now()?;
         let mut core = self.core();
         core.connections = disks.iter().map(|d| d.number).zip(connections).collect();
         core.joining = joining;

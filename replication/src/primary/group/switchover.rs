@@ -71,14 +71,14 @@ impl Group {
         }
     }
 
-    /// Changes the record back to what it was in this role, on stable storage if that is promised:
-    /// the guest may go on then.
+    /// Changes the record back to what it was in this role, on stable storage, as the other role may be
+    /// there: the guest may go on then.
     ///
     /// # Errors
     /// As [`change_role`](Self::change_role).
     fn restore_role(&self, before: Record) -> Result<()> {
         let restored = self.update_record(|record| *record = before);
-        let secured = restored.and_then(|()| self.record.secure_now());
+        let secured = restored.and_then(|()| self.record.sync_now());
         secured.inspect_err(|error| self.role_is_unknown(error))
     }
 
