@@ -8,7 +8,6 @@ use crate::acts::wants_restart;
 use crate::file::SECTOR;
 use crate::history::{History, put_file};
 use crate::model::fill;
-use crate::roles::is_merged;
 use crate::seen::Seen;
 use crate::side::{disk_name, disk_number, disk_path};
 use crate::world::{A, B, Side};
@@ -173,14 +172,13 @@ impl History {
     }
 
     /// What an advice says of a disk that only one side has.
-    pub(crate) async fn add_where_it_lacks(&mut self, status: &Value, advice: &str) {
+    pub(crate) async fn add_where_it_lacks(&mut self, advice: &str) {
         let name = advice.split("brep disk add ").nth(1).and_then(|rest| rest.split('=').next());
         let Some(disk) = name.and_then(disk_number) else { return };
         let side =
             if advice.contains("on the secondary, with") { 1 - self.primary } else { self.primary };
         if let Err(why) = self.add_disk(side, disk).await
-            && (wants_restart(&why)
-                || why.contains("merged (see brep status) and started again") && is_merged(status))
+            && wants_restart(&why)
         {
             self.world.count("advice: restart");
             self.world.kill(side);

@@ -124,7 +124,7 @@ impl History {
             self.set_peer(primary).await;
         } else if advice.contains("brep disk add") {
             self.world.count("advice: disk add");
-            self.add_where_it_lacks(status, advice).await;
+            self.add_where_it_lacks(advice).await;
         } else if advice.contains("with the same names and sizes") {
             self.world.count("advice: the same sizes");
             self.grow_to_others_size().await;

@@ -433,7 +433,7 @@ impl History {
 }
 
 /// Whether no disk is to be merged any more.
-pub(crate) fn is_merged(status: &Value) -> bool {
+fn is_merged(status: &Value) -> bool {
     let merged = |disk: &Value| disk["merging"].is_null() && disk["state"] != "promoting";
     status["disks"].as_array().is_some_and(|disks| disks.iter().all(merged))
 }

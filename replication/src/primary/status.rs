@@ -28,7 +28,7 @@ impl Group {
         let disks = parts.iter().enumerate().map(|(index, disk)| {
             // At the end of a role there are no maps any more.
             let behind = behind.get(index).copied().unwrap_or_default();
-            let merging = merges.as_ref().and_then(|merges| merges[index]);
+            let merging = merges.as_ref().and_then(|merges| *merges.get(index)?);
             let merging = merging.filter(|_| held.is_none());
             let joins = core.is_joining(disk.number);
             let is_copied = core.copying || joins;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use brep_block::BlockDevice;
 use brep_nbd::server::{OptionError, OptionErrorCode};
 use tokio_util::sync::DropGuard;
 
@@ -13,6 +14,7 @@ use super::session::{Session, SessionDisks};
 use crate::config::DiskConfig;
 use crate::daemon;
 use crate::link::{DiskInfo, Message, Side};
+use crate::state::Target;
 use crate::table::Disks;
 use crate::{Error, Result};
 
@@ -238,6 +240,29 @@ impl Group {
         Ok(())
     }
 
+    /// Opens a disk that comes to this side after it was promoted and merged: its file is the disk.
+    pub(crate) async fn open_promoted(
+        &self,
+        config: &DiskConfig,
+    ) -> Result<(Arc<ReplicaDisk>, Arc<dyn BlockDevice>)> {
+        let disk = open_disk(&self.config, config, None, &self.record(), false).await?;
+        disk.promote_onto(None, Target::Latest);
+        let device = disk.promoted().ok_or_else(|| Error::failed("not promoted"))?;
+        Ok((Arc::new(disk), device))
+    }
+
+    /// Such a disk is part of the group: guests find `device` in its place.
+    pub(crate) fn adopt(&self, disk: Arc<ReplicaDisk>, device: Arc<dyn BlockDevice>) {
+        disk.gate().replace(device);
+        self.guest.add_door(disk.gate().door());
+        self.replicas.add(disk);
+    }
+
+    /// A disk of this side since it was promoted.
+    pub(crate) fn find_promoted(&self, name: &str) -> Option<Arc<ReplicaDisk>> {
+        self.disks().iter().find(|disk| disk.name == name).cloned()
+    }
+
     /// Whoever replicates to here learns which disks there are.
     fn tell_disks(&self) {
         if let Some(session) = self.session() {
@@ -256,7 +281,7 @@ impl Group {
 
     /// The table of disks does not have this one any more, which is about to be
     /// [taken out](Self::take_out): until then, and until it is closed, none of its name is added.
-    pub(super) fn part_with(&self, disk: &Arc<ReplicaDisk>) -> DropGuard {
+    pub(crate) fn part_with(&self, disk: &Arc<ReplicaDisk>) -> DropGuard {
         self.replicas.remove(disk);
         self.side.closing.begin(&disk.config)
     }
@@ -264,7 +289,7 @@ impl Group {
     /// A disk that neither the record nor the table of disks has any more goes; its file stays what
     /// it is. It is closed beside whoever calls this: neither a commit nor a failover waits for
     /// storage that nobody wants any more.
-    pub(super) fn take_out(&self, disk: &Arc<ReplicaDisk>, closing: DropGuard) {
+    pub(crate) fn take_out(&self, disk: &Arc<ReplicaDisk>, closing: DropGuard) {
         self.note_removed(&disk.name);
         if let Ok(service) = self.service() {
             service.forget_disk(&disk.name);

@@ -380,6 +380,11 @@ impl Group {
         self.disks().iter().map(|d| d.promoted().and_then(|p| p.progress())).collect()
     }
 
+    /// Whether nothing of a promotion is left to be done, so that disks may come and go.
+    pub(crate) fn merge_has_ended(&self) -> bool {
+        self.core().merge_has_ended
+    }
+
     /// Merges in the background, until it has ended or the process does.
     pub(crate) fn spawn_merge(self: &Arc<Self>) {
         let group = Arc::clone(self);
@@ -421,7 +426,10 @@ impl Group {
         for disk in self.disks() {
             disk.drop_buffers().await?;
         }
-        self.core().reason = None;
+        {
+            let mut core = self.core();
+            (core.reason, core.merge_has_ended) = (None, true);
+        }
         self.errors.clear_latch();
         for disk in self.disks() {
             let job = Job::ended(JobKind::Commit, &disk.name, disk.size());

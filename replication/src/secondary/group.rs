@@ -87,6 +87,8 @@ pub(crate) struct Core {
     pub(super) full: Option<String>,
     /// No room is kept for a failover.
     pub(super) unreserved: bool,
+    /// This side was promoted, and its files alone are the disks.
+    pub(super) merge_has_ended: bool,
     /// While a failover is held: what the file system has left, as it was asked last.
     pub(super) space_bytes: Option<u64>,
     /// When buffers were opened again last.
@@ -179,6 +181,7 @@ impl Group {
             link_error: None,
             full: None,
             unreserved: false,
+            merge_has_ended: false,
             space_bytes: None,
             reopened: None,
             test: None,

@@ -8,7 +8,7 @@ use brep_block::{Operation, Rule};
 use serde_json::{Value, json};
 
 use super::common::{MIB, Scratch, Side, connect, file, fill};
-use super::pass;
+use super::{pass, write};
 use crate::config::{Durability, SideConfig};
 use crate::image::faults;
 use crate::remove_disk_of_stopped;
@@ -449,4 +449,79 @@ async fn a_file_of_the_state_directory_is_no_disk() {
         assert!(file.exists());
     }
     primary.stop().await;
+}
+
+/// It needs no restart for that, under which its guest would suffer.
+#[tokio::test]
+async fn a_side_that_was_promoted_takes_disks_when_it_is_merged() {
+    let scratch = scratch(&["vda", "vdb"]);
+    let mut config = there(&scratch, &["vda"]);
+    config.peer = Some(scratch.endpoint("t.sock").into());
+    let promoted = Side::run(config.clone());
+    let old = Side::run(here(&scratch, &["vda"]));
+    old.wait_state("in-sync").await;
+    let hang = {
+        let disk = faults::of(&scratch.path("s-vda.raw"));
+        let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+        fill(&*guest, 0, 4096, 0x11).await;
+        guest.close();
+        old.stop().await;
+        disk.upper.hang(Rule::new(Operation::Write).forever())
+    };
+    promoted.command("failover", json!({})).await.unwrap();
+    hang.reached(1).await;
+    let add = async || promoted.command("disk-add", added(&scratch, "vdb", "s-vdb.raw")).await;
+    let error = add().await.unwrap_err().to_string();
+    assert!(error.contains("when it has been merged"), "{error}");
+    hang.release();
+    promoted.wait_state("promoted").await;
+    // What is left of the merge takes a moment more.
+    let until = tokio::time::Instant::now() + Duration::from_secs(30);
+    while let Err(error) = add().await {
+        assert!(tokio::time::Instant::now() < until, "{error}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let guest = connect(scratch.endpoint("s.sock"), "vdb").await;
+    fill(&*guest, 0, 4096, 0x22).await;
+    let used = promoted.command("disk-remove", json!({ "name": "vdb" })).await.unwrap_err();
+    assert!(used.to_string().contains("in use"), "{used}");
+    // It is a disk like the others: the guest that is stopped does not write to it.
+    promoted.command("stop", json!({})).await.unwrap();
+    let held = write(&guest, 4096, 0x33);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!held.is_finished());
+    promoted.command("cont", json!({})).await.unwrap();
+    held.await.unwrap().unwrap();
+    guest.close();
+    let remove = json!({ "name": "vdb", "force": true });
+    promoted.command("disk-remove", remove).await.unwrap();
+    assert_eq!(promoted.status().await["disks"].as_array().unwrap().len(), 1);
+    add().await.unwrap();
+
+    let mut third = there(&scratch, &["vda", "vdb"]);
+    third.listen = Some(scratch.endpoint("t.sock"));
+    third.state_dir = scratch.path("t.state");
+    for disk in &mut third.disks {
+        scratch.raw(&format!("t-{}.raw", disk.name), MIB, 55);
+        disk.path = scratch.path(&format!("t-{}.raw", disk.name));
+    }
+    let third = Side::run(third);
+    let both = |s: &Value| s["disks"][1]["state"] == "in-sync" && s["link"] == "connected";
+    promoted.wait("a new secondary", both).await;
+    let guest = connect(scratch.endpoint("s.sock"), "vdb").await;
+    fill(&*guest, 8192, 4096, 0x44).await;
+    guest.close();
+    promoted.checkpoint().await;
+    promoted.stop().await;
+    third.stop().await;
+    for disk in ["vda", "vdb"] {
+        let [here, there] = ["s", "t"].map(|side| scratch.path(&format!("{side}-{disk}.raw")));
+        assert!(file(&here) == file(&there), "{disk}");
+    }
+    assert_eq!(file(&scratch.path("s-vdb.raw"))[8192], 0x44);
+    // As the primary that it is now.
+    let again = Side::run(config);
+    let two = |s: &Value| s["disks"].as_array().is_some_and(|disks| disks.len() == 2);
+    again.wait("both disks", two).await;
+    again.stop().await;
 }

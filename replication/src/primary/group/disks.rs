@@ -12,6 +12,8 @@ use crate::config::{DiskConfig, PeerKind};
 use crate::daemon;
 use crate::image::Image;
 use crate::link::{self, DiskInfo};
+use crate::primary::PrimaryDisk;
+use crate::secondary::ReplicaDisk;
 use crate::side::{CLOSE_LIMIT, Side, still_closing};
 use crate::table::Disks;
 use crate::written::describe;
@@ -81,18 +83,17 @@ impl Group {
     ///
     /// # Errors
     /// Refused, or the file cannot be used; nothing was changed.
-    pub(crate) async fn add_disk(&self, config: DiskConfig) -> Result<bool> {
+    pub(crate) async fn add_disk(self: &Arc<Self>, config: DiskConfig) -> Result<bool> {
         let _one = self.side.closing.lock_without(&config, &self.changing_disks).await?;
         if self.is_there_already(&config)? {
             return Ok(false);
         }
         self.check_change()?;
-        let image = Image::open(&config).await?;
+        let number = self.next_disk.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let (disk, replica) = self.open_disk(number, &config).await?;
         // Again: the roles may have begun to change meanwhile.
         self.check_change()?;
-        self.check_peer_has(&config.name, image.device().size())?;
-        let number = self.next_disk.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let disk = DiskPart::of_image(number, &config, image);
+        self.check_peer_has(&config.name, disk.size())?;
         maps_of_new(&self.side, &disk)?;
         let mut maps = MapsOf::new(&self.side, &disk.name, disk.size()).open()?;
         let mut hot = begin_logs(&self.side, std::iter::once((&disk, &mut maps)))?;
@@ -111,10 +112,27 @@ impl Group {
             core.hot.append(&mut hot);
         }
         self.disks.add(Arc::clone(&disk));
+        if let Some((secondary, replica)) = self.promoted.as_ref().zip(replica) {
+            secondary.adopt(replica, Arc::new(PrimaryDisk::new(self, Arc::clone(&disk))));
+        }
         self.secure_record().await?;
         tracing::info!(disk = disk.name, file = disk.file, "the disk is part of the group");
         self.wake.notify_one();
         Ok(true)
+    }
+
+    /// Opens a disk; on a side that was promoted as one of those that guests find there.
+    async fn open_disk(
+        &self,
+        number: usize,
+        config: &DiskConfig,
+    ) -> Result<(Arc<DiskPart>, Option<Arc<ReplicaDisk>>)> {
+        let Some(secondary) = &self.promoted else {
+            let image = Image::open(config).await?;
+            return Ok((DiskPart::of_image(number, config, image), None));
+        };
+        let (replica, device) = secondary.open_promoted(config).await?;
+        Ok((Arc::new(DiskPart::new(number, config, device)), Some(replica)))
     }
 
     fn is_there_already(&self, config: &DiskConfig) -> Result<bool> {
@@ -138,10 +156,10 @@ impl Group {
 
     /// Whether disks can come and go at present.
     fn check_change(&self) -> Result<()> {
-        if self.promoted.is_some() {
+        if self.promoted.as_ref().is_some_and(|secondary| !secondary.merge_has_ended()) {
             return Err(Error::refused(
-                "this side was promoted in its present run: disks can be added and removed when it \
-                 has been merged (see brep status) and started again",
+                "this side was promoted: disks can be added and removed when it has been merged (see \
+                 brep status)",
             ));
         }
         if self.config.peer_kind == PeerKind::Plain && self.peer().is_some() {
@@ -209,9 +227,13 @@ impl Group {
         self.check_change()?;
         self.update_record(|record| record.remove_disk(name))?;
         self.side.note_removed(name);
-        // Until it is closed none of its name or file is added.
-        let closing = self.side.closing.begin(&config);
         self.disks.remove(&disk);
+        let replica = self.promoted.as_ref().and_then(|s| Some((s, s.find_promoted(name)?)));
+        // Until it is closed none of its name or file is added.
+        let closing = match &replica {
+            Some((secondary, replica)) => secondary.part_with(replica),
+            None => self.side.closing.begin(&config),
+        };
         {
             let mut core = self.core();
             core.hot.remove(&disk.number);
@@ -220,6 +242,12 @@ impl Group {
         tracing::info!(disk = name, "the disk is not part of the group any more");
         self.wake.notify_one();
         let secured = self.secure_record().await;
+        if let Some((secondary, replica)) = replica {
+            secondary.take_out(&replica, closing);
+            drop((one, replica));
+            secured?;
+            return self.side.closing.ended(Some(&config)).await.map(|()| true);
+        }
         let (answer, closed) = oneshot::channel();
         let side = Arc::clone(&self.side);
         // Beside the command, and whatever comes next: its storage may hang.
@@ -272,7 +300,6 @@ mod tests {
 
     use super::*;
     use crate::config::{DiskFormat, Role, SideConfig};
-    use crate::primary::PrimaryDisk;
 
     /// A client may have come to an export just before that went.
     #[tokio::test]
