@@ -64,6 +64,10 @@ struct Listed {
     multi_conn: Mutex<bool>,
 }
 
+/// How a disk was exported whose export has been removed.
+#[derive(Debug)]
+pub(crate) struct RemovedExport(Entry);
+
 #[derive(Debug, Clone)]
 struct Entry {
     id: String,
@@ -194,15 +198,27 @@ impl Service {
         self.exports.entries().remove(name);
     }
 
-    /// Ends the export of a disk, if there is one: with `force` also of one with clients.
+    /// Ends the export of a disk, and returns it, if there is one: with `force` also of one with
+    /// clients.
     ///
     /// # Errors
     /// It has clients, or their requests do not end.
-    pub(crate) async fn remove_disk(&self, name: &str, force: bool) -> CommandResult<()> {
-        let id = self.exports.entries().get(name).map(|entry| entry.id.clone());
-        match id {
-            Some(id) => self.remove(&id, force).await,
-            None => Ok(()),
+    pub(crate) async fn remove_disk(
+        &self,
+        name: &str,
+        force: bool,
+    ) -> CommandResult<Option<RemovedExport>> {
+        let entry = self.exports.entries().get(name).cloned();
+        if let Some(entry) = &entry {
+            self.remove(&entry.id, force).await?;
+        }
+        Ok(entry.map(RemovedExport))
+    }
+
+    /// Exports a disk again that has stayed, as it was exported.
+    pub(crate) async fn put_back(&self, name: &str, export: RemovedExport) {
+        if self.running.lock().await.is_some() {
+            self.exports.entries().insert(name.to_owned(), export.0);
         }
     }
 

@@ -156,7 +156,8 @@ impl PrimaryCommands {
         if self.group.removable_disk(name)?.is_none() {
             return Ok(json!({ "name": name, "changed": false }));
         }
-        self.service.remove_disk(name, force).await.map_err(|error| CommandError {
+        let export = self.service.remove_disk(name, force).await;
+        let export = export.map_err(|error| CommandError {
             desc: match force {
                 false => format!("{}; to cut its clients off: --force", error.desc),
                 true => error.desc,
@@ -164,8 +165,11 @@ impl PrimaryCommands {
             ..error
         })?;
         let removed = self.group.remove_disk(name).await;
-        if removed.is_err() && self.group.disk_names().iter().any(|disk| disk == name) {
-            self.service.add_disk(name).await;
+        if removed.is_err()
+            && self.group.disk_names().iter().any(|disk| disk == name)
+            && let Some(export) = export
+        {
+            self.service.put_back(name, export).await;
         }
         Ok(json!({ "name": name, "changed": removed? }))
     }

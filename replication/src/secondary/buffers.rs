@@ -229,6 +229,7 @@ impl BufferPool {
         wanted: &[BufferRef],
         seq_max: u64,
         power_lost: bool,
+        is_disk: bool,
     ) -> Result<Vec<Buffer>> {
         let mut found = Vec::new();
         let mut unusable = Vec::new();
@@ -256,7 +257,8 @@ impl BufferPool {
                     t.in_use && t.seq == reference.seq && t.disk == self.disk && Some(t.set) == set
                 })
             });
-            let position = position.ok_or_else(|| self.missing(*reference, &why_unusable))?;
+            let position =
+                position.ok_or_else(|| self.missing(*reference, &why_unusable, is_disk))?;
             taken.push(found.swap_remove(position));
         }
         for buffer in &found {
@@ -292,7 +294,18 @@ impl BufferPool {
         Ok(taken)
     }
 
-    fn missing(&self, reference: BufferRef, unusable: &str) -> Error {
+    fn missing(&self, reference: BufferRef, unusable: &str, is_disk: bool) -> Error {
+        if is_disk {
+            return Error::refused(format!(
+                "disk {}: the state record names buffer {}, but no file in {} carries its \
+                 tag{unusable}. This side was promoted, and its disk is made of these files: put the \
+                 missing one back. Nothing was changed. Do not remove the state directory: it holds \
+                 what was written since the failover",
+                self.disk,
+                reference.seq,
+                self.dir.display()
+            ));
+        }
         let named = match &self.files {
             Some(_) => "",
             None => {

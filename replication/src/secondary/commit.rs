@@ -146,11 +146,12 @@ impl Group {
             disk.show_guest().await?;
         }
         // Before anything that it drops is given up, and before the guest goes on.
-        self.secure_record().await?;
-        self.drop_own_maps();
+        let secured = self.secure_record().await;
         for (disk, closing) in gone {
-            self.take_out(disk, closing);
+            self.take_out(disk, closing, &secured);
         }
+        secured?;
+        self.drop_own_maps();
         Ok(retired)
     }
 

@@ -110,6 +110,7 @@ impl ReplicaDisk {
         power_lost: bool,
     ) -> Result<Self> {
         let (set, seq_max) = (record.set, record.secondary.buffer_seq);
+        let is_disk = record.is_primary();
         let size = image.device().size();
         let gate = Gate::new(&config.name, unavailable(&config.name, size));
         let disk = ReplicaDisk {
@@ -123,11 +124,12 @@ impl ReplicaDisk {
             state: Mutex::new(State::default()),
         };
         let Some(known) = known else {
-            disk.pool.open(set, &[], seq_max, power_lost).await?;
+            disk.pool.open(set, &[], seq_max, power_lost, is_disk).await?;
             return Ok(disk);
         };
         let wanted: Vec<_> = known.buffers().collect();
-        let mut buffers = disk.pool.open(set, &wanted, seq_max, power_lost).await?.into_iter();
+        let buffers = disk.pool.open(set, &wanted, seq_max, power_lost, is_disk).await?;
+        let mut buffers = buffers.into_iter();
         {
             let mut state = disk.state();
             state.joining = known.joining;
@@ -141,11 +143,8 @@ impl ReplicaDisk {
         disk.note_contents().await?;
         disk.make_durable().await?;
         disk.start_replica(Copied::AllocatedInTarget)?;
-        match top.zip(record.secondary.promotion.as_ref()) {
-            Some((top, promotion)) => {
-                disk.promote_onto(Some(top), promotion.target);
-            }
-            None => disk.show_guest().await?,
+        if let Some((top, promotion)) = top.zip(record.secondary.promotion.as_ref()) {
+            disk.promote_onto(Some(top), promotion.target);
         }
         Ok(disk)
     }

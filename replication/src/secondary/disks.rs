@@ -210,8 +210,9 @@ impl Group {
         self.update_record(|record| record.remove_disk(name))?;
         // At once: whatever is recorded meanwhile knows it no more.
         let closing = self.part_with(disk);
-        self.secure_record().await?;
-        self.take_out(disk, closing);
+        let secured = self.secure_record().await;
+        self.take_out(disk, closing, &secured);
+        secured?;
         self.tell_disks();
         drop(transition);
         if let Err(error) = self.side.closing.ended(Some(&disk.config)).await {
@@ -289,7 +290,15 @@ impl Group {
     /// A disk that neither the record nor the table of disks has any more goes; its file stays what
     /// it is. It is closed beside whoever calls this: neither a commit nor a failover waits for
     /// storage that nobody wants any more.
-    pub(crate) fn take_out(&self, disk: &Arc<ReplicaDisk>, closing: DropGuard) {
+    ///
+    /// What belongs to it in the state directory stays if that cannot be written (`secured`): the next
+    /// start may find an older record.
+    pub(crate) fn take_out(
+        &self,
+        disk: &Arc<ReplicaDisk>,
+        closing: DropGuard,
+        secured: &Result<()>,
+    ) {
         self.note_removed(&disk.name);
         if let Ok(service) = self.service() {
             service.forget_disk(&disk.name);
@@ -299,9 +308,12 @@ impl Group {
         self.guest.remove_door(disk.gate().door());
         tracing::info!(disk = disk.name, "the disk is not part of the group any more");
         let (state_dir, record) = (self.config.state_dir.clone(), self.record());
-        let disk = Arc::clone(disk);
+        let (disk, is_secured) = (Arc::clone(disk), secured.is_ok());
         tokio::spawn(async move {
             let closed = async {
+                if !is_secured {
+                    return disk.close().await;
+                }
                 disk.drop_buffers().await?;
                 disk.close().await?;
                 disk.pool.remove_files()?;
@@ -334,7 +346,7 @@ impl LeftOut {
         for disk in std::mem::take(&mut self.disks) {
             tracing::warn!(disk = disk.name, "left out: it was not copied completely");
             let closing = self.group.side.closing.begin(&disk.config);
-            self.group.take_out(&disk, closing);
+            self.group.take_out(&disk, closing, &Ok(()));
         }
     }
 }

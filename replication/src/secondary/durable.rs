@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use brep_block::{Error as BlockError, ErrorKind};
 use tokio::time::Instant;
 
 use super::group::Group;
@@ -62,16 +63,18 @@ impl Group {
         }
     }
 
-    /// A write of the primary has failed. The record knows it before the primary does.
-    pub(crate) fn replica_write_failed(&self, disk: &str, error: &brep_block::Error) {
+    /// A write of the primary has failed. The record knows it before the primary does; if it cannot,
+    /// the primary does not hear of the failure, upon which it would go on, but has lost this side.
+    /// Returns what it is to be answered.
+    pub(crate) fn replica_write_failed(&self, disk: &str, error: BlockError) -> BlockError {
         if let Some(session) = self.session() {
             session.note_failed_write();
         }
         if let Some(plain) = &self.plain {
             plain.break_claim(format!("one failed ({error})"));
         }
-        self.note_full(error);
-        self.note_error(disk, error);
+        self.note_full(&error);
+        self.note_error(disk, &error);
         self.note_failed_flushes();
         let saved = self.update_record(|record| record.secondary.latest_ok = false);
         if let Err(error) = &saved {
@@ -81,6 +84,13 @@ impl Group {
             && let Some(session) = self.session()
         {
             session.ending.cancel();
+        }
+        match saved {
+            Ok(()) => error,
+            Err(unsaved) => {
+                let text = format!("a write failed, and that was not recorded: {unsaved}");
+                BlockError::new(error.operation(), ErrorKind::Shutdown, disk, text)
+            }
         }
     }
 

@@ -240,8 +240,7 @@ impl ReplicaDevice {
                 match io.await {
                     Ok(()) => self.group.count_replica_write(len),
                     Err(error) => {
-                        self.group.replica_write_failed(&self.name, &error);
-                        return Err(error);
+                        return Err(self.group.replica_write_failed(&self.name, error));
                     }
                 }
                 Ok(())
@@ -289,11 +288,8 @@ impl BlockDevice for ReplicaDevice {
         match self.filter.flush(level) {
             Io::Ready(Ok(())) => Io::ok(()),
             flush => Io::future(async move {
-                let result = flush.await;
-                if let Err(error) = &result {
-                    self.group.replica_write_failed(&self.name, error);
-                }
-                result
+                let flushed = flush.await;
+                flushed.map_err(|error| self.group.replica_write_failed(&self.name, error))
             }),
         }
     }

@@ -167,6 +167,13 @@ impl Group {
                 record.secondary.disks.push(disk);
             }
         })?;
+        let now = store.get();
+        if !now.is_primary() && now.has_checkpoint() {
+            // Else what they hold is no disk yet.
+            for disk in &disks {
+                disk.show_guest().await?;
+            }
+        }
         let sizes: Vec<_> = disks.iter().map(|d: &Arc<ReplicaDisk>| (&*d.name, d.size())).collect();
         let own_maps = OwnMaps::open(&store.get(), &config.state_dir, &sizes)?;
         // Else a power loss could bring the clean stop before this run back.

@@ -236,6 +236,7 @@ impl Group {
         session: &Arc<Session>,
         mut reader: LinkReader<TakenStream>,
     ) -> Result<StopReason> {
+        let mut takes_over = false;
         loop {
             let message = reader.receive_within(self.config.peer_timeout).await?;
             self.core().last_contact = Some(Instant::now());
@@ -265,7 +266,8 @@ impl Group {
                     let refusal = self.cannot_take_over();
                     session.send(Message::SwitchoverAnswer { refusal }).await?;
                 }
-                Message::TakeOver { epoch } => {
+                Message::TakeOver { epoch } if !takes_over => {
+                    takes_over = true;
                     // Beside the link: it is needed until the end.
                     let (group, session) = (Arc::clone(self), Arc::clone(session));
                     tokio::spawn(async move { group.switch_over(session, epoch).await });

@@ -345,7 +345,8 @@ mod tests {
                 self.files.check_ready(&self.disk(), SIZE, &state_dir).await
             };
             let checked = checked.await.unwrap_err();
-            let started = self.pool().open(Some(SetId::random()), &[], 0, false).await.unwrap_err();
+            let started =
+                self.pool().open(Some(SetId::random()), &[], 0, false, false).await.unwrap_err();
             assert_eq!(started.exit_code(), checked.exit_code(), "{started}; {checked}");
             assert!(self.contents() == before, "a refused file was changed");
             assert!(!state_dir.exists());
@@ -372,7 +373,7 @@ mod tests {
     async fn the_first_epoch_takes_the_named_files_and_the_next_ones_do_not() {
         let scratch = Scratch::new().await;
         let (pool, set) = (scratch.pool(), SetId::random());
-        pool.open(None, &[], 0, false).await.unwrap();
+        pool.open(None, &[], 0, false, false).await.unwrap();
         let hidden = pool.take_first(set, BufferUse::Hidden).await.unwrap();
         let active = pool.take_first(set, BufferUse::Active).await.unwrap();
         assert!(is_file(&hidden, &scratch.files.hidden) && is_file(&active, &scratch.files.active));
@@ -397,7 +398,7 @@ mod tests {
         let first = async |wanted: &[_], seq_max| {
             scratch.released().await;
             let pool = scratch.pool();
-            let found = pool.open(Some(set), wanted, seq_max, false).await?;
+            let found = pool.open(Some(set), wanted, seq_max, false, false).await?;
             Ok::<_, Error>((pool, found))
         };
         // Tagged, and no record names it yet.
@@ -437,11 +438,11 @@ mod tests {
         let (set, untouched) = (SetId::random(), scratch.contents());
         let (pool, dir) = (scratch.pool(), scratch.dir.path().join("state"));
         let other = BufferPool::new(&dir, "vda", SIZE, None, Durability::Power);
-        other.open(None, &[], 0, false).await.unwrap();
+        other.open(None, &[], 0, false, false).await.unwrap();
         let own = other.take(set).await.unwrap().reference();
         drop(other);
         scratch.released().await;
-        pool.open(Some(set), &[own], own.seq, false).await.unwrap();
+        pool.open(Some(set), &[own], own.seq, false, false).await.unwrap();
         let next = pool.take_first(set, BufferUse::Hidden).await.unwrap();
         assert!(!is_file(&next, &scratch.files.hidden));
         assert!(scratch.contents() == untouched);
@@ -451,13 +452,13 @@ mod tests {
     async fn a_start_without_the_named_files_that_the_record_needs_says_which_option_is_missing() {
         let scratch = Scratch::new().await;
         let (pool, set) = (scratch.pool(), SetId::random());
-        pool.open(None, &[], 0, false).await.unwrap();
+        pool.open(None, &[], 0, false, false).await.unwrap();
         let wanted = [pool.take_first(set, BufferUse::Hidden).await.unwrap().reference()];
         drop(pool);
         scratch.released().await;
         let dir = scratch.dir.path().join("state");
         let plain = BufferPool::new(&dir, "vda", SIZE, None, Durability::Power);
-        let error = plain.open(Some(set), &wanted, 9, false).await.unwrap_err();
+        let error = plain.open(Some(set), &wanted, 9, false, false).await.unwrap_err();
         assert_eq!(error.exit_code(), 3);
         assert!(error.to_string().contains("--drive"), "{error}");
     }
@@ -484,7 +485,7 @@ mod tests {
     async fn a_file_of_another_pair_is_refused_although_it_is_empty() {
         let scratch = Scratch::new().await;
         let pool = scratch.pool();
-        pool.open(None, &[], 0, false).await.unwrap();
+        pool.open(None, &[], 0, false, false).await.unwrap();
         drop(pool.take_first(SetId::random(), BufferUse::Active).await.unwrap());
         drop(pool);
         scratch.released().await;

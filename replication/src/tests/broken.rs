@@ -1,9 +1,9 @@
 //! Files of a secondary that fail in a way that lasts.
-use brep_block::{Operation, Rule};
+use brep_block::{BlockDevice, Operation, Rule};
 use serde_json::{Value, json};
 
 use super::Pair;
-use super::common::{Scratch, connect, file, fill};
+use super::common::{MIB, Scratch, Side, connect, file, fill};
 use crate::image::faults::{self, Faults};
 
 /// Below the buffers of the secondary.
@@ -63,4 +63,45 @@ async fn a_disk_that_cannot_be_flushed_any_more_is_told_by_both_sides() {
     guest.close();
     primary.stop().await;
     drop(secondary);
+}
+
+/// A guest of the secondary is shown checkpoints, and nothing that is on the way to one.
+#[tokio::test]
+async fn i06_a_secondary_that_is_started_again_in_a_first_copy_shows_its_guest_nothing_of_it() {
+    let scratch = Scratch::new();
+    scratch.raw("p.raw", MIB, 1);
+    scratch.raw("s.raw", MIB, 2);
+    let mut there = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    there.guest_listen = Some(scratch.endpoint("s-guest.sock"));
+    let secondary = Side::run(there.clone());
+    secondary.wait("up", |s| s["role"] == "secondary").await;
+    let disk = faults::of(&scratch.path("s.raw"));
+    disk.upper.fail(Rule::new(Operation::Write).forever());
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    secondary.wait("a copy", |s| s["link"] == "connected").await;
+    primary.stop().await;
+    drop(disk);
+    secondary.stop().await;
+
+    let secondary = Side::run(there);
+    secondary.wait("up", |s| s["role"] == "secondary").await;
+    let guest = connect(scratch.endpoint("s-guest.sock"), "vda").await;
+    let error = guest.read(0, 4096).await.unwrap_err();
+    guest.close();
+    // With what it has then its guest goes on.
+    let primary = Side::run(scratch.primary(vec![scratch.disk("vda", "p.raw")]));
+    primary.wait_state("in-sync").await;
+    let guest = connect(scratch.endpoint("s-guest.sock"), "vda").await;
+    assert_eq!(guest.read(0, 1).await.unwrap()[0], 1, "{error}");
+    guest.close();
+    primary.stop().await;
+    secondary.stop().await;
+    // A checkpoint is there at once after a start.
+    let mut there = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    there.guest_listen = Some(scratch.endpoint("s-guest.sock"));
+    let secondary = Side::run(there);
+    let guest = connect(scratch.endpoint("s-guest.sock"), "vda").await;
+    assert_eq!(guest.read(0, 1).await.unwrap()[0], 1);
+    guest.close();
+    secondary.stop().await;
 }

@@ -162,3 +162,27 @@ async fn i16_a_rollback_whose_record_cannot_be_flushed_acknowledges_nothing_any_
     guest.close();
     let _ = there.ended_by_stop().await;
 }
+
+/// It would be acknowledged as one that both sides are in contact for, and `failover --to latest`
+/// would be done without it.
+#[tokio::test]
+async fn a_failed_write_that_the_secondary_cannot_note_is_none_that_the_primary_hears_of() {
+    let scratch = scratch();
+    let there = secondary(&scratch);
+    let here = Side::run(primary(&scratch));
+    here.wait_state("in-sync").await;
+    let line = here.status().await["cur"].clone();
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    let faulty = Faulty::failing(&scratch.path("s.state"), Kind::Write);
+    let disk = faults::of(&scratch.path("s.raw"));
+    disk.upper.fail(Rule::new(Operation::Write).forever());
+    write(&guest, 0, 0x11).await.unwrap().unwrap();
+    let status = here.status().await;
+    assert_ne!(status["cur"], line, "it was acknowledged as a write of both: {status:#}");
+    let errors = status["errors"].to_string();
+    assert!(!errors.contains("\"errno\":5"), "the primary was told: {errors}");
+    guest.close();
+    drop((faulty, disk));
+    here.stop().await;
+    drop(there.ended_by_stop().await);
+}

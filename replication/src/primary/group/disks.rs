@@ -243,7 +243,7 @@ impl Group {
         self.wake.notify_one();
         let secured = self.secure_record().await;
         if let Some((secondary, replica)) = replica {
-            secondary.take_out(&replica, closing);
+            secondary.take_out(&replica, closing, &secured);
             drop((one, replica));
             secured?;
             return self.side.closing.ended(Some(&config)).await.map(|()| true);

@@ -9,7 +9,7 @@ fn pool(dir: &Path, size: u64) -> BufferPool {
 /// The number of a buffer that a process has taken, which has ended since.
 async fn one_taken(dir: &Path, set: SetId) -> u64 {
     let pool = pool(dir, 1 << 20);
-    pool.open(Some(set), &[], 0, false).await.unwrap();
+    pool.open(Some(set), &[], 0, false, false).await.unwrap();
     pool.take(set).await.unwrap().seq
 }
 
@@ -24,14 +24,19 @@ async fn what_a_killed_process_was_making_does_not_keep_the_others_from_being_op
     std::fs::write(&unfinished, b"QFI\xfb").unwrap();
     std::fs::write(dir.path().join("vda.2.qcow2"), b"").unwrap();
     let pool = pool(dir.path(), 1 << 20);
-    let named = pool.open(Some(set), &[BufferRef { seq }], seq, false).await.unwrap();
+    let named = pool.open(Some(set), &[BufferRef { seq }], seq, false, false).await.unwrap();
     assert_eq!(named[0].seq, seq);
     assert!(!unfinished.exists());
     for _ in 0..3 {
         pool.take(set).await.unwrap();
     }
-    let missing = pool.open(Some(set), &[BufferRef { seq: 99 }], seq, false).await.unwrap_err();
+    let missing =
+        pool.open(Some(set), &[BufferRef { seq: 99 }], seq, false, false).await.unwrap_err();
     assert!(missing.to_string().contains("vda.2.qcow2"), "{missing}");
+    let missing = pool.open(Some(set), &[BufferRef { seq: 99 }], seq, false, true).await;
+    let missing = missing.unwrap_err().to_string();
+    assert!(missing.contains("Do not remove the state directory"), "{missing}");
+    assert!(!missing.contains("move the state directory away"), "nobody else has that: {missing}");
 }
 
 #[tokio::test]
@@ -44,7 +49,7 @@ async fn what_a_power_loss_has_left_of_a_buffer_that_nobody_names_does_not_stay_
     std::fs::write(&torn, [0; 4096]).unwrap();
     let open = async |seq: u64, power_lost: bool| {
         let wanted = [BufferRef { seq }];
-        pool(dir.path(), 1 << 20).open(Some(set), &wanted, seq, power_lost).await
+        pool(dir.path(), 1 << 20).open(Some(set), &wanted, seq, power_lost, false).await
     };
     open(99, true).await.unwrap_err();
     assert!(torn.exists(), "it may be what is missing");
@@ -60,7 +65,7 @@ async fn a_spare_gives_space_back_slowly_when_epochs_have_become_small() {
     let dir = tempfile::tempdir().unwrap();
     let set = SetId::random();
     let pool = pool(dir.path(), 256 << 20);
-    pool.open(Some(set), &[], 0, false).await.unwrap();
+    pool.open(Some(set), &[], 0, false, false).await.unwrap();
     let epoch = async |bytes: u64| {
         let buffer = pool.take(set).await.unwrap();
         let mut at = 0;
@@ -96,7 +101,7 @@ async fn a_buffer_that_comes_back_after_its_disk_has_grown_is_as_large_when_it_i
     let dir = tempfile::tempdir().unwrap();
     let set = SetId::random();
     let pool = pool(dir.path(), 1 << 20);
-    pool.open(Some(set), &[], 0, false).await.unwrap();
+    pool.open(Some(set), &[], 0, false, false).await.unwrap();
     let [spare, given_up] = [pool.take(set).await.unwrap(), pool.take(set).await.unwrap()];
     pool.recycle(spare).await.unwrap();
     pool.grow(3 << 20);
