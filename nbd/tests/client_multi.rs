@@ -182,6 +182,19 @@ async fn a_lost_connection_comes_back_by_itself_and_is_refused_if_it_may_not_be_
     written.into_iter().for_each(|written| written.expect("written"));
 }
 
+#[tokio::test(start_paused = true)]
+async fn connections_that_come_back_are_done_without_too_where_there_is_no_place_for_them() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let listener = Listener::bind(directory.path());
+    let options = listener.options();
+    let policy = ReconnectPolicy { delay: PATIENCE, ..ReconnectPolicy::default() };
+    // The one that asks, and two more.
+    let exports = [Export::default(); 3];
+    let opening = MultiConnection::open(&options, &policy, 4);
+    let (disk, _servers) = soon(async { join!(opening, accept(&listener, &exports)) }).await;
+    assert_eq!(disk.expect("connected").connections(), 2);
+}
+
 #[tokio::test]
 async fn it_is_a_device_like_any_other() {
     let directory = tempfile::tempdir().expect("a directory");

@@ -289,6 +289,31 @@ async fn what_a_leaving_server_refuses_is_sent_again_to_the_next_one() {
 }
 
 #[tokio::test]
+async fn a_flush_that_a_leaving_server_refuses_has_not_failed() {
+    let Pair { client, listener, mut server, directory: _directory } =
+        pair(Export::default(), policy(PATIENCE)).await;
+    let flush = client.flush(FlushLevel::Durable);
+    let serving = async {
+        let (header, _) = soon(server.expect_request()).await;
+        assert_eq!(header.command, Command::FLUSH);
+        server.simple(header.cookie, Errno::ESHUTDOWN, &[]).await;
+        let mut next = soon(listener.accept(Export::default())).await;
+        let (header, _) = soon(next.expect_request()).await;
+        assert_eq!(header.command, Command::FLUSH);
+        next.simple(header.cookie, Errno::OK, &[]).await;
+        next
+    };
+    let (flushed, mut next) = soon(async { join!(flush, serving) }).await;
+    flushed.expect("flushed by the next one");
+    let flush = client.flush(FlushLevel::Durable);
+    let serving = async {
+        let (header, _) = soon(next.expect_request()).await;
+        next.simple(header.cookie, Errno::OK, &[]).await;
+    };
+    soon(async { join!(flush, serving) }).await.0.expect("and so is every later one");
+}
+
+#[tokio::test]
 async fn a_write_that_took_too_long_is_not_sent_again() {
     let directory = tempfile::tempdir().expect("a directory");
     let listener = Listener::bind(directory.path());

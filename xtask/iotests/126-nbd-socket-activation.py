@@ -1,6 +1,7 @@
 """A service manager's sockets are served, it is told when, and they are left to it.
 
-Seen to fail with: LISTEN_PID not compared; TLS demanded on each socket because one of them is TCP.
+Seen to fail with: LISTEN_PID not compared; TLS demanded on each socket because one of them is TCP; every
+unix socket taken for its owner's alone.
 """
 
 import os
@@ -28,6 +29,7 @@ def run(t):
         t.brep("nbd", "info", t.uri("s.sock"))
         again.stop()
         secured(t, unix, other)
+        shared(t, unix)
         refusals(t, unix)
     for path in ("s.sock", "notify.sock"):
         os.unlink(path)
@@ -42,6 +44,20 @@ def secured(t, unix, other):
     t.expect("TLS" in refused.stderr, f"no TLS over TCP: {refused.stderr}")
     server.stop()
     t.log(server.log())
+
+
+def shared(t, unix):
+    """A socket that others than its owner can use protects nobody."""
+    os.chmod("s.sock", 0o666)
+    refused = start(t, "shared", [unix], serves=False)
+    t.equal(refused.wait(), 2, "exit code")
+    t.log(refused.log())
+    server = start(t, "shared-tls", [unix], "--tls-dir pki/alpha")
+    refused = t.brep("nbd", "info", t.uri("s.sock"), code=1)
+    t.expect("TLS" in refused.stderr, f"no TLS on a shared socket: {refused.stderr}")
+    server.stop()
+    start(t, "consent", [unix], "--allow-plaintext").stop()
+    os.chmod("s.sock", 0o600)
 
 
 def listening(path):
@@ -65,15 +81,16 @@ def notified():
     return manager
 
 
-def start(t, name, sockets, flags=""):
+def start(t, name, sockets, flags="", serves=True):
     """A shell passes the descriptors on from 3, under the number of the process that it becomes."""
     for n, passed in enumerate(sockets):
         os.dup2(passed.fileno(), 50 + n, inheritable=True)
     moves = " ".join(f"{3 + n}<&{50 + n}" for n in range(len(sockets)))
     line = (f"exec env LISTEN_PID=$$ LISTEN_FDS={len(sockets)} NOTIFY_SOCKET={t.dir}/notify.sock "
             f"{t.brep_path} nbd serve a.raw --read-only {flags} {moves}")
+    ready = lambda: "serving" in (t.dir / f"{name}.log").read_text()
     return t.daemon(name, "bash", "-c", line, fds=[50 + n for n in range(len(sockets))],
-                    ready=lambda: "serving" in (t.dir / f"{name}.log").read_text())
+                    ready=ready if serves else None)
 
 
 def refusals(t, unix):

@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use brep_nbd::client::ReconnectPolicy;
 use brep_replication::config::DiskFormat;
 use clap::Args;
 
@@ -79,6 +80,11 @@ pub(crate) struct CopyArgs {
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = parse_duration)]
     request_timeout: Duration,
 
+    /// If a connection is lost: how long to try to get another one, and to send again over it what was
+    /// not answered [default: not at all]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    reconnect_delay: Option<Duration>,
+
     #[command(flatten)]
     client: ClientFlags,
 }
@@ -110,6 +116,10 @@ impl CopyArgs {
             tls_dir: self.client.tls_dir.clone(),
             connect_timeout: self.client.timeout,
             request_timeout: self.request_timeout,
+            policy: ReconnectPolicy {
+                delay: self.reconnect_delay.unwrap_or_default(),
+                ..self.client.policy()
+            },
             connections: self.connections,
             in_flight_max: self.requests,
             in_flight_bytes_max: self.requests as u64 * u64::from(self.request_size),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use brep_block::CacheMode;
 use brep_nbd::NbdUri;
-use brep_nbd::client::ConnectOptions;
+use brep_nbd::client::{ConnectOptions, ReconnectPolicy};
 use brep_nbd::proto::wire::BASE_ALLOCATION;
 use brep_nbd::tls::TlsClient;
 use brep_replication::config::DiskFormat;
@@ -218,13 +218,17 @@ fn as_export(image: &Path) -> Option<&str> {
 /// How a client connects.
 #[derive(Debug, Args)]
 pub(crate) struct ClientFlags {
-    /// Certificates for TLS, where the URI demands it and names no tls-certificates
+    /// Use TLS, with the certificates in this directory where the URI names no tls-certificates
     #[arg(long, value_name = "DIR")]
     pub(super) tls_dir: Option<PathBuf>,
 
-    /// How long to wait for the server
+    /// How long an attempt to connect may take
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
     pub(crate) timeout: Duration,
+
+    /// How long to go on trying to connect [default: one attempt]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    open_timeout: Option<Duration>,
 }
 
 impl ClientFlags {
@@ -232,6 +236,12 @@ impl ClientFlags {
     pub(crate) fn tls(&self, uri: &NbdUri) -> Result<Option<TlsClient>, Failure> {
         let tls = TlsClient::for_uri(uri, self.tls_dir.as_deref());
         tls.map_err(|error| tls_failure("URI", uri, error))
+    }
+
+    /// How often to try.
+    pub(crate) fn policy(&self) -> ReconnectPolicy {
+        let open_timeout = self.open_timeout.unwrap_or_default();
+        ReconnectPolicy { open_timeout, ..ReconnectPolicy::default() }
     }
 
     /// How to open an export, apart from TLS.

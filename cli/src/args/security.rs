@@ -1,6 +1,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use brep_nbd::server::Listener;
 use brep_nbd::tls::{TlsClient, TlsError, TlsServer};
 use brep_nbd::{Endpoint, NbdUri, TlsParameters};
 use clap::{Args, ValueEnum};
@@ -20,7 +21,7 @@ pub(crate) struct TlsFlags {
 
     /// Whether clients have to use TLS
     ///
-    /// On a unix socket, which only its owner can use, they may and never have to.
+    /// On a unix socket that only its owner can use they may and never have to.
     #[arg(long, value_name = "MODE", default_value = "required", requires = "tls_dir")]
     tls: TlsMode,
 
@@ -54,8 +55,8 @@ pub(crate) struct ServerTls {
 
 impl ServerTls {
     /// Whether nobody is served in the clear at this address.
-    pub(crate) fn is_required_at(&self, endpoint: &Endpoint) -> bool {
-        self.required && matches!(endpoint, Endpoint::Tcp { .. })
+    pub(crate) fn is_required_at(&self, listener: &Listener) -> bool {
+        self.required && listener.is_shared()
     }
 }
 
@@ -98,10 +99,17 @@ impl TlsFlags {
     }
 
     /// Refuses a place that somebody else has chosen, if others could read along there.
-    pub(crate) fn check_open(&self, endpoint: &Endpoint) -> Result<(), Failure> {
-        let encrypted = self.dir().is_some() && self.tls == TlsMode::Required;
+    pub(crate) fn check_open(&self, listener: &Listener) -> Result<(), Failure> {
+        let endpoint = listener.endpoint();
         match endpoint {
-            Endpoint::Tcp { .. } if encrypted => Ok(()),
+            _ if self.dir().is_some() && self.tls == TlsMode::Required => Ok(()),
+            Endpoint::Unix { path } if listener.is_shared() && !self.allow_plaintext => {
+                Err(Failure::usage(format!(
+                    "{}: others than its owner can use this socket: give it the mode 0600 \
+                     (SocketMode=0600), --tls-dir, or --allow-plaintext if that is meant",
+                    path.display()
+                )))
+            }
             _ => check_plaintext("listening on", endpoint, self.allow_plaintext),
         }
     }

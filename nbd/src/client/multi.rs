@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use brep_block::{BlockDevice, BlockStatus, FlushLevel, Io, Limits, WriteFlags, ZeroFlags};
 use bytes::Bytes;
-use futures_util::future::{join_all, try_join_all};
+use futures_util::future::join_all;
 
 use super::opened::Opened;
 use super::{Client, ClientError, ConnectOptions, Connection, ReconnectPolicy};
@@ -88,7 +88,7 @@ impl MultiConnection {
     }
 
     /// Connects, over up to `count` connections, each of which comes back as the policy says
-    /// when it was lost.
+    /// when it was lost. What the server does not let in beyond the first is done without.
     ///
     /// # Errors
     /// As for [`Client::connect`]; [`ClientError::Incompatible`] if not all connections see the
@@ -108,16 +108,29 @@ impl MultiConnection {
         }
         let opened = Opened::of(&connection);
         drop(connection);
-        probe.disconnect().await;
         let options = several(options);
-        let members = (0..count).map(async |_| {
+        let further = async || {
             let client = Client::new(options.clone(), policy.clone());
-            client.connect().await?;
+            let Ok(connected) = tokio::time::timeout(FURTHER_TIMEOUT, client.connect()).await
+            else {
+                tracing::info!("one connection less: the server lets no more in");
+                return Ok(None);
+            };
+            connected?;
             let connection = client.connection().ok_or(ClientError::NotConnected)?;
             opened.check(&connection, &options)?;
-            Ok::<_, ClientError>(Member::Client(client))
-        });
-        Ok(Self::over(try_join_all(members).await?))
+            Ok(Some(Member::Client(client)))
+        };
+        let Some(first) = further().await? else {
+            return Ok(Self::over(vec![Member::Client(probe)]));
+        };
+        // Not before: its leave could be that of the last client.
+        probe.disconnect().await;
+        let mut members = vec![first];
+        for member in join_all((1..count).map(|_| further())).await {
+            members.extend(member?);
+        }
+        Ok(Self::over(members))
     }
 
     fn over(members: Vec<Member>) -> Arc<Self> {

@@ -2,7 +2,9 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::{Instant, sleep};
 
+use super::ClientError;
 use crate::proto::wire::{BASE_ALLOCATION, TransmissionMode};
 use crate::tls::{TlsClient, TlsError};
 use crate::{Endpoint, NbdUri};
@@ -116,6 +118,31 @@ impl Default for ReconnectPolicy {
 }
 
 impl ReconnectPolicy {
+    /// Makes attempts until one succeeds, or [`open_timeout`](Self::open_timeout) is over.
+    ///
+    /// # Errors
+    /// That of the last attempt, or of one that says that more of them are of no use.
+    pub async fn attempt<T, F>(&self, mut attempt: impl FnMut() -> F) -> Result<T, ClientError>
+    where
+        F: Future<Output = Result<T, ClientError>>,
+    {
+        let deadline = Instant::now() + self.open_timeout;
+        let mut pauses = self.pauses();
+        loop {
+            match attempt().await {
+                Err(error) if !error.is_permanent() => {
+                    let pause = pauses.next().unwrap_or(self.pause_max);
+                    if Instant::now() + pause > deadline {
+                        return Err(error);
+                    }
+                    tracing::debug!(%error, "trying again");
+                    sleep(pause).await;
+                }
+                result => return result,
+            }
+        }
+    }
+
     /// The pauses between attempts.
     pub(super) fn pauses(&self) -> impl Iterator<Item = Duration> + Send + use<> {
         let max = self.pause_max;

@@ -167,7 +167,9 @@ impl Queue {
         match completion.result {
             Ok(answer) => call.answered(&completion.request, answer),
             Err(refusal) => {
-                *flush_failed |= completion.request.command == Command::FLUSH;
+                // One that a leaving server has not begun has lost nothing.
+                *flush_failed |= completion.request.command == Command::FLUSH
+                    && refusal.errno != Errno::ESHUTDOWN;
                 *unsent_bytes = unsent_bytes.saturating_sub(call.unsent_payload());
                 let error = server_error(&self.name, call.operation, &refusal);
                 let Request { offset, len, .. } = completion.request;

@@ -24,7 +24,9 @@ use super::{ClientError, ConnectOptions, Connection, ReconnectPolicy};
 ///
 /// The server's cache is not ours to know: if the *server's machine* lost power while it was
 /// away, writes that had been acknowledged and not flushed are gone, and a later flush succeeds
-/// all the same. An owner to whom this matters uses a [`Connection`], which ends when it is lost.
+/// all the same. Nor is it known whether a server that is still there goes on with a write whose
+/// connection was lost: sent again, it may be overtaken by the first one after later writes to the same
+/// place. An owner to whom this matters uses a [`Connection`], which ends when it is lost.
 #[derive(Debug)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -113,21 +115,8 @@ impl Client {
             return Ok(());
         }
         shared.stop_keeper(Status::Disconnected);
-        let deadline = Instant::now() + shared.policy.open_timeout;
-        let mut pauses = shared.policy.pauses();
-        let connection = loop {
-            match Connection::connect(&shared.options).await {
-                Ok(connection) => break connection,
-                Err(error) if error.is_permanent() => return Err(error),
-                Err(error) => {
-                    let pause = pauses.next().unwrap_or(shared.policy.pause_max);
-                    if Instant::now() + pause > deadline {
-                        return Err(error);
-                    }
-                    sleep(pause).await;
-                }
-            }
-        };
+        let attempt = || Connection::connect(&shared.options);
+        let connection = shared.policy.attempt(attempt).await?;
         shared.flush_failed.store(false, Ordering::Relaxed);
         shared.open(connection);
         Ok(())

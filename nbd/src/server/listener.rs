@@ -161,6 +161,19 @@ impl Listener {
         &self.endpoint
     }
 
+    /// Whether others than its owner can connect: on TCP, and on a unix socket whose mode lets them
+    /// (or does not say).
+    pub fn is_shared(&self) -> bool {
+        const WRITABLE_FOR_OTHERS: u32 = 0o022;
+        match &self.endpoint {
+            Endpoint::Tcp { .. } => true,
+            Endpoint::Unix { path } => match std::fs::metadata(path) {
+                Ok(metadata) => metadata.permissions().mode() & WRITABLE_FOR_OTHERS != 0,
+                Err(_) => true,
+            },
+        }
+    }
+
     pub(super) async fn accept(&self) -> io::Result<Stream> {
         match &self.socket {
             Listening::Tcp(socket) => Stream::try_from(socket.accept().await?.0),

@@ -130,7 +130,8 @@ impl Exports for StaticExports {
         let key = only.flatten().unwrap_or_else(|| name.to_owned());
         let entry = table.get_mut(&key).ok_or_else(|| OptionError::unknown_export(name))?;
         entry.connections.retain(|known| match known.upgrade() {
-            Some(known) => known.id() != connection.id() && !known.is_closed(),
+            // Not by number: another server may have the same exports.
+            Some(known) => !Arc::ptr_eq(&known, connection) && !known.is_closed(),
             None => false,
         });
         entry.connections.push(Arc::downgrade(connection));

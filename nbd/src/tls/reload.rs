@@ -1,8 +1,9 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
+
+use tokio::sync::watch;
 
 use super::TlsError;
 use super::directory::{CA_CRL, Directory, FILES};
@@ -16,9 +17,16 @@ pub(super) struct Reload<T> {
     directory: PathBuf,
     load: fn(&Directory<'_>) -> Result<T, TlsError>,
     state: Mutex<State<T>>,
-    /// Somebody is looking at the files: one at a time, or those of a directory that hangs would
-    /// take all the threads that there are for what may block, of disks too.
-    looking: AtomicBool,
+    /// One at a time, or those of a directory that hangs would take all the threads that there are
+    /// for what may block, of disks too.
+    looks: watch::Sender<Looks>,
+}
+
+/// How often somebody has looked at the files.
+#[derive(Debug, Clone, Copy, Default)]
+struct Looks {
+    begun: u64,
+    ended: u64,
 }
 
 struct State<T> {
@@ -41,22 +49,40 @@ impl<T: Clone + Send + 'static> Reload<T> {
         let stamp = stamp(directory);
         let current = load(&Directory(directory))?;
         let state = Mutex::new(State { current, stamp, unusable: None });
-        let looking = AtomicBool::new(false);
-        Ok(Arc::new(Reload { directory: directory.to_owned(), load, state, looking }))
+        let looks = watch::Sender::new(Looks::default());
+        Ok(Arc::new(Reload { directory: directory.to_owned(), load, state, looks }))
     }
 
-    /// Files may hang: they are looked at beside the thread that asks, and not waited for long.
+    /// Files may hang: they are looked at beside the thread that asks, and not waited for long. A
+    /// look that began earlier may not have seen the newest of them, such as a list of what is revoked:
+    /// it does not do.
     pub(super) async fn get(self: &Arc<Self>) -> T {
-        if self.looking.swap(true, Ordering::AcqRel) {
-            return self.lock().current.clone();
-        }
-        let looking = Looking(Arc::clone(self));
-        let look = tokio::task::spawn_blocking(move || looking.0.look());
-        if tokio::time::timeout(LOOK_TIMEOUT, look).await.is_err() {
+        let mut looks = self.looks.subscribe();
+        let needed = looks.borrow().begun + 1;
+        let looked = async {
+            while looks.borrow_and_update().ended < needed {
+                if self.begin_look() {
+                    let looking = Looking(Arc::clone(self));
+                    tokio::task::spawn_blocking(move || looking.0.look());
+                }
+                // The sender is ours.
+                let _ = looks.changed().await;
+            }
+        };
+        if tokio::time::timeout(LOOK_TIMEOUT, looked).await.is_err() {
             let directory = self.directory.display();
             tracing::warn!("{directory} does not answer: the certificates there were stay in use");
         }
         self.lock().current.clone()
+    }
+
+    /// Whether it is on us: nobody looks at the moment.
+    fn begin_look(&self) -> bool {
+        self.looks.send_if_modified(|looks| {
+            let begins = looks.begun == looks.ended;
+            looks.begun += u64::from(begins);
+            begins
+        })
     }
 
     fn look(&self) {
@@ -95,7 +121,7 @@ struct Looking<T>(Arc<Reload<T>>);
 
 impl<T> Drop for Looking<T> {
     fn drop(&mut self) {
-        self.0.looking.store(false, Ordering::Release);
+        self.0.looks.send_modify(|looks| looks.ended = looks.begun);
     }
 }
 
@@ -112,7 +138,7 @@ fn stamp(directory: &Path) -> Stamp {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::sync::mpsc;
 
     use super::*;
@@ -184,9 +210,42 @@ mod tests {
         assert_eq!(found, vec!["old"; 100]);
         assert!(LOADS.load(Ordering::Relaxed) <= 2, "one at the start, and one that hangs");
         drop(release);
-        while reload.looking.load(Ordering::Acquire) {
+        while reload.looks.borrow().ended < reload.looks.borrow().begun {
             tokio::task::yield_now().await;
         }
         assert_eq!(reload.get().await, "new");
+    }
+
+    #[tokio::test]
+    async fn who_comes_while_somebody_looks_gets_nothing_older_than_what_was_there_then() {
+        static GATE: Mutex<Option<mpsc::Receiver<()>>> = Mutex::new(None);
+        static LOADS: AtomicUsize = AtomicUsize::new(0);
+        let load = |directory: &Directory<'_>| {
+            let found = contents(directory);
+            if let Some(gate) = GATE.lock().unwrap().take() {
+                LOADS.fetch_add(1, Ordering::SeqCst);
+                let _ = gate.recv();
+            }
+            found
+        };
+        let directory = tempfile::tempdir().unwrap();
+        write(directory.path(), "server-cert.pem", "old");
+        let reload = Reload::new(directory.path(), load).unwrap();
+        let (release, gate) = mpsc::channel();
+        *GATE.lock().unwrap() = Some(gate);
+        write(directory.path(), "server-cert.pem", "new");
+        let second = async {
+            while LOADS.load(Ordering::SeqCst) == 0 {
+                tokio::task::yield_now().await;
+            }
+            // The first one has read the files already.
+            write(directory.path(), "server-cert.pem", "newest");
+            let second = reload.get();
+            drop(release);
+            second.await
+        };
+        let (first, second) = futures_util::join!(reload.get(), second);
+        assert!(["new", "newest"].contains(&first.as_str()), "{first}");
+        assert_eq!(second, "newest");
     }
 }

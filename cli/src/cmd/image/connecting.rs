@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use brep_nbd::NbdUri;
-use brep_nbd::client::{ConnectOptions, MultiConnection};
+use brep_nbd::client::{ConnectOptions, MultiConnection, ReconnectPolicy};
 use brep_nbd::tls::TlsClient;
 
 use crate::args::tls_failure;
@@ -17,6 +17,8 @@ pub(crate) struct Connecting {
     pub(crate) tls_dir: Option<PathBuf>,
     pub(crate) connect_timeout: Duration,
     pub(crate) request_timeout: Duration,
+    /// What happens if there is no connection, at first or any more.
+    pub(crate) policy: ReconnectPolicy,
     /// How many connections are used, where the server offers several.
     pub(crate) connections: usize,
     /// How many requests there will be in flight, and how many bytes they will hold.
@@ -31,6 +33,7 @@ impl Default for Connecting {
             tls_dir: None,
             connect_timeout: Duration::from_secs(10),
             request_timeout: Duration::from_secs(30),
+            policy: ReconnectPolicy::default(),
             connections: 1,
             in_flight_max: 1,
             in_flight_bytes_max: 1,
@@ -52,7 +55,12 @@ impl Connecting {
             tls: tls.map_err(|error| tls_failure("NBD", uri, error))?,
             ..defaults
         };
-        let connected = MultiConnection::connect(&options, self.connections).await;
+        let connected = if self.policy.delay.is_zero() {
+            let connect = async || MultiConnection::connect(&options, self.connections).await;
+            self.policy.attempt(connect).await
+        } else {
+            MultiConnection::open(&options, &self.policy, self.connections).await
+        };
         Ok(connected.with_context(|| uri.to_string())?)
     }
 }

@@ -39,7 +39,8 @@ async fn show_map(
 ) -> Result<(), Failure> {
     let options =
         ConnectOptions { contexts: contexts.to_vec(), tls, ..args.client.options(&args.uri) };
-    let disk = Connection::connect(&options).await.context("cannot open the export")?;
+    let connect = async || Connection::connect(&options).await;
+    let disk = args.client.policy().attempt(connect).await.context("cannot open the export")?;
     let has = |name: &String| disk.contexts().iter().any(|context| context.name == *name);
     let shown = match contexts.iter().find(|name| !has(name)) {
         None => map::show(&disk, args.totals, args.json).await,
@@ -58,7 +59,8 @@ async fn describe(
     tls: Option<&TlsClient>,
     name: &str,
 ) -> Result<(ExportInfo, Handshake), Failure> {
-    let described = describe_export(&args.uri.endpoint, tls, name, args.client.timeout).await;
+    let ask = async || describe_export(&args.uri.endpoint, tls, name, args.client.timeout).await;
+    let described = args.client.policy().attempt(ask).await;
     Ok(described.with_context(|| format!("export {name:?}"))?)
 }
 
@@ -77,7 +79,8 @@ async fn look(args: &NbdInfoArgs, tls: Option<&TlsClient>) -> Result<Value, Fail
     let uri = &args.uri;
     let mut names = vec![uri.export.clone()];
     if uri.export.is_empty() {
-        let listed = list_exports(&uri.endpoint, tls, args.client.timeout).await;
+        let list = async || list_exports(&uri.endpoint, tls, args.client.timeout).await;
+        let listed = args.client.policy().attempt(list).await;
         let listed = listed.context("cannot ask for the exports")?;
         names = listed.into_iter().map(|export| export.name).collect();
         if names.len() > EXPORTS_MAX {

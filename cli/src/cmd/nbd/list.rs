@@ -10,8 +10,10 @@ use crate::output;
 
 pub(crate) fn run(args: &NbdListArgs) -> Outcome {
     let tls = args.client.tls(&args.uri)?;
-    let listing = list_exports(&args.uri.endpoint, tls.as_ref(), args.client.timeout);
-    let exports = current_thread()?.block_on(listing).context("cannot ask for the exports")?;
+    let policy = args.client.policy();
+    let list = async || list_exports(&args.uri.endpoint, tls.as_ref(), args.client.timeout).await;
+    let exports =
+        current_thread()?.block_on(policy.attempt(list)).context("cannot ask for the exports")?;
     if args.json {
         let server = args.uri.endpoint.to_string();
         let exports: Vec<_> = exports

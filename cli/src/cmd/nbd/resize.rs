@@ -13,7 +13,8 @@ pub(crate) fn run(args: &NbdResizeArgs) -> Outcome {
     let tls = args.client.tls(&args.uri)?;
     let options = ConnectOptions { tls, ..args.client.options(&args.uri) };
     let size = current_thread()?.block_on(async {
-        let disk = Connection::connect(&options).await.context("cannot open the export")?;
+        let connect = async || Connection::connect(&options).await;
+        let disk = args.client.policy().attempt(connect).await.context("cannot open the export")?;
         let resized = resize(args, &disk).await;
         take_leave(disk.disconnect()).await;
         resized

@@ -96,21 +96,21 @@ async fn serve_until(
     let served = Served::open(exports).await?;
     let listeners = place.listeners().await?;
     for listener in &listeners {
-        args.tls.check_open(listener.endpoint())?;
+        args.tls.check_open(listener)?;
     }
     let required =
-        |endpoint: &Endpoint| tls.as_ref().is_some_and(|tls| tls.is_required_at(endpoint));
-    let listeners = listeners.into_iter().map(|listener| match required(listener.endpoint()) {
+        |listener: &Listener| tls.as_ref().is_some_and(|tls| tls.is_required_at(listener));
+    let listeners = listeners.into_iter().map(|listener| match required(&listener) {
         true => listener,
         false => listener.tls_optional(),
     });
     let listeners: Vec<Listener> = listeners.collect();
     let mut uris = Vec::new();
-    for listener in &listeners {
-        let endpoint = listener.endpoint();
-        uris.extend(served.uris(endpoint, required(endpoint)));
-    }
     let allowed = tls.as_ref().and_then(|tls| tls.allowed_clients.as_ref());
+    for listener in &listeners {
+        let inside_tls = allowed.is_some() || required(listener);
+        uris.extend(served.uris(listener.endpoint(), inside_tls));
+    }
     let table = served.exports(allowed, args.max_connections > 1).await?;
     let (exports, gone) = ending(&args, table);
     let workers = Workers::start(threads(&args, &served) - 1, "data")?;
