@@ -122,6 +122,9 @@ impl Door {
     /// # Errors
     /// The process ends, and the door is held.
     pub(crate) async fn enter(this: &Arc<Self>, operation: Operation) -> Result<Inside> {
+        if let Some(inside) = Self::try_enter(this) {
+            return Ok(inside);
+        }
         loop {
             let opened = this.moved.notified();
             let mut opened = std::pin::pin!(opened);

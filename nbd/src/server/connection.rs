@@ -8,7 +8,6 @@ use std::task::{Poll, Waker};
 use futures_util::task::AtomicWaker;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use crate::proto::server::{Content, Failure, RequestId};
 use crate::tls::TlsPeer;
 
 /// How urgently a connection has to end.
@@ -36,13 +35,6 @@ impl Stop {
     }
 }
 
-/// The outcome of an operation that did not finish at once.
-#[derive(Debug)]
-pub(super) struct Completion {
-    pub(super) id: RequestId,
-    pub(super) result: Result<Content, Failure>,
-}
-
 /// What a connection has done so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
@@ -65,10 +57,9 @@ pub struct Connection {
     /// Wakes the one task that runs this connection.
     task: AtomicWaker,
     stopping: CancellationToken,
-    /// Operations that run on their own, plus one for the connection's task.
+    /// The connection's task, and what goes on behind it.
     active: AtomicUsize,
     ended: CancellationToken,
-    completions: Mutex<Vec<Completion>>,
     export_name: OnceLock<String>,
     tls_peer: OnceLock<Arc<TlsPeer>>,
     data: Mutex<Option<Arc<dyn Any + Send + Sync>>>,
@@ -81,7 +72,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Counts as active until [`release`](Self::release).
+    /// Lasts until [`release`](Self::release).
     pub(super) fn new(id: u64, peer: String) -> Arc<Self> {
         Arc::new(Connection {
             id,
@@ -91,7 +82,6 @@ impl Connection {
             stopping: CancellationToken::new(),
             active: AtomicUsize::new(1),
             ended: CancellationToken::new(),
-            completions: Mutex::default(),
             export_name: OnceLock::new(),
             tls_peer: OnceLock::new(),
             data: Mutex::default(),
@@ -215,21 +205,31 @@ impl Connection {
         self.stopping.clone().cancelled_owned()
     }
 
-    /// The connection's task is to be woken by stops and completions.
+    /// The connection's task is to be woken by stops.
     pub(super) fn register(&self, waker: &Waker) {
         self.task.register(waker);
     }
 
-    /// Takes the outcomes of operations that have finished; `completions` is empty before.
-    pub(super) fn take_completions(&self, completions: &mut Vec<Completion>) {
-        std::mem::swap(&mut *lock(&self.completions), completions);
-    }
-
-    /// The connection's task has come to its end.
+    /// The connection's task, or something that went on behind it, has come to its end.
     pub(super) fn release(&self) {
         if self.active.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.ended.cancel();
         }
+    }
+
+    /// From now on the connection has not ended before what is returned is dropped.
+    pub(super) fn hold(self: &Arc<Self>) -> Held {
+        self.active.fetch_add(1, Ordering::AcqRel);
+        Held(Arc::clone(self))
+    }
+}
+
+/// Something of a connection that goes on.
+pub(super) struct Held(Arc<Connection>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.release();
     }
 }
 
@@ -241,44 +241,6 @@ impl fmt::Debug for Connection {
             .field("export", &self.export_name())
             .field("stop", &self.stop_level())
             .finish_non_exhaustive()
-    }
-}
-
-/// The duty to deliver the outcome of an operation that runs on its own. If the operation is
-/// lost (it panicked, or its runtime ended), the outcome is an error.
-#[derive(Debug)]
-pub(super) struct Ticket {
-    connection: Arc<Connection>,
-    id: RequestId,
-    delivered: bool,
-}
-
-impl Ticket {
-    pub(super) fn new(connection: &Arc<Connection>, id: RequestId) -> Self {
-        connection.active.fetch_add(1, Ordering::AcqRel);
-        Ticket { connection: Arc::clone(connection), id, delivered: false }
-    }
-
-    pub(super) fn deliver(mut self, result: Result<Content, Failure>) {
-        self.put(result);
-    }
-
-    fn put(&mut self, result: Result<Content, Failure>) {
-        self.delivered = true;
-        let completion = Completion { id: self.id, result };
-        // Bounded by the limit on requests in flight.
-        lock(&self.connection.completions).push(completion);
-        self.connection.task.wake();
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        if !self.delivered {
-            let errno = crate::proto::wire::Errno::EIO;
-            self.put(Err(Failure::new(errno, "the operation was lost")));
-        }
-        self.connection.release();
     }
 }
 

@@ -15,6 +15,7 @@ mod exports;
 mod handshake;
 mod holes;
 mod listener;
+mod running;
 mod seats;
 mod session;
 mod static_exports;

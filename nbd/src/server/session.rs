@@ -2,8 +2,8 @@
 //!
 //! Each round takes what the socket has, starts every complete request in the order of arrival,
 //! gathers the replies of those that finished at once, and writes them together. An operation
-//! that does not finish at once goes on in a task of its own and delivers its outcome to
-//! [`Connection`], which wakes this task.
+//! that does not finish at once goes on in [`Running`], as a part of this task: those that end
+//! together cost one wake-up. The task does not end before all of them have.
 
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
@@ -15,15 +15,15 @@ use std::task::{Context, Poll, Waker, ready};
 use bytes::BytesMut;
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio::time::{Instant, Sleep};
-use tokio_util::sync::ReusableBoxFuture;
 
 use super::arriving::Arriving;
 use super::budget::Budget;
 use super::config::ServerConfig;
-use super::connection::{Completion, Connection, Stop, Ticket};
+use super::connection::{Connection, Stop};
 use super::contexts::Target;
 use super::execute::{CACHE_LEN, EXTENTS_MAX, execute, shutting_down};
 use super::holes::HoleSearch;
+use super::running::{Completion, Operation, Running};
 use crate::Stream;
 use crate::proto::server::{
     Agreed, Content, Decoder, Extent, Failure, Output, ReplyEncoder, Request, RequestId, check,
@@ -40,8 +40,6 @@ const OUTPUT_LEN_MAX: usize = 1 << 20;
 const SLICES_MAX: usize = 128;
 /// What a request without payload counts for, in bytes.
 const BASE_COST: u64 = 256;
-
-type Operation = ReusableBoxFuture<'static, Result<Content, Failure>>;
 
 /// Why requests are not being started.
 #[derive(PartialEq, Eq)]
@@ -72,9 +70,8 @@ pub(super) struct Session<'a> {
     unflushed: bool,
     operation: Operation,
     holes: HoleSearch,
-    completions: Vec<Completion>,
-    /// Operations that run on their own, and what each counts for.
-    running: Vec<(RequestId, u64)>,
+    /// Operations that did not finish at once.
+    running: Running,
     /// What these count for, and the request whose payload is arriving.
     running_cost: u64,
     /// The next request has been let in; its cost is part of `running_cost`.
@@ -117,8 +114,7 @@ impl<'a> Session<'a> {
             unflushed: false,
             operation: idle(),
             holes: HoleSearch::default(),
-            completions: Vec::new(),
-            running: Vec::new(),
+            running: Running::default(),
             running_cost: 0,
             admitted: None,
             held: 0,
@@ -142,7 +138,7 @@ impl<'a> Session<'a> {
         self.connection.register(cx.waker());
         loop {
             let stop = self.connection.stop_level();
-            self.collect_completions();
+            self.collect_completions(cx);
             if stop == Stop::Abort {
                 self.refuse_running();
             }
@@ -154,6 +150,10 @@ impl<'a> Session<'a> {
                 continue;
             }
             if waiting == Waiting::Input && !self.input_over && self.receive(cx) {
+                continue;
+            }
+            // What was started since has no waker of ours yet.
+            if self.collect_completions(cx) {
                 continue;
             }
             if self.is_over(stop, &waiting) {
@@ -180,25 +180,33 @@ impl<'a> Session<'a> {
         self.output.is_empty() && !self.unflushed
     }
 
-    fn collect_completions(&mut self) {
-        let mut completions = std::mem::take(&mut self.completions);
-        self.connection.take_completions(&mut completions);
-        for Completion { id, result } in completions.drain(..) {
-            // Not there: it has been answered, because the time was over.
-            if let Some(index) = self.running.iter().position(|(running, _)| *running == id) {
-                self.running_cost -= self.running.swap_remove(index).1;
-                self.reply(id, result);
-            }
+    /// Whether something has ended.
+    fn collect_completions(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut any = false;
+        while let Some(Completion { id, cost, result }) = self.running.poll_next(cx) {
+            self.running_cost -= cost;
+            self.reply(id, result);
+            any = true;
         }
-        self.completions = completions;
+        any
     }
 
-    /// Answers what is not done when the time is over: nobody knows what has become of it.
+    /// Answers what is not done when the time is over: nobody knows what has become of it. It goes
+    /// on without a client, and the connection has not ended before it has.
     fn refuse_running(&mut self) {
-        for (id, cost) in std::mem::take(&mut self.running) {
+        if self.running.is_empty() {
+            return;
+        }
+        let mut running = std::mem::take(&mut self.running);
+        for (id, cost) in running.each() {
             self.running_cost -= cost;
             self.reply(id, Err(shutting_down()));
         }
+        let held = self.connection.hold();
+        tokio::spawn(async move {
+            let _held = held;
+            running.end().await;
+        });
     }
 
     fn start_requests(&mut self, stop: Stop) -> Waiting {
@@ -277,7 +285,7 @@ impl<'a> Session<'a> {
             self.agreed.mode.is_structured() && self.holes.are_worth_asking_for(&action);
         self.operation.set(execute(Arc::clone(&self.target), action, ask_for_holes));
         // The device is called here, in the order of arrival. The waker of this first poll is of
-        // no use: the task that takes over polls again.
+        // no use: what goes on is polled again.
         match self.operation.poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(result) => {
                 self.running_cost -= cost;
@@ -285,9 +293,7 @@ impl<'a> Session<'a> {
             }
             Poll::Pending => {
                 let operation = std::mem::replace(&mut self.operation, idle());
-                let ticket = Ticket::new(&self.connection, id);
-                self.running.push((id, cost));
-                tokio::spawn(async move { ticket.deliver(operation.await) });
+                self.running.push(id, cost, operation);
             }
         }
     }
@@ -444,5 +450,5 @@ fn count(counter: &AtomicU64, amount: u64) {
 }
 
 fn idle() -> Operation {
-    ReusableBoxFuture::new(std::future::pending())
+    Operation::new(std::future::pending())
 }

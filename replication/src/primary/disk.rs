@@ -3,7 +3,7 @@ use std::sync::atomic::Ordering;
 
 use brep_block::{
     BlockDevice, BlockStatus, Error as BlockError, FlushLevel, Io, Limits, Operation, Result,
-    WriteFlags, ZeroFlags, detach,
+    WriteFlags, ZeroFlags,
 };
 use bytes::Bytes;
 use futures_util::future::join;
@@ -23,6 +23,9 @@ const ZEROES_LEN_MAX: u64 = 1 << 30;
 /// local disk has it and, with `--ack sync`, the secondary too. It fails if the local disk fails,
 /// whatever the secondary did. TRIM and zeroes are carried out as zeroing on both sides, unmapped
 /// where possible, so that both read the same.
+///
+/// A change has to be polled to its end, as the NBD server does and [`Gated`](crate::gate::Gated): it
+/// holds its range and counts as in flight until then.
 #[derive(Debug, Clone)]
 pub(crate) struct PrimaryDisk {
     group: Arc<Group>,
@@ -43,9 +46,9 @@ impl PrimaryDisk {
         match change {
             change if change.len() == 0 => Io::ok(()),
             Change::Zeroes(len, flags) if len > ZEROES_LEN_MAX => {
-                Io::future(detach(self.clone().zero_in_pieces(offset, len, flags)))
+                Io::future(self.clone().zero_in_pieces(offset, len, flags))
             }
-            change => Io::future(detach(self.clone().change(offset, change))),
+            change => Io::future(self.clone().change(offset, change)),
         }
     }
 

@@ -12,7 +12,7 @@ use brep_block::{
 };
 use brep_hbitmap::{InFlight, Role};
 use brep_nbd::client::Connection;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Instant;
 
 use super::super::ages::Arrival;
@@ -89,6 +89,14 @@ impl Drop for Admission {
     }
 }
 
+/// Who waits has his place before all who come later: where permits are at hand nobody waits.
+async fn permits(semaphore: &Arc<Semaphore>, count: u32) -> Option<OwnedSemaphorePermit> {
+    match Arc::clone(semaphore).try_acquire_many_owned(count) {
+        Ok(permits) => Some(permits),
+        Err(_) => Arc::clone(semaphore).acquire_many_owned(count).await.ok(),
+    }
+}
+
 /// Sends a change to the peer; its place on the wire is taken at once.
 fn submit(change: Change, connection: &Connection, offset: u64) -> Io<'static, ()> {
     match change {
@@ -110,9 +118,9 @@ impl Group {
         if attached {
             // A request larger than the window goes when the window is empty.
             let bytes = len.clamp(1, self.config.window_bytes.clamp(1, u64::from(u32::MAX >> 4)));
-            let requests = Arc::clone(&self.window_requests).acquire_owned().await;
-            let bytes = Arc::clone(&self.window_bytes).acquire_many_owned(bytes as u32).await;
-            admission._permits = requests.ok().zip(bytes.ok());
+            let requests = permits(&self.window_requests, 1).await;
+            let bytes = permits(&self.window_bytes, bytes as u32).await;
+            admission._permits = requests.zip(bytes);
         }
         admission
     }
