@@ -83,10 +83,11 @@ async fn who_waits_for_a_slot_is_not_pushed_aside_by_strangers() {
     let user = fixture.session(false).await;
     let mut waiting = fixture.client().await;
     waiting.send(&server_support::option_bytes(OptionCode::GO, &info_data("disk", &[]))).await;
+    let mut strangers = Vec::new();
     for _ in 0..5 {
         let mut stranger = fixture.connect().await;
         stranger.greeting().await;
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        strangers.push(stranger);
     }
     drop(user);
     let replies = waiting.replies(OptionCode::GO).await;
