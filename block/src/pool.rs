@@ -21,7 +21,7 @@ const STEP_LEN: usize = 16 << 10;
 /// allocator's memory lie 16 bytes behind the start of one.
 const ALIGN_MIN: usize = 64;
 /// Of what is kept, a buffer serves a request for this part of it at least.
-const PART_MIN: usize = 4;
+const PART_MIN: usize = 2;
 
 static KEPT: Mutex<Kept> = Mutex::new(Kept { buffers: Vec::new(), bytes: 0 });
 
@@ -149,7 +149,12 @@ mod tests {
         let taken = kept.take(50 << 10).unwrap();
         assert_eq!(taken.as_ptr(), last);
         assert_eq!(kept.take((64 << 10) + 1), None, "neither too short nor far too long");
-        assert_eq!(kept.take(300 << 10).unwrap().len(), 1 << 20);
+        assert_eq!(
+            kept.take(300 << 10),
+            None,
+            "what is counted for a request is at least half of what it holds"
+        );
+        assert_eq!(kept.take(600 << 10).unwrap().len(), 1 << 20);
         assert_eq!(kept.bytes, 64 << 10);
     }
 

@@ -172,6 +172,26 @@ async fn a_server_that_dies_while_requests_are_being_sent_fails_them_all() {
     }
 }
 
+/// The next request meets a closed socket before the replies that lie there have been looked at.
+#[tokio::test]
+async fn what_a_server_answered_before_it_went_is_told_although_nothing_can_be_sent_any_more() {
+    let Pair { disk, mut server, .. } = pair(Export::default(), |_| {}).await;
+    let first = write(&disk, 0, &[1; 512]);
+    let flush = disk.start_flush(FlushLevel::Durable);
+    let mut requests = Vec::new();
+    for _ in 0..2 {
+        requests.push(soon(server.expect_request()).await.0);
+    }
+    server.simple(requests[0].cookie, Errno::OK, &[]).await;
+    server.simple(requests[1].cookie, Errno::EIO, &[]).await;
+    drop(server);
+    let late = write(&disk, 512, &[2; 512]);
+    soon(first).await.expect("answered");
+    assert_eq!(kind(soon(flush).await), ErrorKind::Io);
+    assert!(disk.flush_has_failed());
+    assert_eq!(kind(soon(late).await), ErrorKind::NotConnected);
+}
+
 #[tokio::test]
 async fn a_violation_ends_the_connection_and_is_told() {
     let Pair { disk, mut server, .. } = pair(Export::default(), |_| {}).await;

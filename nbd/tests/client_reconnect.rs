@@ -314,6 +314,29 @@ async fn a_flush_that_a_leaving_server_refuses_has_not_failed() {
 }
 
 #[tokio::test]
+async fn a_server_that_lets_everybody_in_and_sends_them_away_is_not_asked_without_end() {
+    let pauses = ReconnectPolicy {
+        pause_first: Duration::from_millis(200),
+        pause_max: Duration::from_secs(5),
+        ..policy(PATIENCE)
+    };
+    let Pair { client, listener, server, directory: _directory } =
+        pair(Export::default(), pauses).await;
+    drop(server);
+    let mut accepted = 0;
+    // At most: a slow machine makes fewer of it.
+    let _ = timeout(Duration::from_millis(1200), async {
+        loop {
+            drop(listener.accept(Export::default()).await);
+            accepted += 1;
+        }
+    })
+    .await;
+    assert!((1..=4).contains(&accepted), "{accepted} in 1.2 s");
+    drop(client);
+}
+
+#[tokio::test]
 async fn a_write_that_took_too_long_is_not_sent_again() {
     let directory = tempfile::tempdir().expect("a directory");
     let listener = Listener::bind(directory.path());

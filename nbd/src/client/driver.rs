@@ -43,6 +43,8 @@ pub(super) struct Driver {
     sleep: Pin<Box<Sleep>>,
     armed: bool,
     closing: bool,
+    /// Nothing can be sent any more.
+    send_failed: Option<io::Error>,
 }
 
 pub(super) struct DriverOptions {
@@ -108,6 +110,7 @@ impl Driver {
             sleep: Box::pin(tokio::time::sleep(options.request_timeout)),
             armed: false,
             closing: false,
+            send_failed: None,
         }
     }
 
@@ -117,12 +120,23 @@ impl Driver {
         let mut received = self.take_in();
         loop {
             if let Err(reason) = received {
-                return Poll::Ready(reason);
+                return Poll::Ready(match self.send_failed.take() {
+                    Some(error) => self.lost(error),
+                    None => reason,
+                });
             }
             if let Some(reason) = self.fill_output(cx.waker()) {
                 return Poll::Ready(reason);
             }
-            if let Poll::Ready(Err(error)) = self.send(cx) {
+            if self.send_failed.is_none()
+                && let Poll::Ready(Err(error)) = self.send(cx)
+            {
+                // What the server answered before it went lies here, up to its end.
+                self.send_failed = Some(error);
+            }
+            if self.transmission.outstanding() == 0
+                && let Some(error) = self.send_failed.take()
+            {
                 return Poll::Ready(self.lost(error));
             }
             if self.closing && self.output.is_empty() && !self.unflushed {
@@ -143,6 +157,9 @@ impl Driver {
 
     /// Makes queued calls into requests as far as the limits allow.
     fn fill_output(&mut self, waker: &Waker) -> Option<ClientError> {
+        if self.send_failed.is_some() {
+            return self.queue.register(waker);
+        }
         while !self.closing {
             let outstanding = self.transmission.outstanding();
             if outstanding >= self.in_flight_max {

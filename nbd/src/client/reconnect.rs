@@ -359,7 +359,10 @@ impl Keeper {
     /// Waits for the connection's end and gets another one, for ever.
     async fn run(self, mut connection: Arc<Connection>) {
         let device = self.shared.options.name.as_str();
+        let policy = &self.shared.policy;
+        let mut pauses = policy.pauses();
         loop {
+            let begun = Instant::now();
             let reason = connection.failed().await;
             if connection.flush_has_failed() {
                 self.shared.flush_failed.store(true, Ordering::Relaxed);
@@ -371,6 +374,12 @@ impl Keeper {
             }
             let since = Instant::now();
             self.set(Status::Reconnecting { since, reason });
+            // One that was let in and sent away at once would come back as fast as it can.
+            if since - begun < policy.pause_first {
+                sleep(pauses.next().unwrap_or(policy.pause_max)).await;
+            } else {
+                pauses = policy.pauses();
+            }
             match self.reconnect(since).await {
                 Ok(new) => connection = new,
                 Err(reason) => return self.set(Status::Failed(reason)),

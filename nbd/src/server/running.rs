@@ -65,17 +65,22 @@ impl Running {
     }
 }
 
+/// One that panics is an error to its client, and harms no other of the connection: nothing of it is
+/// looked at again.
+pub(super) fn poll(
+    operation: &mut Operation,
+    cx: &mut Context<'_>,
+) -> Poll<Result<Content, Failure>> {
+    catch_unwind(AssertUnwindSafe(|| operation.poll(cx)))
+        .unwrap_or_else(|_| Poll::Ready(Err(Failure::new(Errno::EIO, "the operation was lost"))))
+}
+
 impl Future for One {
     type Output = Completion;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Completion> {
         let One { id, cost, operation } = &mut *self;
-        // One that panics is an error to its client, and harms no other of the connection: nothing
-        // of it is looked at again.
-        let result = match catch_unwind(AssertUnwindSafe(|| operation.poll(cx))) {
-            Ok(polled) => ready!(polled),
-            Err(_) => Err(Failure::new(Errno::EIO, "the operation was lost")),
-        };
+        let result = ready!(poll(operation, cx));
         Poll::Ready(Completion { id: *id, cost: *cost, result })
     }
 }

@@ -23,7 +23,7 @@ use super::connection::{Connection, Stop};
 use super::contexts::Target;
 use super::execute::{CACHE_LEN, EXTENTS_MAX, execute, shutting_down};
 use super::holes::HoleSearch;
-use super::running::{Completion, Operation, Running};
+use super::running::{self, Completion, Operation, Running};
 use crate::Stream;
 use crate::proto::server::{
     Agreed, Content, Decoder, Extent, Failure, Output, ReplyEncoder, Request, RequestId, check,
@@ -286,7 +286,7 @@ impl<'a> Session<'a> {
         self.operation.set(execute(Arc::clone(&self.target), action, ask_for_holes));
         // The device is called here, in the order of arrival. The waker of this first poll is of
         // no use: what goes on is polled again.
-        match self.operation.poll(&mut Context::from_waker(Waker::noop())) {
+        match running::poll(&mut self.operation, &mut Context::from_waker(Waker::noop())) {
             Poll::Ready(result) => {
                 self.running_cost -= cost;
                 self.reply(id, result);

@@ -206,6 +206,16 @@ impl Session {
         std::future::pending().await
     }
 
+    /// A disk has been copied: the next checkpoint holds it, which is taken now.
+    async fn take_in(&self) -> Result<()> {
+        if matches!(&self.peer, Peer::Brep(link) if link.guest_on_peer) {
+            // Its writes would be dropped: the manager's next one holds the disk.
+            self.group.core().settling = false;
+            return Ok(());
+        }
+        self.settle().await
+    }
+
     async fn take_checkpoints(&self, requests: &mut mpsc::Receiver<CheckpointRequest>) -> Error {
         let interval = match &self.peer {
             // The manager of the secondary's guest decides.
@@ -234,7 +244,7 @@ impl Session {
                         }
                     }
                     if self.has_joined.swap(false, Ordering::Relaxed)
-                        && let Err(error) = self.settle().await
+                        && let Err(error) = self.take_in().await
                     {
                         return error;
                     }
@@ -358,7 +368,8 @@ impl Session {
             };
             if let Some(disk) = self.group.disks_that_join(true).first() {
                 return Err(void(Error::refused(format!(
-                    "disk {} is being copied for the first time, and the other side would lack it;                      brep resync --wait waits for that",
+                    "disk {} is being copied for the first time, and the other side would lack it; \
+                     brep resync --wait waits for that",
                     disk.name
                 ))));
             }

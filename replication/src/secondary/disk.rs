@@ -59,6 +59,8 @@ struct State {
     /// Takes all writes since a promotion, until the merge has ended.
     top: Option<Buffer>,
     replica: Option<Replica>,
+    /// The guest is on `active`: what lies below it is a checkpoint.
+    shown: bool,
     promoted: Option<Arc<MergedDisk>>,
     test: Option<TestView>,
     /// Bytes in the chain that the filter's count does not contain.
@@ -449,6 +451,7 @@ impl ReplicaDisk {
         };
         active.below.set(Some(view as Arc<dyn BlockDevice>));
         self.gate.replace(active.device());
+        self.state().shown = true;
         Ok(())
     }
 
@@ -502,7 +505,7 @@ impl ReplicaDisk {
         }
         let buffers = {
             let mut state = self.state();
-            state.replica = None;
+            (state.replica, state.shown) = (None, false);
             (state.kept_bytes, state.dropped_bytes, state.copied_at_switch) = (0, 0, 0);
             let mut buffers = std::mem::take(&mut state.chain);
             buffers.extend(state.next.take());

@@ -28,6 +28,9 @@ pub fn remove_disk_of_stopped(state_dir: &Path, name: &str, force: bool) -> Resu
     if !check(&record, name, force)? {
         return Ok(false);
     }
+    // What a killed process has saved may be in the page cache only, in the slot that is not written now.
+    store.set_durable();
+    store.sync()?;
     store.update(|record| record.remove_disk(name))?;
     store.sync()?;
     // Only now: nothing names them any more.
@@ -66,6 +69,13 @@ fn check(record: &Record, name: &str, force: bool) -> Result<bool> {
     if is_held && others.len() == 1 {
         return Err(Error::refused(format!(
             "disk {name} is the last one of the group that is not just being added; nothing was changed"
+        )));
+    }
+    if is_held && record.is_primary() && record.primary.had_peer && !force {
+        return Err(Error::refused(format!(
+            "if the file of disk {name} is lost, the other side's last checkpoint is its last copy, and \
+             goes with the next one: to keep it, leave this side off and say brep failover there; to \
+             take the disk out of both sides: --force. Nothing was changed"
         )));
     }
     if is_held && !record.is_primary() && record.has_checkpoint() && !force {

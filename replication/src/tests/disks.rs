@@ -393,7 +393,9 @@ async fn a_side_that_has_lost_the_file_of_a_disk_can_go_on_without_it() {
     // The primary's is lost: the secondary follows.
     std::fs::remove_file(scratch.path("p-vdb.raw")).unwrap();
     Side::run(here(&scratch, &["vda"])).ended().await.unwrap_err();
-    assert!(remove_disk_of_stopped(&p_state, "vdb", false).unwrap());
+    let last_copy = remove_disk_of_stopped(&p_state, "vdb", false).unwrap_err().to_string();
+    assert!(last_copy.contains("brep failover there"), "{last_copy}");
+    assert!(remove_disk_of_stopped(&p_state, "vdb", true).unwrap());
     assert_eq!(left(&p_state), 0, "its maps");
     let primary = Side::run(here(&scratch, &["vda", "vdb"]));
     primary.wait_state("in-sync").await;

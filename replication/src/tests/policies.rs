@@ -116,11 +116,14 @@ async fn i08_held_writes_fail_when_the_secondary_turns_out_to_be_promoted() {
     let there = Side::run(config);
     there.wait("there", |s| s["role"] == "secondary").await;
     there.command("failover", json!({})).await.unwrap();
-    there.stop().await;
     assert!(!waiting.is_finished());
-    let there = secondary(&scratch);
+    let uri = format!("nbd+unix:///?socket={}", scratch.path("elsewhere.sock").display());
+    primary.command("peer-set", json!({ "uri": uri })).await.unwrap();
     let ended = tokio::time::timeout(Duration::from_secs(20), waiting).await;
-    ended.expect("held for ever").unwrap().unwrap_err();
+    let Ok(ended) = ended else {
+        panic!("held for ever: {:#} {:#}", primary.status().await, there.status().await)
+    };
+    ended.unwrap().unwrap_err();
     guest.read(0, 512).await.unwrap_err();
     primary.command("resume", json!({ "lonely": true })).await.unwrap_err();
     guest.close();

@@ -302,8 +302,10 @@ impl Group {
         }
         self.report(disk, error);
         // Nothing more of this epoch has room there, and so there will be no checkpoint of it: the
-        // secondary keeps its last one, and is caught up with when there is room.
-        if error.kind() == ErrorKind::NoSpace && self.core().epochs.is_of_session(epoch) {
+        // secondary keeps its last one, and is caught up with when there is room. What no checkpoint
+        // holds yet is tried again by its copy.
+        let voids_epoch = error.kind() == ErrorKind::NoSpace && !self.core().is_joining(disk);
+        if voids_epoch && self.core().epochs.is_of_session(epoch) {
             self.lose_peer(format!("the secondary has no room: {}", error.detail()));
         }
     }

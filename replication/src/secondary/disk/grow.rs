@@ -48,7 +48,9 @@ impl ReplicaDisk {
             (state.kept_bytes, state.dropped_bytes, state.copied_at_switch) = (kept_bytes, 0, 0);
         }
         self.start_replica(Copied::AllocatedInTarget)?;
-        self.show_guest().await
+        let was_shown = self.state().shown;
+        // Else there is no checkpoint yet, and what lies there is no disk.
+        if was_shown { self.show_guest().await } else { Ok(()) }
     }
 
     /// The buffers, as large as that; none if they are. The disk goes on with those that it has.
