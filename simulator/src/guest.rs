@@ -41,6 +41,14 @@ struct Shared {
     line: u64,
 }
 
+impl Shared {
+    /// What was asked there may be held for ever.
+    fn cut(&mut self) {
+        let present = self.connections.iter_mut().filter_map(Option::take);
+        present.chain(self.older.drain(..)).for_each(|old| old.kill());
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Read,
@@ -158,10 +166,14 @@ impl Guest {
     pub(crate) fn plug(&self, endpoint: Endpoint) {
         let mut shared = self.shared();
         shared.endpoint = Some(endpoint);
-        // What was asked there may be held for ever.
-        let Shared { connections, older, .. } = &mut *shared;
-        let present = connections.iter_mut().filter_map(Option::take);
-        present.chain(older.drain(..)).for_each(|old| old.kill());
+        shared.cut();
+    }
+
+    /// It has no disks until it is plugged again.
+    pub(crate) fn unplug(&self) {
+        let mut shared = self.shared();
+        shared.endpoint = None;
+        shared.cut();
     }
 
     pub(crate) fn requests(&self) -> u64 {

@@ -44,6 +44,8 @@ impl History {
             self.second.iter().for_each(|second| second.forget());
             return Ok(TakenOver::ForGood);
         }
+        // Where it runs there is a secondary's view next, also if nobody is told that.
+        self.guest.unplug();
         self.decide("failover-rollback").await?;
         self.world.saw(Seen::FailoverRolledBack);
         self.go_back(before).await;

@@ -269,6 +269,11 @@ impl History {
                     self.world.count("advice: restart");
                     self.world.kill(side);
                 }
+                // It made room for the other one, which says so: whoever wants it all the same stops that.
+                Some(Err(why)) if why.contains("the other side has taken over") => {
+                    self.world.count("refused: failover beside a primary that answers");
+                    self.world.kill(1 - side);
+                }
                 _ => {}
             }
             self.pass(millis(250)).await?;
