@@ -1,7 +1,6 @@
 """A service manager's sockets are served, it is told when, and they are left to it.
 
-Seen to fail with: LISTEN_PID not compared; TLS demanded on each socket because one of them is TCP; every
-unix socket taken for its owner's alone.
+Seen to fail with: LISTEN_PID not compared; TLS demanded on each socket because one of them is TCP.
 """
 
 import os

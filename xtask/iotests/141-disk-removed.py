@@ -1,6 +1,6 @@
 """A disk is removed on both sides at a checkpoint; disks that join have no part in a failover.
 
-Seen to fail with: a disk that leaves kept in the checkpoint; no checkpoint while a disk is copied.
+Seen to fail with: a disk that leaves kept in the checkpoint.
 """
 
 import brep_iotest
