@@ -28,7 +28,8 @@ pub(crate) struct Epochs<T> {
     /// Writes that were on their way to the peer when it was lost, and whose owners have not
     /// learned that yet.
     stale: usize,
-    /// Local writes of epochs before `late_before` that a void cut has waited for in vain.
+    /// Local writes of epochs before `late_before`: a void cut has waited for them in vain, or they
+    /// were going on when the session began.
     late: usize,
     late_before: Epoch,
 }
@@ -99,17 +100,17 @@ impl<T> Epochs<T> {
         self.current = epoch;
         self.first = epoch;
         self.attached = true;
-        // Writes of the time before count with their old epoch and are of no interest here.
-        self.ended = InFlight::default();
-        self.running = InFlight::default();
-        self.late = 0;
+        // The peer may have what was sent in an earlier session and has not ended here: until it has,
+        // no checkpoint may forget it.
+        self.running.failed = false;
+        (self.late, self.late_before) = (self.running.local, epoch);
     }
 
     /// The peer is lost. Returns what was held: it differs now.
     pub(crate) fn detach(&mut self) -> VecDeque<T> {
-        if self.attached {
-            self.stale += self.ended.remote + self.running.remote;
-        }
+        let ended = std::mem::take(&mut self.ended);
+        self.stale += ended.remote + std::mem::take(&mut self.running.remote);
+        self.running.local += ended.local;
         self.attached = false;
         self.holding = false;
         self.cut = None;
@@ -118,10 +119,10 @@ impl<T> Epochs<T> {
 
     /// A write begins.
     pub(crate) fn begin(&mut self) -> (Epoch, Route) {
+        self.running.local += 1;
         if !self.attached {
             return (self.current, Route::Nowhere);
         }
-        self.running.local += 1;
         self.running.remote += 1;
         let route = if self.holding { Route::Hold } else { Route::Send };
         (self.current, route)
@@ -132,35 +133,31 @@ impl<T> Epochs<T> {
         self.held.push_back(write);
     }
 
-    /// Where a write of `epoch` is counted, if it belongs to this session.
-    fn in_flight(&mut self, epoch: Epoch) -> Option<&mut InFlight> {
-        if !self.is_of_session(epoch) {
-            return None;
-        }
-        // After a void cut what is left of its epoch counts with the one that runs.
+    /// Where a write of `epoch` is counted.
+    fn in_flight(&mut self, epoch: Epoch) -> &mut InFlight {
+        // What a void cut or an earlier session has left counts with the epoch that runs.
         let ended = epoch < self.current && self.cut.is_some();
-        Some(if ended { &mut self.ended } else { &mut self.running })
+        if ended { &mut self.ended } else { &mut self.running }
     }
 
     /// A write has ended locally.
     pub(crate) fn local_done(&mut self, epoch: Epoch, ok: bool) {
         let late = epoch < self.late_before;
-        if let Some(in_flight) = self.in_flight(epoch) {
-            in_flight.local = in_flight.local.saturating_sub(1);
-            in_flight.failed |= !ok;
-            self.late = self.late.saturating_sub(usize::from(late));
-        }
+        let in_flight = self.in_flight(epoch);
+        in_flight.local = in_flight.local.saturating_sub(1);
+        in_flight.failed |= !ok;
+        self.late = self.late.saturating_sub(usize::from(late));
     }
 
     /// A write has ended on the peer, or is lost.
     pub(crate) fn remote_done(&mut self, epoch: Epoch, ok: bool) {
-        match self.in_flight(epoch) {
-            Some(in_flight) => {
-                in_flight.remote = in_flight.remote.saturating_sub(1);
-                in_flight.failed |= !ok;
-            }
-            None => self.stale = self.stale.saturating_sub(1),
+        if !self.is_of_session(epoch) {
+            self.stale = self.stale.saturating_sub(1);
+            return;
         }
+        let in_flight = self.in_flight(epoch);
+        in_flight.remote = in_flight.remote.saturating_sub(1);
+        in_flight.failed |= !ok;
     }
 
     /// Whether everything that was on its way to a lost peer has been given up by its owner, and
@@ -287,6 +284,25 @@ mod tests {
     }
 
     #[test]
+    fn what_a_lost_session_leaves_on_the_local_disk_holds_the_next_ones_cut_up() {
+        let mut epochs = attached();
+        let (sent, _) = epochs.begin();
+        epochs.remote_done(sent, true);
+        epochs.start_cut();
+        epochs.detach();
+        let (alone, route) = epochs.begin();
+        assert_eq!(route, Route::Nowhere);
+        epochs.local_done(alone, true);
+        epochs.attach(Epoch(4));
+        assert!(epochs.has_late_writes(), "nobody is to be held back for it");
+        epochs.start_cut();
+        assert_eq!(epochs.drained(), Drained::NotYet);
+        epochs.local_done(sent, true);
+        assert_eq!(epochs.drained(), Drained::Clean);
+        assert!(!epochs.has_late_writes());
+    }
+
+    #[test]
     fn what_a_void_cut_leaves_in_flight_holds_the_next_cut_up() {
         let mut epochs = attached();
         let (epoch, _) = epochs.begin();
@@ -340,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_peer_writes_go_nowhere_and_their_ends_count_for_nothing() {
+    fn without_a_peer_writes_go_nowhere_and_the_next_session_begins_with_none_of_them() {
         let mut epochs = attached();
         let (epoch, _) = epochs.begin();
         epochs.start_cut();
@@ -352,7 +368,11 @@ mod tests {
         epochs.remote_done(epoch, false);
         epochs.remote_done(Epoch(2), false);
         assert!(epochs.is_settled());
+        for epoch in [epoch, Epoch(2), Epoch(2)] {
+            epochs.local_done(epoch, true);
+        }
         epochs.attach(Epoch(9));
+        assert!(!epochs.has_late_writes());
         assert_eq!(epochs.start_cut(), Some(Epoch(9)));
         assert_eq!(epochs.drained(), Drained::Clean);
     }
