@@ -25,7 +25,10 @@ const CLIENT_FLAGS: [u8; 4] = [0, 0, 0, 3];
 /// If the server does not end with its client, or answers otherwise when the same bytes arrive in
 /// other pieces.
 pub fn nbd_server_handshake(data: &[u8]) {
-    converse(data);
+    // Who gets to the transmission phase may find replies in another order there; where it begins
+    // is not looked for, so all that is asked here is that nothing is lost and nothing new.
+    let [whole, pieces] = converse(data);
+    assert!(sorted(&whole) == sorted(&pieces), "in one piece: {whole:x?}\nin pieces: {pieces:x?}");
 }
 
 /// Any bytes after a handshake, of which the first byte says how it was.
@@ -37,10 +40,26 @@ pub fn nbd_server_transmission(data: &[u8]) {
     let Some((&choice, requests)) = data.split_first() else { return };
     let mode = mode(choice);
     let prefix = handshake(mode, choice & 4 != 0);
-    let greeting = converse(&prefix);
-    let answer = converse(&[&prefix, requests].concat());
-    let replies = answer.strip_prefix(&greeting[..]).expect("the handshake is the same");
-    Conversation::of_requests(mode, requests).check(replies);
+    let [greeting, in_pieces] = converse(&prefix);
+    assert!(greeting == in_pieces, "{greeting:x?}\nin pieces: {in_pieces:x?}");
+    let [mut whole, mut pieces] = converse(&[&prefix, requests].concat()).map(|answer| {
+        let replies = answer.strip_prefix(&greeting[..]).expect("the handshake is the same");
+        Conversation::of_requests(mode, requests).check(replies)
+    });
+    // What takes longer may be answered later, then or then; but every reply is the same. Of one
+    // request the chunks stay in order.
+    whole.sort_by_key(|(cookie, _)| *cookie);
+    pieces.sort_by_key(|(cookie, _)| *cookie);
+    if let Conversation { to_the_end: true, asked, .. } = Conversation::of_requests(mode, requests)
+        && asked.values().all(|asked| asked.requests.len() == 1)
+    {
+        assert!(whole == pieces, "in one piece: {whole:x?}\nin pieces: {pieces:x?}");
+        return;
+    }
+    // Requests of one cookie may have changed places, and what cannot be followed is no reply.
+    whole.sort();
+    pieces.sort();
+    assert!(whole == pieces, "in one piece: {whole:x?}\nin pieces: {pieces:x?}");
 }
 
 /// The mode that an input's first byte chooses.
@@ -52,14 +71,10 @@ pub(crate) fn mode(choice: u8) -> TransmissionMode {
     }
 }
 
-/// What the server answers, which must not depend on the pieces.
-fn converse(input: &[u8]) -> Vec<u8> {
-    let whole = serve(input, Pace::Whole);
+/// What the server answers to the same bytes in one piece, and in several.
+fn converse(input: &[u8]) -> [Vec<u8>; 2] {
     let seed = input.iter().fold(1_u64, |seed, byte| seed.wrapping_mul(31) + u64::from(*byte));
-    let pieces = serve(input, Pace::Pieces(seed | 1));
-    // What takes longer may be answered later, then or then; but all of it is answered alike.
-    assert!(sorted(&whole) == sorted(&pieces), "in one piece: {whole:x?}\nin pieces: {pieces:x?}");
-    whole
+    [Pace::Whole, Pace::Pieces(seed | 1)].map(|pace| serve(input, pace))
 }
 
 fn sorted(bytes: &[u8]) -> Vec<u8> {
@@ -148,10 +163,13 @@ impl Conversation {
     }
 
     /// Every reply is well formed and answers a request; if the input was understood to its end,
-    /// every request has been answered.
-    fn check(mut self, mut replies: &[u8]) {
+    /// every request has been answered. Returns the cookies and bytes of the replies, or of their
+    /// chunks; what cannot be followed is the last one.
+    fn check(mut self, mut replies: &[u8]) -> Vec<(u64, Vec<u8>)> {
+        let mut each = Vec::new();
         while !replies.is_empty() {
             let (done, cookie, rest) = self.one_reply(replies);
+            each.push((cookie, replies[..replies.len() - rest.len()].to_vec()));
             replies = rest;
             let asked = self.asked.get_mut(&cookie).expect("a reply to a request");
             assert!(asked.answers < asked.requests.len(), "one answer too many: {asked:?}");
@@ -159,6 +177,7 @@ impl Conversation {
         }
         let open = self.asked.values().find(|asked| asked.answers < asked.requests.len());
         assert!(!self.to_the_end || open.is_none(), "never answered: {open:?}");
+        each
     }
 
     /// Whether it is the last one for its request, the cookie, and what follows.
