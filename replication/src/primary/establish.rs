@@ -92,9 +92,16 @@ async fn with_brep(group: &Arc<Group>, peer: &PeerAddress) -> Result<Attempt> {
         core.wish
     };
     let blank = answer.side.set.is_none();
+    // It has the last checkpoint that this side knows of, or the one after that.
+    let is_last_peer = me.com.zip(answer.side.com).is_some_and(|(mine, theirs)| {
+        !answer.inconsistent && theirs.cur == mine.cur && theirs.epoch >= mine.epoch
+    });
     let decision = match decide(&me, &answer, wish) {
-        // One that has undone its promotion has these disks still; any other is no proof of that.
-        Decision::Start(plan) if group.is_superseded() && (blank || plan.is_whole()) => {
+        // One that has undone its promotion has these disks still, or their last checkpoint if they
+        // have to be copied whole; any other is no proof of that.
+        Decision::Start(plan)
+            if group.is_superseded() && (blank || plan.is_whole() && !is_last_peer) =>
+        {
             Decision::Refuse(Refusal::superseded())
         }
         decision => decision,
