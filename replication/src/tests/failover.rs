@@ -1,11 +1,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use brep_block::{BlockDevice, Operation, Rule};
+use brep_block::{BlockDevice, FlushLevel, Operation, Rule};
 use serde_json::json;
 
 use super::common::{Side, connect, file, fill};
-use super::{Pair, write};
+use super::{Pair, faults, write};
 
 /// The link is lost while a write of it hangs in the secondary's disk. A failover that did not
 /// wait for that write would merge, and then be overwritten by it.
@@ -102,6 +102,32 @@ async fn i11_a_promotion_that_fails_after_its_record_is_told_as_one() {
     let secondary = Side::run(scratch.secondary(vec![scratch.disk("vda", "s.raw")]));
     secondary.wait("promoted", |s| s["role"] == "promoted").await;
     secondary.stop().await;
+}
+
+/// Where the maps do not say what the secondary lacks there is no other way back.
+#[tokio::test]
+async fn a_failover_that_is_undone_may_be_followed_by_a_copy_of_everything() {
+    let Pair { scratch, primary, secondary, .. } = Pair::new().await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    primary.checkpoint().await;
+    let disk = faults::of(&scratch.path("p.raw"));
+    disk.upper.fail(Rule::new(Operation::Flush));
+    guest.flush(FlushLevel::Durable).await.unwrap_err();
+    secondary.command("failover", json!({ "hold": true })).await.unwrap();
+    primary.wait("superseded", |s| s["link"] == "refused").await;
+    guest.close();
+    secondary.command("failover-rollback", json!({})).await.unwrap();
+    let unknown = |s: &serde_json::Value| s["reason"].to_string().contains("is not known");
+    primary.wait("what it lacks is not known", unknown).await;
+    primary.command("resync", json!({ "full": true })).await.unwrap();
+    primary.wait_state("in-sync").await;
+    let guest = connect(scratch.endpoint("p-guest.sock"), "vda").await;
+    write(&guest, 0, 0x11).await.unwrap().unwrap();
+    guest.close();
+    primary.checkpoint().await;
+    primary.stop().await;
+    secondary.stop().await;
+    assert!(file(&scratch.path("p.raw")) == file(&scratch.path("s.raw")), "the disks differ");
 }
 
 /// I8: nobody lets a guest go on that was stopped on a side which serves nobody any more.
