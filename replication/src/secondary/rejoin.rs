@@ -164,12 +164,7 @@ pub(super) fn maps_of<'a>(
 /// # Errors
 /// There is nothing to give up, or a file cannot be read.
 pub fn would_discard(config: &SideConfig) -> Result<Discard> {
-    let state = config.state_dir.join("state");
-    if !storage::exists(&state) {
-        let text = format!("{}: no such file; nothing was ever written here", state.display());
-        return Err(Error::refused(text));
-    }
-    let store = RecordStore::open(&config.state_dir, || unreachable!("it exists"))?;
+    let store = RecordStore::open_existing(&config.state_dir)?;
     let mut record = store.record().clone();
     if check(&record, config)? {
         record.return_as_secondary();

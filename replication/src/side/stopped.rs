@@ -2,8 +2,6 @@
 
 use std::path::Path;
 
-use brep_block::storage;
-
 use crate::primary::MapsOf;
 use crate::secondary::remove_buffers;
 use crate::state::{Record, RecordStore};
@@ -18,12 +16,7 @@ use crate::{Error, Result};
 /// Refused, as the side runs, or needs the disk; nothing was changed. Or a file of the state directory
 /// cannot be read or written.
 pub fn remove_disk_of_stopped(state_dir: &Path, name: &str, force: bool) -> Result<bool> {
-    let state = state_dir.join("state");
-    if !storage::exists(&state) {
-        let text = format!("{}: no such file: this is no state directory", state.display());
-        return Err(Error::refused(text));
-    }
-    let mut store = RecordStore::open(state_dir, || unreachable!("it exists"))?;
+    let mut store = RecordStore::open_existing(state_dir)?;
     let record = store.record().clone();
     if !check(&record, name, force)? {
         return Ok(false);

@@ -55,60 +55,42 @@ impl RecordStore {
     /// Opens the record in `dir`, or makes a first one with `blank`.
     ///
     /// # Errors
-    /// The file cannot be read, neither slot is valid although the file exists, or the newest record
-    /// was written by another version of brep: the older one must not take its place.
+    /// The file cannot be read, neither slot is valid although the file holds something, or the newest
+    /// record was written by another version of brep: the older one must not take its place.
     pub fn open(dir: &Path, blank: impl FnOnce() -> Record) -> Result<Self> {
         let path = dir.join("state");
-        let file = storage::open_file(&path).map_err(|e| match e.kind() {
-            io::ErrorKind::WouldBlock => Error::refused(format!(
-                "{}: another brep runs on this state directory; stop it first",
-                path.display()
-            )),
-            _ => Error::failed(format!("{}: cannot open: {e}", path.display())),
-        })?;
-        if has_no_record(&*file).map_err(|e| io_error(&path, "read", &e))? {
-            let mut store = RecordStore {
-                path,
-                file,
-                seq: 0,
-                record: blank(),
-                synced: 0,
-                durable: false,
-                broken: Arc::default(),
-            };
-            let record = store.record.clone();
-            store.save(record)?;
-            return Ok(store);
-        }
-        let newest = (0..2)
-            .filter_map(|slot| read_slot(&*file, slot).transpose())
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(|e| io_error(&path, "read", &e))?
-            .into_iter()
-            .max_by_key(|slot| slot.seq);
-        let refused = |what: &str| {
-            Err(Error::refused(format!(
-                "{}: {what}; nothing was changed. If this side is to start over, move the state \
-                 directory away",
-                path.display()
-            )))
-        };
-        match newest {
-            None => refused("not a valid state record (damaged, or of another program)"),
-            Some(Slot { record: None, .. }) => {
-                refused("the state record was written by another version of brep: run that one")
+        let file = open_file(&path)?;
+        match newest(&path, &*file)? {
+            Some((seq, record)) => Ok(Self::new(path, file, seq, record)),
+            None => {
+                let mut store = Self::new(path, file, 0, blank());
+                store.save(store.record.clone())?;
+                Ok(store)
             }
-            // What a killed process has left may be in the page cache only.
-            Some(Slot { seq, record: Some(record) }) => Ok(RecordStore {
-                path,
-                file,
-                seq,
-                record,
-                synced: 0,
-                durable: false,
-                broken: Arc::default(),
-            }),
         }
+    }
+
+    /// Opens the record in `dir`, and makes none.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), or there is no record.
+    pub fn open_existing(dir: &Path) -> Result<Self> {
+        let path = dir.join("state");
+        let none = || {
+            let path = path.display();
+            Error::refused(format!("{path}: no state record; no side has run on this directory"))
+        };
+        if !storage::exists(&path) {
+            return Err(none());
+        }
+        let file = open_file(&path)?;
+        let (seq, record) = newest(&path, &*file)?.ok_or_else(none)?;
+        Ok(Self::new(path, file, seq, record))
+    }
+
+    fn new(path: PathBuf, file: Arc<dyn PlainFile>, seq: u64, record: Record) -> Self {
+        let broken = Arc::default();
+        RecordStore { path, file, seq, record, synced: 0, durable: false, broken }
     }
 
     /// The record as last saved.
@@ -222,6 +204,41 @@ impl RecordStore {
             return Ok(());
         }
         self.save(record)
+    }
+}
+
+fn open_file(path: &Path) -> Result<Arc<dyn PlainFile>> {
+    storage::open_file(path).map_err(|e| match e.kind() {
+        io::ErrorKind::WouldBlock => Error::refused(format!(
+            "{}: another brep runs on this state directory; stop it first",
+            path.display()
+        )),
+        _ => Error::failed(format!("{}: cannot open: {e}", path.display())),
+    })
+}
+
+/// The record of the highest sequence number; None if the file was never written to.
+fn newest(path: &Path, file: &dyn PlainFile) -> Result<Option<(u64, Record)>> {
+    let read_error = |error: io::Error| io_error(path, "read", &error);
+    if has_no_record(file).map_err(read_error)? {
+        return Ok(None);
+    }
+    let slots = (0..2).filter_map(|slot| read_slot(file, slot).transpose());
+    let slots = slots.collect::<io::Result<Vec<_>>>().map_err(read_error)?;
+    let refused = |what: &str| {
+        Err(Error::refused(format!(
+            "{}: {what}; nothing was changed. If this side is to start over, move the state \
+             directory away",
+            path.display()
+        )))
+    };
+    match slots.into_iter().max_by_key(|slot| slot.seq) {
+        None => refused("not a valid state record (damaged, or of another program)"),
+        Some(Slot { record: None, .. }) => {
+            refused("the state record was written by another version of brep: run that one")
+        }
+        // What a killed process has left may be in the page cache only.
+        Some(Slot { seq, record: Some(record) }) => Ok(Some((seq, record))),
     }
 }
 
@@ -461,6 +478,22 @@ mod tests {
 
     fn with_epoch(epoch: u64) -> Record {
         Record { epoch: Epoch(epoch), cur: Some(Generation::random()), ..blank() }
+    }
+
+    #[test]
+    fn no_record_is_made_where_one_is_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = || {
+            let error = RecordStore::open_existing(dir.path()).unwrap_err();
+            assert_eq!(error.exit_code(), 3);
+            assert!(error.to_string().contains("no state record"), "{error}");
+        };
+        refused();
+        assert!(!dir.path().join("state").exists());
+        std::fs::write(dir.path().join("state"), b"").unwrap();
+        refused();
+        drop(RecordStore::open(dir.path(), blank).unwrap());
+        assert_eq!(*RecordStore::open_existing(dir.path()).unwrap().record(), blank());
     }
 
     #[test]
