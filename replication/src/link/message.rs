@@ -7,7 +7,7 @@ use crate::status::Written;
 use crate::{Commit, Epoch, Generation, SetId};
 
 /// The version of the messages; a side that gets another refuses and says so.
-pub const LINK_VERSION: u32 = 3;
+pub const LINK_VERSION: u32 = 4;
 
 /// Most ranges in one message.
 pub const RANGES_MAX: usize = 4096;
