@@ -158,9 +158,25 @@ impl Group {
         if !from.made_room || !same || record.com.is_none_or(|com| com.epoch != epoch) {
             return Some("the two sides do not have the same checkpoint".to_owned());
         }
+        let (here, there) = (self.introduce(), names_of_checkpoint(from));
+        if names_of_checkpoint(&here) != there {
+            return Some(format!(
+                "the two sides do not have the same disks: there {}, here {}",
+                there.join(", "),
+                names_of_checkpoint(&here).join(", ")
+            ));
+        }
         if self.session().is_some() {
             return Some("a primary is connected here".to_owned());
         }
         self.cannot_take_over()
     }
+}
+
+/// The disks that are part of the side's checkpoint, by name.
+fn names_of_checkpoint(side: &Introduction) -> Vec<&str> {
+    let held = side.disks.iter().filter(|disk| disk.joining.is_none());
+    let mut names: Vec<_> = held.map(|disk| &*disk.name).collect();
+    names.sort_unstable();
+    names
 }

@@ -8,11 +8,15 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
 use super::common::{MIB, Scratch, Side, connect, copy_dir, file, fill};
-use crate::config::{Role, SideConfig};
+use crate::config::{DiskConfig, Role, SideConfig};
+use crate::remove_disk_of_stopped;
+use crate::state::RecordStore;
 use crate::state::faults::watch;
 
 /// Where a write of 4096 bytes was, and of what.
 type Write = (u64, u8);
+
+const DISKS: [&str; 4] = ["p.raw", "s.raw", "p2.raw", "s2.raw"];
 
 /// What a kill would leave of both sides, and what had been acknowledged.
 struct Point {
@@ -34,7 +38,7 @@ impl Points {
         let root = scratch.path("");
         let look: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
             let files = Scratch::new();
-            for disk in ["p.raw", "s.raw"] {
+            for disk in DISKS.into_iter().filter(|disk| root.join(disk).exists()) {
                 std::fs::copy(root.join(disk), files.path(disk)).unwrap();
             }
             for dir in ["p.state", "s.state"] {
@@ -66,14 +70,21 @@ async fn write_to(scratch: &Scratch, socket: &str, (offset, byte): Write) {
     guest.close();
 }
 
+/// The disks of a side, as far as there are files.
+fn disks(scratch: &Scratch, files: [&str; 2]) -> Vec<DiskConfig> {
+    let there = ["vda", "vdb"].into_iter().zip(files);
+    let there = there.filter(|(_, file)| scratch.path(file).exists());
+    there.map(|(name, file)| scratch.disk(name, file)).collect()
+}
+
 /// The side that was the primary, as it is started for `role`.
 fn here(scratch: &Scratch, role: Role) -> SideConfig {
-    let config = scratch.primary(vec![scratch.disk("vda", "p.raw")]);
+    let config = scratch.primary(disks(scratch, ["p.raw", "p2.raw"]));
     SideConfig { role, listen: Some(scratch.endpoint("p.sock")), ..config }
 }
 
 fn there(scratch: &Scratch) -> SideConfig {
-    let config = scratch.secondary(vec![scratch.disk("vda", "s.raw")]);
+    let config = scratch.secondary(disks(scratch, ["s.raw", "s2.raw"]));
     SideConfig { peer: Some(scratch.endpoint("p.sock").into()), ..config }
 }
 
@@ -138,6 +149,10 @@ async fn pair() -> (Scratch, Side, Side) {
     let scratch = Scratch::new();
     scratch.raw("p.raw", MIB, 1);
     scratch.raw("s.raw", MIB, 2);
+    pair_of(scratch).await
+}
+
+async fn pair_of(scratch: Scratch) -> (Scratch, Side, Side) {
     let sides = (Side::run(here(&scratch, Role::Primary)), Side::run(there(&scratch)));
     sides.0.wait_state("in-sync").await;
     write_to(&scratch, "p-guest.sock", FIRST).await;
@@ -201,6 +216,48 @@ async fn promoted_after_making_room(scratch: &Scratch) -> bool {
         assert_eq!(disks[1][65536..65536 + 4096], [0x66; 4096], "what was written since is lost");
     }
     !is_disk
+}
+
+/// A side that has made room asks the other one to take over. The other one has lost a disk of the
+/// checkpoint since.
+#[tokio::test]
+async fn i09_a_side_that_lacks_a_disk_of_the_checkpoint_does_not_take_over() {
+    let scratch = Scratch::new();
+    for (disk, byte) in DISKS.into_iter().zip(1..) {
+        scratch.raw(disk, MIB, byte);
+    }
+    let (scratch, old, new) = pair_of(scratch).await;
+    let points = Points::watch(&scratch, &[FIRST]);
+    old.command("switchover", json!({})).await.unwrap();
+    new.wait("in sync", in_sync).await;
+    let points = points.taken(&scratch);
+    old.stop().await;
+    new.stop().await;
+    let asked = points.iter().map(|point| asked_in_vain(&point.files));
+    let asked = join_all(asked).await.into_iter().filter(|asked| *asked).count();
+    assert!(asked >= 1, "no kill left a side that had made room, and none that had taken over");
+}
+
+/// Whether a side had made room for one that had not taken over.
+async fn asked_in_vain(scratch: &Scratch) -> bool {
+    let is_primary = |dir| {
+        let store = RecordStore::open_existing(&scratch.path(dir)).unwrap();
+        store.record().is_primary()
+    };
+    if is_primary("p.state") || is_primary("s.state") {
+        return false;
+    }
+    remove_disk_of_stopped(&scratch.path("s.state"), "vdb", true).unwrap();
+    std::fs::remove_file(scratch.path("s2.raw")).unwrap();
+    let peer = Some(scratch.endpoint("s.sock").into());
+    let away = Side::run(SideConfig { peer, ..here(scratch, Role::Secondary) });
+    let back = Side::run(there(scratch));
+    away.wait("refused", |s| s["reason"].to_string().contains("the same disks")).await;
+    let other = back.wait("up", |_| true).await;
+    away.stop().await;
+    back.stop().await;
+    assert!(!serves(&other), "{other:#}");
+    true
 }
 
 #[tokio::test]
