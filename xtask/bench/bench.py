@@ -14,9 +14,10 @@ import brep_iotest
 import contenders as c
 import moments
 import outage
+import plot
 import report
 import serving as s
-from loads import LOADS
+from loads import DEPTHS, LOADS, SWEEP
 
 
 class Group:
@@ -34,6 +35,9 @@ def groups(t):
     return [
         Group("primary", "The guest's export of a pair",
               [c.BrepPair(t, "sync"), c.BrepPair(t, "async")], [c.QemuPair(t)], [s.Nbdkit(t, "null", "unix")]),
+        Group("sweep", "The guest's export of a pair, by depth",
+              [c.BrepPair(t, "sync"), c.BrepPair(t, "async")], [c.QemuPair(t)],
+              [s.Nbdkit(t, "file", "unix")], SWEEP),
         Group("secondary", "The secondary alone, written to by a plain client",
               [c.BrepPlainSecondary(t)], [c.QemuParent(t)]),
         *(Group(f"serve-{socket}", f"A plain server on {where}", [s.Brep(t, socket)],
@@ -77,6 +81,8 @@ def main(t):
     report.print_rows(rows, record["rows"])
     report.print_moments(record["moments"])
     report.print_outages(record["outages"], outage.OUTAGES)
+    if options.plot:
+        draw(options.plot, groups_all, record)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(record, file, indent=1)
@@ -90,11 +96,23 @@ def parse():
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--json")
-    return parser.parse_args()
+    parser.add_argument("--plot")
+    options = parser.parse_args()
+    if options.plot and not all(wanted(options, f"sweep/{load.name}") for load in SWEEP):
+        parser.error("--plot draws the rows of sweep/: let --only name them all")
+    return options
 
 
 def wanted(options, name):
     return not options.only or any(word in name for word in options.only)
+
+
+def draw(path, groups_all, record):
+    sweep = next(group for group in groups_all if group.name == "sweep")
+    rows = [record["rows"][f"sweep/{load.name}"] for load in SWEEP]
+    title = f"4 KiB random writes, {record['machine']['cpu']}, {record['machine']['cores']} processors"
+    plot.draw(path, title, DEPTHS,
+              {x.title: [row[x.title] for row in rows] for x in sweep.all()})
 
 
 def fill(t, base, size_mib):

@@ -36,6 +36,10 @@ class Contender:
     def start(self, base):
         raise NotImplementedError
 
+    def processes(self):
+        """All that work for it."""
+        raise NotImplementedError
+
     def checkpoint(self):
         """Nothing to do for a server alone."""
 
@@ -72,6 +76,9 @@ class BrepPair(Contender):
 
     def _copied(self):
         return self.secondary_control.execute("query-status")["promotable"]
+
+    def processes(self):
+        return [self.primary, self.secondary]
 
     def checkpoint(self):
         self.control.execute("checkpoint")
@@ -128,6 +135,9 @@ class BrepPlainSecondary(Contender):
                                          listen=self.t.uri(self.socket_name))
         self.control = self.t.control(f"{self.name}-beta/control.sock", 600)
 
+    def processes(self):
+        return [self.secondary]
+
     def checkpoint(self):
         """A load that went away is a lost primary, after which replication begins anew."""
         if "error" in self.control.try_execute("checkpoint"):
@@ -150,6 +160,9 @@ class QemuPair(Contender):
                                        name="qemu-pair-secondary")
         self.primary = QemuPrimary(self.t, self.disk("primary", base), port, self.socket_name,
                                    name="qemu-pair-primary")
+
+    def processes(self):
+        return [self.primary.process, self.secondary.process]
 
     def checkpoint(self):
         brep_qemu.checkpoint(self.primary, self.secondary)
@@ -191,6 +204,9 @@ class QemuParent(Contender):
     def start(self, base):
         self.secondary = QemuSecondary(self.t, self.disk("secondary", base), self.socket_name,
                                        name="qemu-parent-secondary")
+
+    def processes(self):
+        return [self.secondary.process]
 
     def checkpoint(self):
         self.secondary.do_checkpoint()

@@ -14,16 +14,37 @@ class Fio:
         self.warms_up = "write" in rw
 
     def measure(self, contender, runtime_s):
-        said = contender.t.run(
-            "fio", "--name=load", "--ioengine=nbd", f"--uri={contender.uri()}", f"--rw={self.rw}",
-            f"--bs={self.block}", f"--iodepth={self.depth}", "--time_based", "--norandommap",
-            f"--runtime={int(runtime_s * 1000)}ms", "--output-format=json", timeout_s=runtime_s + 60).stdout
-        job = json.loads(said[said.index("{"):])["jobs"][0]
-        side = job["read" if "read" in self.rw else "write"]
-        percentiles = side["clat_ns"].get("percentile", {})
-        return {"iops": side["iops"],
-                "p50_us": percentiles.get("50.000000", 0) / 1000,
-                "p99_us": percentiles.get("99.000000", 0) / 1000}
+        return fio(contender, runtime_s, self.rw, self.block, self.depth)
+
+
+def fio(contender, runtime_s, rw, block, depth, connections=1):
+    """A thread for each connection; `server_us` is what an operation costs all that serve."""
+    before_s = used_s(contender)
+    said = contender.t.run(
+        "fio", "--name=load", "--ioengine=nbd", f"--uri={contender.uri()}", f"--rw={rw}",
+        f"--bs={block}", f"--iodepth={depth}", "--time_based", "--norandommap",
+        f"--runtime={int(runtime_s * 1000)}ms", "--output-format=json", "--thread",
+        f"--numjobs={connections}", "--group_reporting", timeout_s=runtime_s + 60).stdout
+    server_s = used_s(contender) - before_s
+    job = json.loads(said[said.index("{"):])["jobs"][0]
+    side = job["read" if "read" in rw else "write"]
+    percentiles = side["clat_ns"].get("percentile", {})
+    return {"iops": side["iops"],
+            "p50_us": percentiles.get("50.000000", 0) / 1000,
+            "p99_us": percentiles.get("99.000000", 0) / 1000,
+            "p999_us": percentiles.get("99.900000", 0) / 1000,
+            "server_us": server_s * 1e6 / side["total_ios"],
+            "load_processors": (job["usr_cpu"] + job["sys_cpu"]) / 100 * connections}
+
+
+def used_s(contender):
+    """Processor time of its processes so far, ended threads included."""
+    ticks = 0
+    for process in contender.processes():
+        with open(f"/proc/{process.process.pid}/stat") as file:
+            fields = file.read().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class SimpleReads:
@@ -50,6 +71,11 @@ LOADS = [
     Fio("read-4k-qd32", "4 KiB random read, depth 32, structured replies", "randread", "4k", 32),
     SimpleReads("read-simple-4k-qd32", "4 KiB random read, depth 32, simple replies", 4096, 32),
 ]
+
+DEPTHS = [1, 2, 4, 8, 16, 32]
+# What `--plot` draws.
+SWEEP = [Fio(f"write-4k-qd{depth}", f"4 KiB random write, depth {depth}", "randwrite", "4k", depth)
+         for depth in DEPTHS]
 
 
 def dirty(contender, mib):

@@ -52,7 +52,7 @@ def print_rows(rows, measured):
             of = [load for load in loads if all(
                 figure in result for each in measured[f"{group.name}/{load.name}"].values()
                 for result in each)]
-            if of and group.name.startswith("serve"):
+            if of:
                 print(f"\n{group.title}, {title}:\n")
                 table(["load"] + head, [
                     [load.title]
@@ -60,9 +60,10 @@ def print_rows(rows, measured):
                     for load in of])
 
 
-# What is told of a server besides its operations a second.
-COSTS = {"server_us": "processor time of the server in microseconds an operation",
+# What is told besides the operations a second.
+COSTS = {"server_us": "processor time of all that serve in microseconds an operation",
          "p50_us": "median latency in microseconds",
+         "p99_us": "99th percentile of the latency in microseconds",
          "load_processors": "processors that the load keeps busy"}
 
 

@@ -1,10 +1,10 @@
 """Plain servers of one raw file on one kind of socket, and what is asked of them."""
 
-import json
 import os
 import time
 
 import contenders
+from loads import fio, used_s
 
 SOCKETS = {"unix": "a unix socket", "tcp": "TCP", "tls": "TCP, inside TLS"}
 
@@ -44,6 +44,9 @@ class Serving(contenders.Contender):
 
     def command(self, base):
         raise NotImplementedError
+
+    def processes(self):
+        return [self.server]
 
     def stop(self):
         self.server.stop()
@@ -115,20 +118,7 @@ class Fio(Load):
     """fio's nbd engine, which asks for structured replies; a thread for each connection."""
 
     def measure(self, contender, runtime_s):
-        before_s = used_s(contender.server)
-        said = contender.t.run(
-            "fio", "--name=load", "--ioengine=nbd", f"--uri={contender.uri()}",
-            f"--rw=rand{self.rw}", f"--bs={self.block}", f"--iodepth={self.depth}", "--time_based",
-            "--norandommap", f"--runtime={int(runtime_s * 1000)}ms", "--output-format=json",
-            "--thread", f"--numjobs={self.connections}", "--group_reporting",
-            timeout_s=runtime_s + 60).stdout
-        server_s = used_s(contender.server) - before_s
-        job = json.loads(said[said.index("{"):])["jobs"][0]
-        side = job[self.rw]
-        percentiles = side["clat_ns"].get("percentile", {})
-        return {"iops": side["iops"], "p50_us": percentiles.get("50.000000", 0) / 1000,
-                "server_us": server_s * 1e6 / side["total_ios"],
-                "load_processors": (job["usr_cpu"] + job["sys_cpu"]) / 100 * self.connections}
+        return fio(contender, runtime_s, f"rand{self.rw}", self.block, self.depth, self.connections)
 
 
 class Lean(Load):
@@ -157,20 +147,13 @@ class Nbdcopy:
     def measure(self, contender, _runtime_s):
         uri = contender.uri()
         what = [contender.base, uri] if self.writes else [uri, "null:"]
-        before_s, started = used_s(contender.server), time.monotonic()
+        before_s, started = used_s(contender), time.monotonic()
         contender.t.run("nbdcopy", f"--connections={self.connections}", "--no-extents",
                         f"--request-size={self.block}", *what, timeout_s=600)
         elapsed_s = time.monotonic() - started
         requests = contender.disk_bytes / self.block
         return {"iops": requests / elapsed_s,
-                "server_us": (used_s(contender.server) - before_s) * 1e6 / requests}
-
-
-def used_s(server):
-    """Processor time of a process so far, ended threads included."""
-    with open(f"/proc/{server.process.pid}/stat") as file:
-        fields = file.read().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                "server_us": (used_s(contender) - before_s) * 1e6 / requests}
 
 
 BLOCKS = [("4k", "4 KiB", 4 << 10), ("64k", "64 KiB", 64 << 10), ("1m", "1 MiB", 1 << 20)]

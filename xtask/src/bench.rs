@@ -42,6 +42,9 @@ pub(crate) struct Args {
     /// Write everything that was measured to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Draw throughput and latency over the depth (the rows of sweep/) into this file, an SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Measure this binary and build none
     #[arg(long, value_name = "FILE")]
     binary: Option<PathBuf>,
@@ -60,7 +63,8 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
         None => build(&workspace)?,
     };
     let binary = binary.canonicalize().with_context(|| format!("no {}", binary.display()))?;
-    let json = args.json.as_ref().map(std::path::absolute).transpose()?;
+    let absolute = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
+    let (json, plot) = (absolute(&args.json)?, absolute(&args.plot)?);
     let scratch = args.dir.join(format!("brep-bench-{}", std::process::id()));
     fs::create_dir(&scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
     let scripts = workspace.root.join("xtask/bench");
@@ -78,8 +82,10 @@ pub(crate) fn main(args: &Args) -> Result<bool> {
         .env("BREP_XTASK", process::own_binary())
         .env("PYTHONPATH", workspace.iotests().join("lib"))
         .env("XDG_RUNTIME_DIR", &scratch);
-    if let Some(json) = json {
-        python.arg("--json").arg(json);
+    for (option, file) in [("--json", json), ("--plot", plot)] {
+        if let Some(file) = file {
+            python.arg(option).arg(file);
+        }
     }
     let status = python.status().context("cannot run python3")?;
     fs::remove_dir_all(&scratch)?;
