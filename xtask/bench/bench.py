@@ -17,7 +17,8 @@ import outage
 import plot
 import report
 import serving as s
-from loads import DEPTHS, LOADS, SWEEP
+from loads import DEPTHS, LOADS, SPREAD, SWEEP
+from studies import STUDIES, by_size, many
 
 
 class Group:
@@ -38,6 +39,13 @@ def groups(t):
         Group("sweep", "The guest's export of a pair, by depth",
               [c.BrepPair(t, "sync"), c.BrepPair(t, "async")], [c.QemuPair(t)],
               [s.Nbdkit(t, "file", "unix")], SWEEP),
+        Group("size", "A disk that is sparse behind what is loaded", by_size(t)[1:], by_size(t)[:1],
+              [], LOADS[:4]),
+        Group("many", "The same load on many disks of a pair, and on one", [many(t)],
+              [c.BrepPair(t, "sync", "one", "one disk")], [], SPREAD),
+        Group("durability", "A pair that survives a loss of power, and one that need not",
+              [c.BrepPair(t, "async", "power", "--durability power", "power")],
+              [c.BrepPair(t, "async", "process", "--durability process")], [], LOADS[:4]),
         Group("secondary", "The secondary alone, written to by a plain client",
               [c.BrepPlainSecondary(t)], [c.QemuParent(t)]),
         *(Group(f"serve-{socket}", f"A plain server on {where}", [s.Brep(t, socket)],
@@ -57,13 +65,15 @@ def main(t):
             if wanted(options, f"{group.name}/{load.name}")]
     dirtied = [mib for mib in moments.DIRTY_MIB if wanted(options, f"moments/{mib}")]
     outages = [kind for kind in outage.OUTAGES if wanted(options, f"outage/{kind}")]
+    studies = [study for study in STUDIES if wanted(options, f"study/{study.name}")]
     if options.list:
         print("\n".join([f"{group.name}/{load.name}" for group, load in rows]
                         + [f"moments/{mib}" for mib in dirtied]
-                        + [f"outage/{kind}" for kind in outages]))
+                        + [f"outage/{kind}" for kind in outages]
+                        + [f"study/{study.name}" for study in studies]))
         return
     record = {"machine": report.machine(t), "options": vars(options), "rows": {}, "moments": {},
-              "outages": {}}
+              "outages": {}, "studies": {}}
     report.print_head(record["machine"], options, {x.title: x.durability for g in groups_all
                                                    for x in g.all()})
     base = t.dir / "base.raw"
@@ -78,9 +88,15 @@ def main(t):
             moments.measure(record["moments"], t, mib, base, number)
         for kind in outages:
             outage.measure(record["outages"], t, kind, base, number)
+        for study in studies:
+            for title, figures in study.figures(t, base, number, options):
+                of = record["studies"].setdefault(study.name, {}).setdefault(title, {})
+                for name, value in figures.items():
+                    of.setdefault(name, []).append(value)
     report.print_rows(rows, record["rows"])
     report.print_moments(record["moments"])
-    report.print_outages(record["outages"], outage.OUTAGES)
+    report.print_figures(record["outages"], outage.OUTAGES)
+    report.print_figures(record["studies"], {study.name: study.title for study in studies})
     if options.plot:
         draw(options.plot, groups_all, record)
     if options.json:

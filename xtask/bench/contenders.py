@@ -4,6 +4,7 @@ All of them go through the page cache, and none is asked to flush: an acknowledg
 the end of any process. A contender serves `socket_name`/`export`; `checkpoint` begins an epoch.
 """
 
+import os
 import shutil
 
 import brep_qemu
@@ -18,6 +19,8 @@ class Contender:
     """`title` is its column; `durability` says what a guest's acknowledged write survives."""
 
     export = ""
+    # How much of a larger disk is loaded, in bytes.
+    span = None
 
     def __init__(self, t, name, title, durability):
         self.t, self.name, self.title, self.durability = t, name, title, durability
@@ -25,6 +28,10 @@ class Contender:
 
     def uri(self):
         return self.t.uri(self.socket_name, self.export)
+
+    def uris(self):
+        """Of all that it serves."""
+        return [self.uri()]
 
     def disk(self, role, base):
         """A copy of the base file; the one of an earlier round is taken again."""
@@ -52,11 +59,39 @@ class BrepPair(Contender):
 
     export = "vda"
 
-    def __init__(self, t, ack):
-        durability = {"sync": "page cache of both hosts",
-                      "async": "page cache of this host; on its way to the other"}[ack]
-        super().__init__(t, f"brep-{ack}", f"brep --ack {ack}", durability)
-        self.ack = ack
+    def __init__(self, t, ack, name=None, title=None, durability="process", size=None, disks=1):
+        """`size`: sparse behind what is loaded. `disks`: that share what one has otherwise."""
+        on = {"process": "page cache", "power": "disk"}[durability]
+        survives = {"sync": f"{on} of both hosts",
+                    "async": f"{on} of this host; on its way to the other"}[ack]
+        super().__init__(t, f"brep-{name or ack}", title or f"brep --ack {ack}", survives)
+        self.ack, self.size, self.options = ack, size, ["--durability", durability]
+        self.exports = ["vda", *(f"vda{number}" for number in range(1, disks))]
+
+    def uris(self):
+        return [self.t.uri(self.socket_name, export) for export in self.exports]
+
+    def disk(self, role, base):
+        if not self.size:
+            return super().disk(role, base)
+        file = super().disk(role, base)
+        if base:
+            self.span = base.stat().st_size
+        os.truncate(self.t.dir / file, self.size)
+        return file
+
+    def disks(self, role, base):
+        """As options."""
+        if len(self.exports) == 1:
+            return ["--disk", f"vda={self.disk(role, base)}"]
+        share, options = base.stat().st_size // len(self.exports), []
+        for number, export in enumerate(self.exports):
+            file = f"{self.name}-{role}-{export}.raw"
+            with open(base, "rb") as whole, open(file, "wb") as part:
+                whole.seek(number * share)
+                part.write(whole.read(share))
+            options += ["--disk", f"{export}={file}"]
+        return options
 
     def start(self, base):
         self.port = self.t.free_port()
@@ -66,9 +101,9 @@ class BrepPair(Contender):
         control = f"{self.name}-alpha/control.sock"
         self.primary = self.t.brep_daemon(
             f"{self.name}-primary", "primary", "--name", "alpha", "--state-dir",
-            f"{self.name}-alpha", "--disk", f"vda={self.disk('primary', base)}", "--peer",
+            f"{self.name}-alpha", *self.disks("primary", base), "--peer",
             f"nbd://127.0.0.1:{self.port}", "--guest-listen", self.t.uri(self.socket_name),
-            "--checkpoint-interval", "off", "--ack", self.ack, *DURABILITY,
+            "--checkpoint-interval", "off", "--ack", self.ack, *self.options,
             ready=lambda: self.t.listens(control) and self.t.listens(self.socket_name))
         self.control = self.t.control(control, 600)
         # The first copy has to end.
@@ -217,11 +252,14 @@ class QemuParent(Contender):
 
 def _brep_secondary(contender, base, *options, listen=None, fresh=True):
     t, name = contender.t, contender.name
+    if isinstance(contender, BrepPair):
+        options += (*contender.disks("secondary", base), *contender.options)
+    else:
+        options += ("--disk", f"vda={contender.disk('secondary', base)}", *DURABILITY)
     if fresh:
         shutil.rmtree(f"{name}-beta", ignore_errors=True)
     control = f"{name}-beta/control.sock"
     return t.brep_daemon(
         f"{name}-secondary", "secondary", "--name", "beta", "--state-dir", f"{name}-beta",
-        "--disk", f"vda={contender.disk('secondary', base)}", *DURABILITY, "--listen",
-        listen or f"nbd://127.0.0.1:{contender.port}", *options,
+        "--listen", listen or f"nbd://127.0.0.1:{contender.port}", *options,
         ready=lambda: t.listens(control))

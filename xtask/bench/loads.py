@@ -7,24 +7,28 @@ import os
 class Fio:
     """fio's nbd engine; it asks for structured replies."""
 
-    def __init__(self, name, title, rw, block, depth):
+    def __init__(self, name, title, rw, block, depth, connections=1):
         self.name, self.title = name, title
-        self.rw, self.block, self.depth = rw, block, depth
+        self.rw, self.block, self.depth, self.connections = rw, block, depth, connections
         # Pairs run for long: what counts is an epoch that has one like it before it.
         self.warms_up = "write" in rw
 
     def measure(self, contender, runtime_s):
-        return fio(contender, runtime_s, self.rw, self.block, self.depth)
+        return fio(contender, runtime_s, self.rw, self.block, self.depth, self.connections)
 
 
 def fio(contender, runtime_s, rw, block, depth, connections=1):
     """A thread for each connection; `server_us` is what an operation costs all that serve."""
     before_s = used_s(contender)
+    uris = contender.uris()
+    span = [f"--size={contender.span}"] if contender.span else []
     said = contender.t.run(
-        "fio", "--name=load", "--ioengine=nbd", f"--uri={contender.uri()}", f"--rw={rw}",
-        f"--bs={block}", f"--iodepth={depth}", "--time_based", "--norandommap",
+        "fio", "--name=global", "--ioengine=nbd", f"--rw={rw}", f"--bs={block}",
+        f"--iodepth={depth}", "--time_based", "--norandommap",
         f"--runtime={int(runtime_s * 1000)}ms", "--output-format=json", "--thread",
-        f"--numjobs={connections}", "--group_reporting", timeout_s=runtime_s + 60).stdout
+        f"--numjobs={connections // len(uris) or 1}", "--group_reporting", *span,
+        *(part for uri in uris for part in ("--name=load", f"--uri={uri}")),
+        timeout_s=runtime_s + 60).stdout
     server_s = used_s(contender) - before_s
     job = json.loads(said[said.index("{"):])["jobs"][0]
     side = job["read" if "read" in rw else "write"]
@@ -76,6 +80,9 @@ DEPTHS = [1, 2, 4, 8, 16, 32]
 # What `--plot` draws.
 SWEEP = [Fio(f"write-4k-qd{depth}", f"4 KiB random write, depth {depth}", "randwrite", "4k", depth)
          for depth in DEPTHS]
+# 64 requests in flight, each on a connection of its own: over one disk, or over 64.
+SPREAD = [Fio("write-4k-qd1-c64", "4 KiB random write, 64 connections", "randwrite", "4k", 1, 64),
+          Fio("write-64k-qd1-c64", "64 KiB random write, 64 connections", "randwrite", "64k", 1, 64)]
 
 
 def dirty(contender, mib):
@@ -84,6 +91,9 @@ def dirty(contender, mib):
     That is the unit in which QEMU copies: smaller writes make its buffers many times larger.
     """
     if mib:
-        contender.t.run("fio", "--name=dirty", "--ioengine=nbd", f"--uri={contender.uri()}",
-                        "--rw=randwrite", "--bs=64k", "--iodepth=8", f"--io_size={mib}M",
-                        timeout_s=600)
+        uris = contender.uris()
+        span = [f"--size={contender.span}"] if contender.span else []
+        contender.t.run(
+            "fio", "--name=global", "--ioengine=nbd", "--rw=randwrite", "--bs=64k", "--iodepth=8",
+            f"--io_size={(mib << 20) // len(uris)}", *span,
+            *(part for uri in uris for part in ("--name=dirty", f"--uri={uri}")), timeout_s=600)

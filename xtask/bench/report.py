@@ -86,7 +86,7 @@ def print_moments(measured):
                for mib, each in by_mib.items()])
 
 
-def print_outages(measured, kinds):
+def print_figures(measured, kinds):
     """Medians; what a pair cannot do is left empty."""
     for kind, by_title in measured.items():
         names = list(dict.fromkeys(name for figures in by_title.values() for name in figures))
@@ -97,7 +97,10 @@ def print_outages(measured, kinds):
 
 
 def median(values):
-    return f"{statistics.median(values):.1f}" if values else ""
+    if not values:
+        return ""
+    value = statistics.median(values)
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def ratio(dividends, divisors):
